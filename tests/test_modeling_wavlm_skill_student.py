@@ -1,8 +1,11 @@
 import copy
+import json
+import re
 
 import pytest
 import torch
 from conftest import padded_batch, tiny_config, tiny_teacher
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertModel, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
@@ -154,6 +157,97 @@ def test_gradient_checkpointing_gives_the_same_gradients(layout, kwargs):
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def padded_and_alone(student, with_mask=True):
+    """Largest difference between a clip's hidden states alone and behind padding in a batch."""
+    batch = padded_batch()
+    with torch.no_grad():
+        mask = {"attention_mask": batch["attention_mask"]} if with_mask else {}
+        together = student(batch["input_values"], **mask, output_hidden_states=True).hidden_states
+        clip = {"input_values": batch["input_values"][1:, :6000]}
+        if with_mask:
+            clip["attention_mask"] = torch.ones(1, 6000, dtype=torch.long)
+        alone = student(**clip, output_hidden_states=True).hidden_states
+    frames = alone[0].shape[1]
+    return max((one[0] - two[1, :frames]).abs().max().item() for one, two in zip(alone, together, strict=True))
+
+
+def test_padding_changes_nothing_for_layer_norm_and_masked_group_norm():
+    assert padded_and_alone(pruned_student("large")) < 1e-4
+    assert padded_and_alone(pruned_student("base", masked_group_norm=True)) < 1e-4
+    # The stock group norm is what it is; without a mask nobody can tell padding from silence.
+    assert padded_and_alone(pruned_student("base")) > 1e-2
+    assert padded_and_alone(pruned_student("base", masked_group_norm=True), with_mask=False) > 1e-2
+
+
+def test_masked_group_norm_without_padding_is_the_stock_one():
+    inputs = {"input_values": padded_batch()["input_values"]}
+    stock, masked = pruned_student("base"), pruned_student("base", masked_group_norm=True)
+    assert_same_hidden_states(stock, masked, inputs, atol=0)
+    assert_same_hidden_states(stock, masked, inputs | {"attention_mask": torch.ones(2, 8000, dtype=torch.long)})
+
+
+def test_masked_group_norm_survives_saving_gates_and_checkpointing(tmp_path):
+    student = pruned_student(
+        "base", masked_group_norm=True, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0
+    )
+    student.save_pretrained(tmp_path)
+    assert padded_and_alone(AutoModel.from_pretrained(tmp_path)) < 1e-4
+    off = AutoModel.from_pretrained(tmp_path, masked_group_norm=False)
+    assert padded_and_alone(off) > 1e-2
+
+    student.config.apply_spec_augment, student.config.layerdrop = False, 0.0
+    student.train()
+    gradients = []
+    for enable in (False, True):
+        student.zero_grad()
+        if enable:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        output = student(**padded_batch()).last_hidden_state
+        student(torch.randn(1, 4000))  # a forward between forward and backward: nothing of it may leak
+        output.square().sum().backward()
+        gradients.append(student.feature_extractor.conv_layers[0].conv.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+    student.gradient_checkpointing_disable()
+    student.add_gates()
+    student.eval()
+    with torch.no_grad():
+        gated = student(**padded_batch()).last_hidden_state
+        student.prune()
+        torch.testing.assert_close(student(**padded_batch()).last_hidden_state, gated, atol=1e-4, rtol=0)
+    assert padded_and_alone(student) < 1e-4
+
+
+def test_stock_form_of_a_masked_group_norm_warns(caplog):
+    student = pruned_student("base", masked_group_norm=True)
+    stock = student.to_wavlm()
+    assert "masked_group_norm" in caplog.text
+    assert_same_hidden_states(student, stock, {"input_values": padded_batch()["input_values"]})
+
+
+def test_stock_form_keeps_every_other_field():
+    student = pruned_student("large", tie_last_hidden_states=True, num_labels=5, mask_time_prob=0.2)
+    config = student.to_wavlm().config
+    assert (config.tie_last_hidden_states, config.num_labels, config.mask_time_prob) == (True, 5, 0.2)
+    assert not hasattr(config, "remaining_heads") and not hasattr(config, "auto_map")
+
+
+def test_hub_id_of_the_teacher_is_kept_and_a_local_path_is_not(tmp_path, monkeypatch):
+    tiny_teacher().save_pretrained(tmp_path / "someone" / "teacher")
+    assert WavLMSkillStudentConfig.from_pretrained(tmp_path / "someone" / "teacher").base_model is None
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    config_dict, _ = WavLMSkillStudentConfig.get_config_dict(tmp_path / "someone" / "teacher")
+    assert config_dict["base_model"] == str(tmp_path / "someone" / "teacher")
+
+
+def test_a_student_with_gates_is_not_saved(tmp_path):
+    student = pruned_student("base")
+    student.add_gates()
+    with pytest.raises(ValueError, match=r"prune\(\)"):
+        student.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -161,9 +255,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(layout, kwargs):
         ("remaining_heads", [[0], [4], []]),
         ("remaining_heads", [[1, 0], [], []]),
         ("remaining_heads", 3),
+        ("remaining_heads", [[True], [], []]),
+        ("remaining_heads", [["0"], [], []]),
+        ("remaining_heads", [[0, 0], [], []]),
+        ("remaining_heads", [[-1], [], []]),
         ("intermediate_sizes", [1, 2]),
         ("intermediate_sizes", [1, 2, -1]),
         ("intermediate_sizes", [1, 2, "3"]),
+        ("intermediate_sizes", [1, 2, True]),
+        ("conv_dim", [16, 16, 16, 0, 16, 16, 16]),
+        ("masked_group_norm", "yes"),
+        ("base_model", 7),
+        ("format_version", 2),
+        ("format_version", "1"),
+        ("format_version", None),
+        ("removed_attention_blocks", 0),
         ("removed_attention_blocks", [3]),
         ("removed_attention_blocks", [1]),
         ("removed_ffn_blocks", [0]),
@@ -172,6 +278,77 @@ def test_gradient_checkpointing_gives_the_same_gradients(layout, kwargs):
 def test_impossible_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         WavLMSkillStudentConfig(**tiny_config().to_dict() | PRUNED | {field: value})
+
+
+def edit_config(directory, change):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("field", ["format_version", "remaining_heads", "intermediate_sizes", "removed_ffn_blocks"])
+@pytest.mark.parametrize("auto_class", [WavLMForSkillStudent, AutoModel, AutoModelForCTC])
+def test_published_config_without_a_field(tmp_path, field, auto_class):
+    pruned_student("base").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.pop(field))
+    with pytest.raises(ValueError, match=field):
+        auto_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("auto_class", [WavLMForSkillStudent, AutoModel, AutoModelForCTC])
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("remaining_heads", [[], [1, 2, 3], [0, 1, 2, 3]], r"`remaining_heads\[1\]`: .* has shape"),
+        ("remaining_heads", [[2], [1, 3], [0, 1, 2, 3]], r"`remaining_heads\[0\]`.* is missing"),
+        ("remaining_heads", [[], [1, 3], []], r"`remaining_heads\[2\]`.* is one too many"),
+        ("intermediate_sizes", [6, 0, 48], r"`intermediate_sizes\[0\]`"),
+        ("intermediate_sizes", [5, 0, 0], r"`intermediate_sizes\[2\]`"),
+        ("removed_ffn_blocks", [], r"`intermediate_sizes\[1\]`"),
+        ("conv_dim", [3, 16, 5, 7, 15, 2, 11], r"`conv_dim\[4\]`"),
+        ("conv_dim", [3, 16, 5, 7, 16, 2, 12], r"`conv_dim\[6\]`"),
+        ("hidden_size", 64, "`hidden_size`"),
+        ("num_buckets", 16, "`num_buckets`"),
+        ("num_hidden_layers", 2, "`remaining_heads`"),
+        ("remaining_heads", [[], [1, 9], [0, 1, 2, 3]], r"`remaining_heads\[1\]`"),
+        ("format_version", 7, "`format_version` is 7"),
+    ],
+)
+def test_published_config_that_its_weights_contradict(tmp_path, auto_class, field, value, named):
+    pruned_student("base").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.update({field: value}))
+    for kwargs in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match=named):
+            auto_class.from_pretrained(tmp_path, **kwargs)
+
+
+def test_published_weights_that_are_incomplete_or_of_another_model(tmp_path):
+    student = pruned_student("base")
+    student.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("encoder.layers.2.attention.v_proj.weight", "feature_extractor.conv_layers.1.conv.weight"):
+        save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is missing"):
+            AutoModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_code_that_a_published_config_names_is_not_taken_over(tmp_path):
+    pruned_student("base").save_pretrained(tmp_path / "evil")
+    evil = {"AutoConfig": "../../evil.Config", "AutoModel": "someone/else--evil.Model"}
+    edit_config(tmp_path / "evil", lambda config: config.update(auto_map=evil))
+    model = AutoModel.from_pretrained(tmp_path / "evil")
+    assert type(model) is WavLMForSkillStudent
+    model.save_pretrained(tmp_path / "again")
+    auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert auto_map == WavLMSkillStudentConfig().auto_map
+    assert {value.split(".")[0] for value in auto_map.values()} == {
+        "configuration_wavlm_skill_student",
+        "modeling_wavlm_skill_student",
+    }
 
 
 def test_checkpoint_of_another_family(tmp_path):

@@ -8,6 +8,7 @@ stands alone; it differs from [`~transformers.WavLMModel`] in its attention and 
 - The bias goes into `scaled_dot_product_attention` as the attention bias, so that the fused kernels run. Relative
   positions are looked up once per forward.
 - A block may be empty. The embedding of relative positions is used by all layers; layer 0 only stores it.
+- `masked_group_norm` takes the statistics of the group norm over valid samples only.
 
 Parameter names are those of the stock model, so every stock WavLM checkpoint loads.
 """
@@ -26,8 +27,70 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMGroupNormConvLayer
+from transformers.utils import logging
 
 from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+class WavLMSkillStudentGroupNormConvLayer(WavLMGroupNormConvLayer):
+    """The first convolution of group-norm models, whose norm can leave padding out of its statistics."""
+
+    def __init__(self, config):
+        super().__init__(config, layer_id=0)
+
+    def forward(self, hidden_states, num_samples=None):
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, 1, samples)`): waveforms.
+            num_samples (`torch.LongTensor` of shape `(batch,)`, *optional*): valid samples of each; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, channels, frames)`.
+        """
+        if num_samples is None:
+            return super().forward(hidden_states)
+        hidden_states = self.conv(hidden_states)
+        num_frames = (num_samples - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
+        frames = torch.arange(hidden_states.shape[-1], device=hidden_states.device)
+        valid = (frames < num_frames[:, None])[:, None]  # (B, 1, T)
+        number = num_frames.clamp(min=1)[:, None, None]
+        # Each channel is a group of its own.
+        features = hidden_states.float()
+        mean = (features * valid).sum(-1, keepdim=True) / number
+        variance = ((features - mean) * valid).square().sum(-1, keepdim=True) / number
+        features = (features - mean) * torch.rsqrt(variance + self.layer_norm.eps)
+        features = features * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
+        return self.activation(features.to(hidden_states.dtype))
+
+
+class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
+    """The stock convolutions, with `masked_group_norm`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.feat_extract_norm == "group":
+            self.conv_layers[0] = WavLMSkillStudentGroupNormConvLayer(config)
+
+    def forward(self, input_values, num_samples=None):
+        """
+        `(batch, samples)` -> `(batch, channels, frames)`. Features, `(batch, channels, frames)`, stay as they are: so
+        that the stock model, which knows no `num_samples`, takes features that were made with them.
+        """
+        if input_values.dim() == 3:
+            return input_values
+        if num_samples is None:
+            return super().forward(input_values)
+        hidden_states = input_values[:, None]
+        if self._requires_grad and self.training:  # as in the stock encoder, for gradient checkpointing
+            hidden_states.requires_grad = True
+        hidden_states = self.conv_layers[0](hidden_states, num_samples)
+        for conv_layer in self.conv_layers[1:]:
+            hidden_states = conv_layer(hidden_states)
+        return hidden_states
 
 
 class OutputBias(nn.Module):
@@ -97,15 +160,18 @@ class WavLMSkillStudentAttention(nn.Module):
             position_bias = self.compute_bias(frames)
         if not self.heads:
             output = torch.zeros_like(hidden_states) if self.out_proj is None else self.out_proj(hidden_states)
-            return output, None, position_bias
+            eager = self.config._attn_implementation == "eager"
+            # Weights of no head rather than `None`, which would not be collected: the n-th stay those of layer n.
+            return output, hidden_states.new_zeros(batch, 0, frames, frames) if eager else None, position_bias
 
         bias = self.gate(hidden_states) * self._select(position_bias, dim=0)  # (B, H, T, T)
-        if attention_mask is not None:
-            bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], torch.finfo(bias.dtype).min)
         query, key, value = (
             projection(hidden_states).view(batch, frames, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        bias = bias.to(query.dtype)
+        if attention_mask is not None:
+            bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], torch.finfo(bias.dtype).min)
         attention = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -114,7 +180,7 @@ class WavLMSkillStudentAttention(nn.Module):
             query,
             key,
             value,
-            attention_mask=bias.to(query.dtype),
+            attention_mask=bias,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.head_dim**-0.5,
             is_causal=False,
@@ -195,7 +261,91 @@ def _pruning():
         raise ImportError("Pruning a student needs the skill_hf package: `pip install skill-hf`.") from error
 
 
-class WavLMForSkillStudent(WavLMModel):
+class _Student:
+    """What the encoder and its task models share: how they are loaded and published."""
+
+    config_class = WavLMSkillStudentConfig
+    _supports_sdpa = True
+    _can_set_attn_implementation_cached_value = True  # otherwise guessed from the wording of this file
+    model_tags = ["skill-hf", "skill", "distillation", "structured-pruning", "speech"]
+
+    @classmethod
+    def from_pretrained(cls, *args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], but weights of the encoder that do not fit its config are
+        an error, where the stock method would start from random ones.
+
+        Raises:
+            `ValueError`: if weights and config disagree; the message names the field.
+        """
+        model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+        if getattr(model.config, "quantization_config", None) is None:  # quantised weights have names of their own
+            model._check_weights(info)
+        mismatched = [f"{name} {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
+        if mismatched and not ignore_mismatched_sizes:
+            raise ValueError(
+                f"Weights have other shapes than the model: {'; '.join(sorted(mismatched))}. Pass"
+                " `ignore_mismatched_sizes=True` to start these anew."
+            )
+        return (model, info) if output_loading_info else model
+
+    def _check_weights(self, info):
+        prefix = f"{self.base_model_prefix}."
+        found = {name.removeprefix(prefix): "is missing" for name in info["missing_keys"]}
+        found |= {name.removeprefix(prefix): "is one too many" for name in info["unexpected_keys"]}
+        found |= {
+            name.removeprefix(prefix): f"has shape {tuple(there)} instead of {tuple(here)}"
+            for name, there, here in info["mismatched_keys"]
+        }
+        order = {name: index for index, name in enumerate(self.base_model.state_dict())}
+        for name in sorted(found, key=lambda name: (order.get(name, len(order)), name)):
+            field = _field_of(name)
+            if field is not None:
+                raise ValueError(
+                    f"Weights and config.json of this student disagree about `{field}`: {name} {found[name]}. One of"
+                    " the two files is damaged or of another model; get both anew."
+                )
+
+    def save_pretrained(self, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Raises:
+            `ValueError`: if the student has gates.
+        """
+        if hasattr(self.base_model, "_gate_draw"):
+            raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
+        super().save_pretrained(*args, **kwargs)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.push_to_hub`]; with the skill_hf package installed the model card tells what
+        is left of each layer.
+        """
+        try:
+            publishing = importlib.import_module("skill_hf.publishing")
+        except ImportError:
+            self.model_tags = list(self.model_tags)  # the stock method adds to it
+            return super().push_to_hub(repo_id, **kwargs)
+        return publishing.push_model(self, repo_id, **kwargs)
+
+
+def _field_of(name):
+    """The field of the config that shapes the weight of this name, or `None` if no field of a pruned shape does."""
+    parts = name.split(".")
+    if name.startswith("feature_extractor.conv_layers."):
+        return f"conv_dim[{parts[2]}]"
+    if name.startswith("feature_projection."):
+        return "conv_dim[-1]" if "layer_norm" in name else "hidden_size"
+    if name.startswith("encoder.layers."):
+        if "rel_attn_embed" in name:
+            return "num_buckets"
+        block = {"attention": "remaining_heads", "feed_forward": "intermediate_sizes"}.get(parts[3])
+        return f"{block}[{parts[2]}]" if block else "hidden_size"
+    return "hidden_size" if name.startswith("encoder.") else None
+
+
+class WavLMForSkillStudent(_Student, WavLMModel):
     """
     WavLM encoder of unequal layer widths; same inputs and outputs as [`~transformers.WavLMModel`].
 
@@ -215,16 +365,12 @@ class WavLMForSkillStudent(WavLMModel):
     ```
     """
 
-    config_class = WavLMSkillStudentConfig
-    _supports_sdpa = True
-    _can_set_attn_implementation_cached_value = True  # otherwise guessed from the wording of this file
-    _can_record_outputs = {
-        "hidden_states": WavLMModel._can_record_outputs["hidden_states"],
-        "attentions": WavLMSkillStudentAttention,
-    }
+    # transformers 4 has none, and hands hidden states and attention weights on by itself.
+    _can_record_outputs = {**(WavLMModel._can_record_outputs or {}), "attentions": WavLMSkillStudentAttention}
 
     def __init__(self, config):
         super().__init__(config)
+        self.feature_extractor = WavLMSkillStudentFeatureEncoder(config)
         for index, layer in enumerate(self.encoder.layers):
             layer.attention = WavLMSkillStudentAttention(config, index)
             layer.feed_forward = WavLMSkillStudentFeedForward(config, index)
@@ -238,19 +384,29 @@ class WavLMForSkillStudent(WavLMModel):
         elif isinstance(module, OutputBias):
             nn.init.zeros_(module.bias)
 
+    def forward(self, input_values, attention_mask=None, mask_time_indices=None, **kwargs):
+        """As [`~transformers.WavLMModel`], with `config.masked_group_norm`."""
+        group_norm = self.config.feat_extract_norm == "group"
+        if self.config.masked_group_norm and group_norm and attention_mask is not None:
+            input_values = self.feature_extractor(input_values, attention_mask.sum(-1))
+        return super().forward(
+            input_values, attention_mask=attention_mask, mask_time_indices=mask_time_indices, **kwargs
+        )
+
     @torch.no_grad()
     def to_wavlm(self):
         """
         A stock [`~transformers.WavLMModel`] with the same outputs. Convolutions stay as narrow as they are; heads and
         feed-forward units that were cut come back as zeros, so it loads anywhere and saves little.
         """
-        fields = {
-            name: value
-            for name, value in self.config.to_dict().items()
-            if name not in ("auto_map", "model_type", "architectures", "remaining_heads", "intermediate_sizes")
-            and not name.startswith("removed_")
-        }
-        stock = WavLMModel(WavLMModel.config_class(**fields))
+        if self.config.masked_group_norm and self.config.feat_extract_norm == "group":
+            logger.warning(
+                "The stock model has no `masked_group_norm`: it gives the same outputs for clips without padding only."
+            )
+        stock_config = WavLMModel.config_class
+        own = self.config_class().to_dict().keys() - stock_config().to_dict().keys() | {"model_type", "architectures"}
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in own}
+        stock = WavLMModel(stock_config(**fields))
         state, own = stock.state_dict(), self.state_dict()
         for index, layer in enumerate(self.encoder.layers):
             prefix = f"encoder.layers.{index}."
@@ -295,12 +451,8 @@ class WavLMForSkillStudent(WavLMModel):
         _pruning().prune(self)
 
 
-class _StudentHead:
+class _StudentHead(_Student):
     """What makes a stock task model one over a student."""
-
-    config_class = WavLMSkillStudentConfig
-    _supports_sdpa = True
-    _can_set_attn_implementation_cached_value = True
 
     def __init__(self, config, *args, **kwargs):
         # The stock model first makes a stock encoder, which refuses the fused attention that the student has.
