@@ -281,22 +281,19 @@ class _Student:
         model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
         if getattr(model.config, "quantization_config", None) is None:  # quantised weights have names of their own
             model._check_weights(info)
-        mismatched = [f"{name} {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
+        mismatched = _mismatched(info)
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
-                f"Weights have other shapes than the model: {'; '.join(sorted(mismatched))}. Pass"
-                " `ignore_mismatched_sizes=True` to start these anew."
+                f"{'; '.join(f'{name} {problem}' for name, problem in sorted(mismatched.items()))}. Pass"
+                " `ignore_mismatched_sizes=True` to start these weights anew."
             )
         return (model, info) if output_loading_info else model
 
     def _check_weights(self, info):
-        prefix = f"{self.base_model_prefix}."
-        found = {name.removeprefix(prefix): "is missing" for name in info["missing_keys"]}
-        found |= {name.removeprefix(prefix): "is one too many" for name in info["unexpected_keys"]}
-        found |= {
-            name.removeprefix(prefix): f"has shape {tuple(there)} instead of {tuple(here)}"
-            for name, there, here in info["mismatched_keys"]
-        }
+        found = dict.fromkeys(info["missing_keys"], "is missing")
+        found |= dict.fromkeys(info["unexpected_keys"], "is one too many")
+        found |= _mismatched(info)
+        found = {name.removeprefix(f"{self.base_model_prefix}."): problem for name, problem in found.items()}
         order = {name: index for index, name in enumerate(self.base_model.state_dict())}
         for name in sorted(found, key=lambda name: (order.get(name, len(order)), name)):
             field = _field_of(name)
@@ -328,6 +325,15 @@ class _Student:
             self.model_tags = list(self.model_tags)  # the stock method adds to it
             return super().push_to_hub(repo_id, **kwargs)
         return publishing.push_model(self, repo_id, **kwargs)
+
+
+def _mismatched(info):
+    """Names of the weights whose shape is not the model's, and what is wrong with each."""
+    found = {}
+    for entry in info["mismatched_keys"]:
+        name, *shapes = [entry] if isinstance(entry, str) else entry  # transformers 4 gives the name alone
+        found[name] = "has shape {} instead of {}".format(*map(tuple, shapes)) if shapes else "has another shape"
+    return found
 
 
 def _field_of(name):

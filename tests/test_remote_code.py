@@ -1,0 +1,173 @@
+"""
+Published students in other versions of transformers, without this package: what `trust_remote_code=True` gives from
+the two Python files of a repository.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import padded_batch
+from package_index import REQUESTS, install
+from test_modeling_wavlm_skill_student import pruned_student
+from transformers import (
+    AutoModelForAudioClassification,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    pipeline,
+)
+
+import skill_hf
+
+
+pytestmark = pytest.mark.slow
+
+# The oldest that this package works with, and the last of transformers 4. The newest is the installed one.
+VERSIONS = {
+    "installed": (),
+    "5.18.0": ("transformers==5.18.0",),
+    "4.57.6": (
+        "transformers==4.57.6",
+        "datasets==4.0.0",
+        "huggingface-hub==0.36.2",
+        "tokenizers==0.22.2",
+        *REQUESTS,
+    ),
+}
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "configuration_wavlm_skill_student.py",
+    "modeling_wavlm_skill_student.py",
+}
+
+
+def publish(root: Path) -> None:
+    """Encoders of both layouts, two task models and a damaged encoder, each a directory as on the Hub."""
+    inputs = padded_batch()
+    torch.save(inputs, root / "inputs.pt")
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    for layout in ("base", "large"):
+        student = pruned_student(layout)
+        student.save_pretrained(root / layout)
+        extractor.save_pretrained(root / layout)
+        with torch.no_grad():
+            output = student(**inputs, output_hidden_states=True)
+        expected = {"hidden_states": output.hidden_states, "last_hidden_state": output.last_hidden_state}
+        torch.save(expected, root / f"{layout}.pt")
+
+    letters = ["<pad>", "<unk>", "|", *"abcdef"]
+    (root / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
+    tokenizer = Wav2Vec2CTCTokenizer(
+        str(root / "vocab.json"), pad_token="<pad>", unk_token="<unk>", word_delimiter_token="|"
+    )
+    torch.manual_seed(0)
+    names = {0: "yes", 1: "no", 2: "stop"}
+    for name, model_class, kwargs in (
+        ("ctc", skill_hf.WavLMSkillStudentForCTC, {"vocab_size": len(letters)}),
+        (
+            "classifier",
+            skill_hf.WavLMSkillStudentForSequenceClassification,
+            {"id2label": names, "label2id": {name: label for label, name in names.items()}},
+        ),
+    ):
+        model = model_class.from_pretrained(root / "base", **kwargs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        model.save_pretrained(root / name)
+        extractor.save_pretrained(root / name)
+    tokenizer.save_pretrained(root / "ctc")
+
+    pruned_student("base").save_pretrained(root / "broken")
+    config = json.loads((root / "broken" / "config.json").read_text())
+    (root / "broken" / "config.json").write_text(json.dumps(config | {"intermediate_sizes": [5, 0, 47]}))
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def visit(request, tmp_path_factory) -> tuple[str, Path, dict]:
+    """A version of transformers, the published directories, and what a process with that version saw there."""
+    root = tmp_path_factory.mktemp("published")
+    publish(root)
+    environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    if VERSIONS[request.param]:
+        environment["PYTHONPATH"] = str(install(f"transformers-{request.param}", *VERSIONS[request.param]))
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("remote_code_child.py")), str(root)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return request.param, root, json.loads((root / "results.json").read_text())
+
+
+def test_version_is_the_one_meant(visit):
+    version, _, results = visit
+    assert version in ("installed", results["version"])
+
+
+@pytest.mark.parametrize("layout", ["base", "large"])
+def test_encoder_and_heads_give_the_same_hidden_states(visit, layout):
+    version, _, results = visit
+    seen = results["encoders"][layout]
+    assert seen["module"] == "transformers_modules"  # code of the repository, not of the package
+    assert seen["extractor"] == "Wav2Vec2FeatureExtractor"
+    assert seen["attention"] == "sdpa"
+    # transformers 4 returns the last hidden state of a Large model behind its final norm, 5 before it.
+    moved = layout == "large" and version.startswith("4")
+    assert len(seen["hidden_states"]) == 4
+    assert max(seen["hidden_states"][: 3 if moved else 4]) < 1e-5
+    assert (seen["hidden_states"][-1] > 0.1) == moved
+    assert seen["last_hidden_state"] < 1e-5
+    assert seen["stock"] < 1e-5
+    assert {name: kind for name, (kind, _) in seen["heads"].items()} == {
+        "AutoModelForCTC": "WavLMSkillStudentForCTC",
+        "AutoModelForAudioClassification": "WavLMSkillStudentForSequenceClassification",
+        "AutoModelForAudioFrameClassification": "WavLMSkillStudentForAudioFrameClassification",
+        "AutoModelForAudioXVector": "WavLMSkillStudentForXVector",
+    }
+    assert max(there for _, there in seen["heads"].values()) < 1e-5
+    assert "pip install skill-hf" in seen["prune"]
+
+
+def test_pipelines_agree_with_those_of_the_package(visit):
+    _, root, results = visit
+    audio = np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
+    text = pipeline("automatic-speech-recognition", model=str(root / "ctc"))(audio)["text"]
+    assert text and results["text"] == text
+    here = pipeline("audio-classification", model=str(root / "classifier"), top_k=3)(audio)
+    assert [row["label"] for row in results["labels"]] == [row["label"] for row in here]
+    assert [row["score"] for row in results["labels"]] == pytest.approx([row["score"] for row in here], abs=1e-5)
+
+
+def test_fine_tuned_by_the_stock_trainer_it_is_published_whole_again(visit):
+    _, root, results = visit
+    seen = results["fine_tuning"]
+    assert seen["changed"] > 0.9 * seen["all"]
+    assert max(seen["difference"].values()) < 1e-6
+    for directory in (root / "fine_tuned", root / "fine_tuned" / "checkpoint-2"):
+        assert {path.name for path in directory.iterdir()} >= FILES
+        config = json.loads((directory / "config.json").read_text())
+        assert config["auto_map"] == skill_hf.WavLMSkillStudentConfig().auto_map
+    # What any version has saved, the package loads.
+    model = AutoModelForAudioClassification.from_pretrained(root / "fine_tuned").eval()
+    assert type(model) is skill_hf.WavLMSkillStudentForSequenceClassification
+    audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(audio).logits, torch.load(root / "fine_tuned" / "logits.pt"), atol=1e-5, rtol=0
+        )
+
+
+def test_errors_name_the_field_and_the_flag(visit):
+    _, _, results = visit
+    assert results["broken"].startswith("ValueError") and "`intermediate_sizes[2]`" in results["broken"]
+    assert "trust_remote_code" in results["refused"]
