@@ -50,7 +50,7 @@ def test_pruned_equals_gated(layout, units, emptied):
     assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
     if emptied and set(units) & {"attention_heads", "attention_blocks"}:
         assert student.config.remaining_heads[0] == []
-        assert (student.encoder.layers[0].attention.out_proj is None) == ("attention_blocks" in units)
+        assert (student.encoder.layers[0].attention.output is None) == ("attention_blocks" in units)
 
 
 def test_pruned_student_saves_and_loads(layout, tmp_path):

@@ -94,7 +94,10 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
 
 
 class OutputBias(nn.Module):
-    """What is left of an output projection without inputs: its bias. `(..., 0)` -> `(..., hidden_size)`."""
+    """
+    What is left of an output projection without inputs: its bias, expanded to the shape of the layer's input. Its name
+    is not that of a projection, which LoRA would try to adapt.
+    """
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -137,9 +140,11 @@ class WavLMSkillStudentAttention(nn.Module):
             self.out_proj = nn.Linear(width, config.hidden_size)
             self.gru_rel_pos_const = nn.Parameter(torch.ones(1, len(self.heads), 1, 1))
             self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
+            self.output_bias = None
         else:
+            self.out_proj = None
             removed = layer_index in config.removed_attention_blocks
-            self.out_proj = None if removed else OutputBias(config.hidden_size)
+            self.output_bias = None if removed else OutputBias(config.hidden_size)
         if layer_index == 0:
             self.rel_attn_embed = nn.Embedding(config.num_buckets, self.num_heads)
 
@@ -159,7 +164,7 @@ class WavLMSkillStudentAttention(nn.Module):
         if position_bias is None:
             position_bias = self.compute_bias(frames)
         if not self.heads:
-            output = torch.zeros_like(hidden_states) if self.out_proj is None else self.out_proj(hidden_states)
+            output = torch.zeros_like(hidden_states) if self.output_bias is None else self.output_bias(hidden_states)
             eager = self.config._attn_implementation == "eager"
             # Weights of no head rather than `None`, which would not be collected: the n-th stay those of layer n.
             return output, hidden_states.new_zeros(batch, 0, frames, frames) if eager else None, position_bias
@@ -186,6 +191,11 @@ class WavLMSkillStudentAttention(nn.Module):
             is_causal=False,
         )  # (B, T, H, head_dim)
         return self.out_proj(output.reshape(batch, frames, -1)), weights, position_bias
+
+    @property
+    def output(self):
+        """The module that writes the block's output: `out_proj`, the bias that is left of it, or `None`."""
+        return self.output_bias if self.out_proj is None else self.out_proj
 
     def gate(self, hidden_states):
         """Gate of each query frame's position bias, `(batch, heads, frames, 1)`; it reads the head's input slice."""
@@ -238,20 +248,26 @@ class WavLMSkillStudentFeedForward(nn.Module):
             )
             self.intermediate_dropout = nn.Dropout(config.activation_dropout)
             self.output_dense = nn.Linear(size, config.hidden_size)
+            self.output_bias = None
         else:
-            self.intermediate_dense = None
+            self.intermediate_dense = self.output_dense = None
             removed = layer_index in config.removed_ffn_blocks
-            self.output_dense = None if removed else OutputBias(config.hidden_size)
+            self.output_bias = None if removed else OutputBias(config.hidden_size)
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states):
         """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
-        if self.output_dense is None:
+        if self.output is None:
             return torch.zeros_like(hidden_states)
         if self.intermediate_dense is not None:
             hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
             hidden_states = self.intermediate_dropout(hidden_states)
-        return self.output_dropout(self.output_dense(hidden_states))
+        return self.output_dropout(self.output(hidden_states))
+
+    @property
+    def output(self):
+        """The module that writes the block's output: `output_dense`, the bias that is left of it, or `None`."""
+        return self.output_bias if self.output_dense is None else self.output_dense
 
 
 def _pruning():
@@ -416,6 +432,10 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         state, own = stock.state_dict(), self.state_dict()
         for index, layer in enumerate(self.encoder.layers):
             prefix = f"encoder.layers.{index}."
+            for projection in ("attention.out_proj", "feed_forward.output_dense"):
+                left = f"{prefix}{projection.partition('.')[0]}.output_bias.bias"
+                if left in own:
+                    own[f"{prefix}{projection}.bias"] = own.pop(left)
             heads = torch.tensor(layer.attention.heads, dtype=torch.long)
             rows = (heads[:, None] * layer.attention.head_dim + torch.arange(layer.attention.head_dim)).flatten()
             units = torch.arange(self.config.intermediate_sizes[index])

@@ -73,15 +73,15 @@ def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads
         if "attention_heads" in units and attention.heads:
             gate = new_gate(attention, "head_gate", "attention_heads", len(attention.heads))
             attention.out_proj.register_forward_pre_hook(GateHook(gate, repeats=attention.head_dim).pre)
-        if "attention_blocks" in units and attention.out_proj is not None:
+        if "attention_blocks" in units and attention.output is not None:
             gate = new_gate(attention, "block_gate", "attention_blocks", 1)
-            attention.out_proj.register_forward_hook(GateHook(gate).post)
+            attention.output.register_forward_hook(GateHook(gate).post)
         if "ffn_dims" in units and feed_forward.intermediate_dense is not None:
             gate = new_gate(feed_forward, "dim_gate", "ffn_dims", feed_forward.intermediate_dense.out_features)
             feed_forward.output_dense.register_forward_pre_hook(GateHook(gate).pre)
-        if "ffn_blocks" in units and feed_forward.output_dense is not None:
+        if "ffn_blocks" in units and feed_forward.output is not None:
             gate = new_gate(feed_forward, "block_gate", "ffn_blocks", 1)
-            feed_forward.output_dense.register_forward_hook(GateHook(gate).post)
+            feed_forward.output.register_forward_hook(GateHook(gate).post)
     student._gate_draw = DrawHook([gate for _, gate in named_gates(student)])
     student._gate_draw_handle = student.register_forward_pre_hook(student._gate_draw)
 
@@ -153,14 +153,14 @@ def _count_parameters(student, measure: Callable):
         attention, feed_forward = layer.attention, layer.feed_forward
         embedding = numel(getattr(attention, "rel_attn_embed", None))
         total = total - numel(attention) + embedding - numel(feed_forward)
-        if attention.out_proj is not None:
+        if attention.output is not None:
             block, _ = left(attention, "block_gate", 1)
             heads, any_head = left(attention, "head_gate", len(attention.heads))
             # Query, key, value (with bias), the columns of the output projection, the constant of the gate.
             per_head = attention.head_dim * (4 * hidden_size + 3) + 1
             shared = any_head * numel(getattr(attention, "gru_rel_pos_linear", None))
             total = total + block * (heads * per_head + shared + hidden_size)
-        if feed_forward.output_dense is not None:
+        if feed_forward.output is not None:
             block, _ = left(feed_forward, "block_gate", 1)
             dense = feed_forward.intermediate_dense
             units, _ = left(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
@@ -256,6 +256,12 @@ def prune(student) -> None:
         for name in [name for name in state if name.startswith(prefix) and not name.startswith(but)]:
             del state[name]
 
+    def leave_bias(name: str) -> None:
+        """A projection without inputs leaves its bias, if it has not done so already."""
+        if name in state:
+            left = f"{name.rsplit('.', 2)[0]}.output_bias.bias"
+            state[left], trainable[left] = state.pop(name), trainable[name]
+
     config.conv_dim = []
     indices = value = None
     for index, layer in enumerate(student.feature_extractor.conv_layers):
@@ -275,13 +281,14 @@ def prune(student) -> None:
     for index, layer in enumerate(student.encoder.layers):
         attention, feed_forward = layer.attention, layer.feed_forward
         prefix = f"encoder.layers.{index}.attention."
-        block_open, block = open_units(attention, "block_gate", int(attention.out_proj is not None))
+        block_open, block = open_units(attention, "block_gate", int(attention.output is not None))
         heads, value = open_units(attention, "head_gate", len(attention.heads))
         if not len(block_open):
             heads = heads[:0]
             drop(prefix, but=(f"{prefix}rel_attn_embed",))
         elif not len(heads):
-            drop(prefix, but=(f"{prefix}rel_attn_embed", f"{prefix}out_proj.bias"))
+            leave_bias(f"{prefix}out_proj.bias")
+            drop(prefix, but=(f"{prefix}rel_attn_embed", f"{prefix}output_bias.bias"))
         else:
             rows = (
                 heads[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=heads.device)
@@ -292,25 +299,28 @@ def prune(student) -> None:
             take(f"{prefix}gru_rel_pos_const", 1, heads)
             take(f"{prefix}out_proj.weight", 1, rows)
             scale(f"{prefix}out_proj.weight", value.repeat_interleave(attention.head_dim) * block)
-        scale(f"{prefix}out_proj.bias", block)
+        for name in ("out_proj.bias", "output_bias.bias"):
+            scale(prefix + name, block)
         config.remaining_heads[index] = [attention.heads[head] for head in heads.tolist()]
         _record_removed(config.removed_attention_blocks, index, not len(block_open))
 
         prefix = f"encoder.layers.{index}.feed_forward."
         dense = feed_forward.intermediate_dense
-        block_open, block = open_units(feed_forward, "block_gate", int(feed_forward.output_dense is not None))
+        block_open, block = open_units(feed_forward, "block_gate", int(feed_forward.output is not None))
         units, value = open_units(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
         if not len(block_open):
             units = units[:0]
             drop(prefix)
         elif not len(units):
-            drop(prefix, but=(f"{prefix}output_dense.bias",))
+            leave_bias(f"{prefix}output_dense.bias")
+            drop(prefix, but=(f"{prefix}output_bias.bias",))
         else:
             take(f"{prefix}intermediate_dense.weight", 0, units)
             take(f"{prefix}intermediate_dense.bias", 0, units)
             take(f"{prefix}output_dense.weight", 1, units)
             scale(f"{prefix}output_dense.weight", value * block)
-        scale(f"{prefix}output_dense.bias", block)
+        for name in ("output_dense.bias", "output_bias.bias"):
+            scale(prefix + name, block)
         config.intermediate_sizes[index] = len(units)
         _record_removed(config.removed_ffn_blocks, index, not len(block_open))
 
