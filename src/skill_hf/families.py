@@ -1,8 +1,10 @@
 """The families of teachers: what a student of each is, and how a teacher becomes one."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .modeling_wavlm_skill_student import WavLMForSkillStudent
@@ -31,16 +33,22 @@ def load_teacher(teacher: str | Path | PreTrainedModel) -> PreTrainedModel:
         teacher = teacher.base_model
         _check_family(teacher.config.model_type, teacher.config.name_or_path or type(teacher).__name__)
     else:
-        try:
+        with _one_error(f"Teacher `{teacher}` could not be loaded; give a Hub id or a directory with config.json."):
             config = AutoConfig.from_pretrained(teacher)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"Teacher `{teacher}` could not be loaded; give a Hub id or a directory with config.json. ({reason})"
-            ) from error
         _check_family(config.model_type, teacher)
-        teacher = AutoModel.from_pretrained(teacher, config=config, dtype=torch.float32)
+        with _one_error(f"The weights of teacher `{teacher}` could not be loaded; get them anew."):
+            teacher = AutoModel.from_pretrained(teacher, config=config, dtype=torch.float32)
     return teacher.float().requires_grad_(False).eval()
+
+
+@contextmanager
+def _one_error(what: str):
+    """Makes one kind of error, a `ValueError` that begins with `what`, of those that loading can raise."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{what} ({reason})") from error
 
 
 def _check_family(model_type: str, name) -> None:
