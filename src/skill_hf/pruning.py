@@ -259,8 +259,7 @@ def prune(student) -> None:
     def leave_bias(name: str) -> None:
         """A projection without inputs leaves its bias, if it has not done so already."""
         if name in state:
-            left = f"{name.rsplit('.', 2)[0]}.output_bias.bias"
-            state[left], trainable[left] = state.pop(name), trainable[name]
+            state[f"{name.rsplit('.', 2)[0]}.output_bias.bias"] = state.pop(name)
 
     config.conv_dim = []
     indices = value = None
@@ -335,13 +334,21 @@ def prune(student) -> None:
     pruned.feature_extractor._requires_grad = student.feature_extractor._requires_grad
     for name, child in pruned.named_children():
         setattr(student, name, child)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trainable[name])
+    set_trainable(student, trainable)
     student.config = config
     # transformers installs the hooks that collect hidden states once; the new layers have none yet.
     student._output_capturing_hooks_installed = False
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def set_trainable(student, trainable: dict[str, bool]) -> None:
+    """Has each parameter of a pruned student require a gradient if it did before, by its name of then."""
+    for name, parameter in student.named_parameters():
+        if name not in trainable:  # the bias that a projection has left
+            projection = "out_proj" if ".attention." in name else "output_dense"
+            name = name.replace("output_bias", projection)
+        parameter.requires_grad_(trainable[name])
 
 
 def _record_removed(removed: list[int], index: int, gone: bool) -> None:
