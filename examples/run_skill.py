@@ -48,7 +48,6 @@ from transformers import AutoModel, HfArgumentParser, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
 from skill_hf.data import calibration_waveforms, load_audio_dir, load_speech_dataset
-from skill_hf.plots import plot_architecture, plot_layer_similarity, plot_training
 
 
 logger = logging.getLogger("run_skill")
@@ -241,21 +240,6 @@ def check_saved_student(trainer: SkillDistillationTrainer) -> None:
         )
 
 
-def save_figures(trainer: SkillDistillationTrainer) -> None:
-    figures = {"architecture": plot_architecture(trainer.model.config, trainer.teacher.config)}
-    if any("distillation_loss" in line for line in trainer.state.log_history):  # not if it ended before a first line
-        figures["training"] = plot_training(trainer.state.log_history)
-    if trainer.layer_similarity is None:
-        logger.info("Groups were set by hand: there is no layer_similarity.png.")
-    else:
-        first_layer = 0 if trainer.skill_config.include_embeddings else 1
-        figures["layer_similarity"] = plot_layer_similarity(
-            trainer.layer_similarity, trainer.layer_tree(), trainer.layer_groups, first_layer
-        )
-    for name, figure in figures.items():
-        figure.savefig(Path(trainer.args.output_dir) / f"{name}.png")
-
-
 def run(arguments: list[str], clock: StageClock) -> None:
     model_args, data_args, skill_config, training_args = parse(arguments)
     if importlib.util.find_spec("matplotlib") is None:
@@ -280,11 +264,12 @@ def run(arguments: list[str], clock: StageClock) -> None:
     # What neither stage took went into calibration, clustering and the cut.
     stages = sum(seconds for name, seconds in clock.seconds.items() if name.startswith("stage_"))
     clock.seconds["calibration_and_cut"] = clock.seconds.pop("train") - stages
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is published below, with what is measured until then
     trainer.save_state()
 
+    teacher = model_args.teacher_name_or_path
     results = {
-        "teacher": model_args.teacher_name_or_path,
+        "teacher": Path(teacher).name if Path(teacher).exists() else teacher,  # published: no path of this machine
         "teacher_parameters": trainer.num_teacher_parameters,
         "target_sparsity": skill_config.target_sparsity,
         "layer_groups": trainer.layer_groups,
@@ -297,7 +282,6 @@ def run(arguments: list[str], clock: StageClock) -> None:
         results["student_parameters"] = count_saved_parameters(training_args.output_dir)
         results["sparsity"] = 1 - results["student_parameters"] / trainer.num_teacher_parameters
         check_saved_student(trainer)
-        save_figures(trainer)
         logger.info("Groups of hidden states: %s", trainer.layer_groups)
         logger.info(
             "Student of %s parameters (sparsity %.4f) in %s; it loads with AutoModel.from_pretrained",

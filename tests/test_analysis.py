@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_teacher
-from transformers import BatchFeature, WavLMModel
+from conftest import tiny_config, tiny_teacher
+from transformers import BatchFeature, WavLMConfig, WavLMModel
 
-from skill_hf.analysis import layer_distances
+from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig, WavLMSkillStudentForCTC
+from skill_hf.analysis import count_macs, layer_distances
 from skill_hf.families import build_student
 
 
@@ -144,3 +145,89 @@ def test_a_layer_that_does_not_vary_is_named(audio):
 def test_no_audio_is_an_error():
     with pytest.raises(ValueError, match="no audio"):
         distances_of(tiny_teacher(), tiny_teacher(), [])
+
+
+# ------------------------------------------------------------------------------------------------ multiply-accumulates
+def closed_form(config, samples: int) -> tuple[int, int]:
+    """
+    Multiply-accumulates by the formulas of the layers, for a stock config or a student's: those that published tables
+    count (convolutions, projections, attention with its part that is quadratic in the frames, feed-forward blocks),
+    and what PyTorch counts besides: WavLM's gate of the position bias, a linear map of each head's input.
+    """
+    layers, size = config.num_hidden_layers, config.hidden_size
+    heads = [len(left) for left in getattr(config, "remaining_heads", [range(config.num_attention_heads)] * layers)]
+    units = getattr(config, "intermediate_sizes", [config.intermediate_size] * layers)
+    head_size = size // config.num_attention_heads
+    frames, channels, total = samples, 1, 0
+    for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+        frames = (frames - kernel) // stride + 1
+        total += frames * channels * width * kernel
+        channels = width
+    kernel, groups = config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
+    # An even kernel, padded by half of it on both sides, gives a frame too many, which is cut off.
+    total += frames * channels * size + (frames + 1 - kernel % 2) * size * (size // groups) * kernel
+    for number, width in zip(heads, units, strict=True):
+        total += (
+            frames * 4 * size * number * head_size + 2 * frames**2 * number * head_size + 2 * frames * size * width
+        )
+    return total, sum(heads) * frames * head_size * 8
+
+
+PRUNED = {  # DiariZen's wavlm_base_s80_md
+    "conv_dim": [90, 161, 173, 181, 351, 155, 137],
+    "remaining_heads": [list(range(heads)) for heads in (2, 3, 3, 5, 2, 1, 4, 4, 0, 0, 2, 1)],
+    "intermediate_sizes": [666, 660, 649, 1080, 237, 299, 437, 573, 53, 80, 211, 334],
+    "removed_attention_blocks": [8, 9],
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "published"),
+    [
+        (lambda: WavLMModel(WavLMConfig()), 6.911e9),
+        (lambda: WavLMForSkillStudent(WavLMSkillStudentConfig()), 6.911e9),
+        (lambda: WavLMForSkillStudent(WavLMSkillStudentConfig(**PRUNED)), 1.134e9),
+    ],
+    ids=["stock", "unpruned", "pruned"],
+)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_macs_are_those_of_the_formulas_and_of_published_tables(make, published, implementation):
+    with torch.device("meta"):
+        model = make()
+    if isinstance(model, WavLMForSkillStudent):
+        model.set_attn_implementation(implementation)
+    table, rest = closed_form(model.config, 16_000)
+    assert table == pytest.approx(published, rel=5e-4)
+    assert count_macs(model, seconds=1.0) == table + rest
+    assert rest < 0.01 * table
+    assert count_macs(model) == sum(closed_form(model.config, 160_000))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counting_macs_leaves_the_model_as_it_is(layout, dtype):
+    model = build_student(tiny_teacher(layout)).to(dtype)
+    model.encoder.layers[0].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    training = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    assert count_macs(model, 0.5, sampling_rate=8_000) == sum(closed_form(model.config, 4_000))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert tensor.device.type == "cpu" and torch.equal(tensor, before[name])
+
+
+def test_macs_of_a_head_are_counted():
+    config = WavLMSkillStudentConfig(**{**tiny_config().to_diff_dict(), "model_type": "", "vocab_size": 50})
+    encoder, head = WavLMForSkillStudent(config), WavLMSkillStudentForCTC(config)
+    assert count_macs(head, 1.0) - count_macs(encoder, 1.0) == 49 * 32 * 50
+
+
+def test_what_cannot_be_counted_is_refused():
+    student = build_student(tiny_teacher())
+    with pytest.raises(ValueError, match="`seconds` is 0.02, 320 samples, but the model needs 400"):
+        count_macs(student, 0.02)
+    student.add_gates()
+    with pytest.raises(ValueError, match="still has its gates"):
+        count_macs(student)

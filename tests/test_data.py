@@ -212,6 +212,15 @@ def test_audio_dir_is_listed_in_order_and_not_decoded(tmp_path):
     assert len(read_audio(dataset[3]["audio"])) == RATE
 
 
+def test_datasets_keep_their_name_and_no_path(tmp_path):
+    write_wavs(tmp_path / "secret" / "speech", ["a.wav"])
+    by_directory = load_audio_dir(tmp_path / "secret" / "speech")
+    (tmp_path / "secret" / "speech" / "rows.csv").write_text("audio\na.wav\n")
+    by_csv = load_speech_dataset(tmp_path / "secret" / "speech")
+    for dataset in (by_directory, by_csv, by_csv.shuffle(seed=0).select([0])):
+        assert dataset.info.dataset_name == "speech"
+
+
 def test_unreadable_files_are_left_out_counted_and_named(tmp_path, caplog):
     write_bad_files(tmp_path)
     write_wavs(tmp_path, ["good.wav", "better.wav"])

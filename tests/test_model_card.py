@@ -213,6 +213,14 @@ def test_tags_of_the_user_are_kept(student, monkeypatch):
     assert card_data(student).tags == [*TAGS, "mine"]
 
 
+def test_a_class_of_the_user_is_loaded_as_what_it_derives_from(student):
+    class Mine(skill_hf.WavLMForSkillStudent):
+        pass
+
+    card = student_card(Mine(student.config))
+    assert "from skill_hf import WavLMForSkillStudent\n" in card.text and "Mine" not in card.text
+
+
 def test_only_students_have_a_card(teacher):
     with pytest.raises(ValueError, match="for its students, but the model is a WavLMModel"):
         card_data(teacher)
@@ -700,8 +708,7 @@ def test_every_field_has_its_place():
     template = model_card.TEMPLATE.read_text(encoding="utf-8")
     for prefix, content in (("", StudentContent), (r"training\.", TrainingContent), (r"dataset\.", DatasetContent)):
         for field in dataclasses.fields(content):
-            if field.name != "auto_class":  # in the snippet
-                assert re.search(rf"\b{prefix}{field.name}\b", template), field.name
+            assert re.search(rf"\b{prefix}{field.name}\b", template), field.name
     known = {
         f.name for content in (StudentContent, TrainingContent, DatasetContent) for f in dataclasses.fields(content)
     }

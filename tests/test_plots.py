@@ -74,6 +74,17 @@ def test_similarity_keeps_groups_together_and_names_them():
     assert texts(axes.texts)[:3] == ["1.00", "0.90", "0.82"]
 
 
+def test_labels_of_small_distances_do_not_run_into_each_other():
+    similarity, tree = similar_layers([0, 0.01, 0.02, 0.08, 0.12])
+    figure = plot_layer_similarity(similarity, tree, [[0, 1, 2], [3, 4]])
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    boxes = sorted(boxes, key=lambda box: box.x0)
+    assert len(boxes) > 1
+    for left, right in zip(boxes, boxes[1:], strict=False):
+        assert left.x1 + 5 < right.x0
+
+
 def test_dendrogram_meets_the_rows_of_the_matrix():
     similarity, tree = similar_layers([0, 1, 10, 11, 2, 30])
     tree_axes, axes, _ = plot_layer_similarity(similarity, tree, [[0, 1, 4], [2, 3], [5]]).axes
@@ -180,6 +191,7 @@ def test_training_shows_both_stages():
     assert sparsity.lines[0].get_xydata().tolist() == [[10, 50], [20, 50], [30, 50]]
     for axes in (terms, penalty, sparsity):
         assert axes.lines[-1].get_xdata() == [20, 20]  # the cut
+    assert plot_training(log, cut=25).axes[0].lines[-1].get_xdata() == [25, 25]
     assert "L2" in [curve.get_label() for curve in plot_training(log, ["l2_loss"]).axes[0].lines]
 
 

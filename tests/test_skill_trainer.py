@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -150,6 +151,9 @@ def test_saved_student(uninterrupted, tmp_path):
         "preprocessor_config.json",
         "skill_config.json",
         "README.md",
+        "architecture.png",
+        "layer_similarity.png",
+        "training.png",
     }
     model = AutoModel.from_pretrained(tmp_path)
     assert not any("log_alpha" in name or "projections" in name for name in model.state_dict())
@@ -158,6 +162,17 @@ def test_saved_student(uninterrupted, tmp_path):
     with torch.no_grad():
         expected, actual = trainer.model(**padded_batch()), model(**padded_batch())
     assert torch.equal(expected.last_hidden_state, actual.last_hidden_state)
+
+
+def test_student_remembers_the_hub_id_of_its_teacher(tmp_path, clips):
+    teacher = tiny_teacher()
+    assert make_trainer(tmp_path, clips, teacher=teacher).student.config.base_model is None
+    teacher.config.name_or_path = "someone/teacher"
+    assert make_trainer(tmp_path, clips, teacher=teacher).student.config.base_model == "someone/teacher"
+    # A student that is a teacher passes on what it knows.
+    teacher = build_student(tiny_teacher())
+    teacher.config.base_model = "someone/teacher"
+    assert make_trainer(tmp_path, clips, teacher=teacher).student.config.base_model == "someone/teacher"
 
 
 def test_checkpoints_hold_no_teacher(uninterrupted):
@@ -419,6 +434,14 @@ def test_teachers_that_cannot_be(tmp_path, clips):
         make_trainer(tmp_path, clips, teacher=str(tmp_path / "hubert"))
     with pytest.raises(ValueError, match="could not be loaded"):
         make_trainer(tmp_path, clips, teacher=str(tmp_path / "missing"))
+    tiny_teacher().save_pretrained(tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="weights of teacher `.*torn` could not be loaded"):
+        make_trainer(tmp_path, clips, teacher=str(tmp_path / "torn"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="weights of teacher `.*torn` could not be loaded"):
+        make_trainer(tmp_path, clips, teacher=str(tmp_path / "torn"))
     with pytest.raises(ValueError, match="hidden_size"):
         other = WavLMForSkillStudent.config_class(**tiny_config(hidden_size=64).to_dict())
         make_trainer(tmp_path, clips, model=WavLMForSkillStudent(other))
@@ -436,6 +459,14 @@ def test_teacher_from_a_directory_with_a_feature_extractor(tmp_path, clips):
     trainer = make_trainer(tmp_path / "out", rows, teacher=str(tmp_path / "teacher"), max_steps=3)
     assert trainer.processing_class.do_normalize
     assert trainer.teacher.dtype == torch.float32
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_sampling_by_length(tmp_path, clips, strategy):
+    rows = datasets.Dataset.from_list([row | {"length": len(row["input_values"])} for row in clips])
+    trainer = make_trainer(tmp_path, rows, train_sampling_strategy=strategy, max_steps=3)
     trainer.train()
     assert trainer.state.global_step == 3
 

@@ -153,6 +153,7 @@ def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
         raise AudioError(f"None of the {len(paths)} audio files in `{directory}` can be read; the first: {errors[0]}")
     _warn_skipped(errors, len(paths))
     dataset = datasets.Dataset.from_dict({"audio": list(lengths), "length": list(lengths.values())})
+    dataset.info.dataset_name = os.path.basename(os.path.abspath(directory))  # for the model card
     return dataset.cast_column("audio", datasets.Audio(decode=False))
 
 
@@ -190,6 +191,8 @@ def load_speech_dataset(
     name = os.fspath(name)
     try:
         dataset = disable_audio_decoding(_load_split(name, config_name, split, streaming, audio_column))
+        # For the model card; `datasets` keeps neither the owner of a dataset on the Hub nor the name of a directory.
+        dataset.info.dataset_name = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
         first_row = next(iter(dataset), None)
         if first_row is None:
             raise AudioError(f"The split `{split}` of `{name}` has no rows; name another split or dataset.")

@@ -1,45 +1,135 @@
-"""The model card, `README.md`, that lies beside every saved student."""
+"""The model card, `README.md`, that lies beside every saved student: what it is, what it was made from, how."""
 
+import functools
 import importlib.metadata
+import io
 import json
+import logging
 import platform
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_url
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
+from .analysis import count_macs
+from .plots import plot_architecture, plot_layer_similarity, plot_training
 from .version import __version__
 
 
+logger = logging.getLogger(__name__)
+
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-FIGURES = ("layer_similarity.png", "architecture.png", "training.png")
+FIGURES = ("architecture.png", "layer_similarity.png", "training.png")
 LOSS_TERMS = {"l1": "L1", "l2": "L2", "cosine": "− cosine similarity"}
+EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
+CURVE_ROWS = 8
+HUB_TIMEOUT = 5.0  # seconds; a card does not wait longer for the licence of the teacher
+
+# Auto class of a student -> task on the Hub, which has none of its own for frames and for speakers; and the last lines
+# of the snippet.
+TASKS = {
+    "AutoModel": (
+        "feature-extraction",
+        "    hidden_states = model(**inputs, output_hidden_states=True).hidden_states\n"
+        "print(len(hidden_states), hidden_states[-1].shape, hidden_states[-1][0, 0, :3])",
+    ),
+    "AutoModelForCTC": (
+        "automatic-speech-recognition",
+        "    tokens = model(**inputs).logits.argmax(-1)\n"
+        "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` makes text of them",
+    ),
+    "AutoModelForAudioClassification": (
+        "audio-classification",
+        "    probabilities = model(**inputs).logits.softmax(-1)[0]\n"
+        "print({model.config.id2label[index]: p for index, p in enumerate(probabilities.tolist())})",
+    ),
+    "AutoModelForAudioFrameClassification": (
+        "voice-activity-detection",
+        "    logits = model(**inputs).logits\nprint(logits.shape)  # (clips, frames, labels)",
+    ),
+    "AutoModelForAudioXVector": (
+        "feature-extraction",
+        "    embeddings = torch.nn.functional.normalize(model(**inputs).embeddings, dim=-1)\n"
+        "print(embeddings.shape)  # two clips are as alike as the dot product of their embeddings is large",
+    ),
+}
+
+SNIPPET = """\
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, {auto_class}
+
+name = {name}
+feature_extractor = AutoFeatureExtractor.from_pretrained(name)
+model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
+
+audio = np.random.default_rng(0).standard_normal({rate})  # one second, mono, {rate} Hz: yours goes here
+inputs = feature_extractor(audio, sampling_rate={rate}, return_tensors="pt").to(model.device, model.dtype)
+with torch.no_grad():
+{last_lines}"""
 
 
 @dataclass
-class CardContent:
+class StudentContent:
     """
-    What the template shows, as plain numbers and strings, one field for each blank. What is `None`, or empty, is not
-    known (yet) and leaves its paragraph out.
+    What the template shows of every student, as plain numbers and strings, one field for each blank. What is `None`,
+    or empty, is not known and leaves its paragraph out.
     """
 
     student_class: str
-    student_id: str
+    student_id: str | None
     teacher_id: str | None
-    teacher_type: str
+    snippet: str
     num_parameters: int
+    macs: int
+    macs_seconds: float
+    conv_channels: list[int]  # of each convolution
+    heads: list[int]  # of each layer
+    all_heads: int
+    units: list[int]
+    all_units: int
+    versions: dict[str, str]
+
+
+@dataclass
+class DatasetContent:
+    """A set of clips: what for, its name, its id on the Hub, how many clips and hours."""
+
+    use: str
+    name: str | None
+    hub_id: str | None
+    num_clips: int | None
+    hours: float | None
+
+
+@dataclass
+class TrainingContent:
+    """What the template shows in addition if the trainer is there to tell, on the same terms."""
+
+    teacher_type: str
     num_teacher_parameters: int
+    teacher_macs: int
+    teacher_conv_channels: list[int]
+    teacher_heads: list[int]  # of each layer
+    teacher_units: list[int]
+    printed: str | None  # by the snippet
     target_sparsity: float
-    sampling_rate: int
-    output_shape: tuple[int, int, int]  # of one hidden state of one second of audio
-    conv_channels: list[tuple[int, int]]  # of each convolution: the student's, the teacher's
-    heads: list[tuple[int, int]]  # of each layer
-    units: list[tuple[int, int]]
     groups: list[list[int]] | None
     clustering: str | None  # how the groups were found; `None` if set by hand
+    merges: list[tuple[list[int], list[int], float]]  # of the tree: which hidden states with which, at which distance
+    first_layer: int  # hidden state that the first row of the tree stands for
     student_layers: str
+    datasets: list[DatasetContent]
+    calibration: tuple[int, float]  # clips at most, seconds each
     recipe: dict[str, str]
     stages: list[tuple[int, float]] | None  # optimizer steps and peak learning rate of each
     num_steps_done: int
@@ -48,58 +138,196 @@ class CardContent:
     seed: int
     loss_names: list[str]
     losses: list[tuple[str, int, list[str]]]  # of what, at which step, values
+    curve: list[tuple[int, float, float]]  # step, sparsity, target
     figures: list[str]
-    versions: dict[str, str]
 
 
 def write_model_card(directory: str | Path, trainer) -> None:
     """
-    Writes `README.md` into `directory`. No path of this machine stands in it.
+    Writes `README.md` and, if matplotlib is installed, its figures `architecture.png`, `layer_similarity.png` and
+    `training.png` into `directory`. No path of this machine stands in it.
+
+    If a student was saved in `directory`, the card's snippet is run on it, and what it prints stands in the card.
 
     Args:
         directory (`str` or `Path`):
-            Where the student is saved. Those of `layer_similarity.png`, `architecture.png` and `training.png` that lie
-            there are shown.
+            Where the student is saved.
         trainer ([`SkillDistillationTrainer`]):
             What it has not come to yet is left out.
+
+    Raises:
+        `RuntimeError`: if the snippet fails. The student stays as it was saved, and no card is written.
     """
-    content = card_content(directory, trainer)
-    data = ModelCardData(
-        base_model=content.teacher_id,
+    datasets = _datasets(trainer)
+    data = card_data(trainer.student, trainer.teacher_name, [dataset.hub_id for dataset in datasets if dataset.hub_id])
+    rate = _sampling_rate(trainer)
+    # Known once the trainer has made its repository on the Hub.
+    content = _student_content(trainer.student, data, getattr(trainer, "hub_model_id", None), rate)
+    printed = None
+    if (Path(directory) / CONFIG_NAME).is_file():
+        try:
+            printed = _run(_snippet(trainer.student, str(directory), rate))
+        except Exception as error:
+            raise RuntimeError(
+                f"The student was saved in `{directory}`, but the snippet of its model card fails there, so that no"
+                f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
+            ) from error
+    training = _training_content(trainer, datasets, printed, save_figures(directory, trainer))
+    _render(data, content, training).save(Path(directory) / REPOCARD_NAME)
+
+
+def student_card(model: PreTrainedModel, repo_id: str | None = None) -> ModelCard:
+    """
+    A shorter card for a student without a trainer: size, what is left of each layer, how to use it, citations.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a student of any class.
+        repo_id (`str`, *optional*): its id on the Hub.
+
+    Raises:
+        `ValueError`: if `model` is no student.
+    """
+    data = card_data(model)
+    return _render(data, _student_content(model, data, repo_id), None)
+
+
+def card_data(
+    model: PreTrainedModel, teacher: str | Path | None = None, datasets: Sequence[str] = ()
+) -> ModelCardData:
+    """
+    Metadata of a student's card. Fields of which nothing is known are left out.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A student of any class; its task follows from the class, its tags are `model.model_tags`.
+        teacher (`str` or `Path`, *optional*):
+            Hub id or local directory of the teacher, `model.config.base_model` by default. Only an id on the Hub
+            becomes `base_model`; the licence is read in a directory, too.
+        datasets (`Sequence[str]`, *optional*):
+            Hub ids of the training data.
+
+    Raises:
+        `ValueError`: if `model` is no student.
+    """
+    base_model = getattr(model.config, "base_model", None)
+    return ModelCardData(
+        base_model=hub_id_of(teacher) or hub_id_of(base_model),
+        datasets=sorted(set(datasets)) or None,
         library_name="transformers",
-        pipeline_tag="feature-extraction",
-        tags=list(trainer._tag_names),
+        license=teacher_license(teacher or base_model),
+        pipeline_tag=TASKS[_classes(model)[1]][0],
+        tags=list(model.model_tags or []),
     )
-    blanks = {item.name: getattr(content, item.name) for item in fields(content)}
-    card = ModelCard.from_template(data, template_path=str(TEMPLATE), **blanks)
-    card.save(Path(directory) / "README.md")
 
 
-def card_content(directory: str | Path, trainer) -> CardContent:
-    """Gathers what the card tells about the student of `trainer`; arguments as for [`write_model_card`]."""
+def teacher_license(name: str | Path | None) -> str | None:
+    """
+    Licence that the card of a model names, such as `"mit"`, or `None`: if there is no card or no licence in it, the
+    Hub cannot be reached within some seconds or is not to be asked (`HF_HUB_OFFLINE`).
+
+    Args:
+        name (`str` or `Path`, *optional*): local directory or Hub id of the model.
+    """
+    readme, hub_id = Path(name or "") / REPOCARD_NAME, hub_id_of(name)
+    try:
+        card = readme.read_text(encoding="utf-8") if name and readme.is_file() else hub_id and _card_on_hub(hub_id)
+        found = ModelCard(card, ignore_metadata_errors=True).data.get("license") if card else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.info("The card of %s cannot be read: %s", name, error)
+        return None
+    return found if isinstance(found, str) else None
+
+
+@functools.cache  # a run writes its card several times, and may have no network
+def _card_on_hub(repo_id: str) -> str | None:
+    # One request. `ModelCard.load` would go on for half a minute where there is no network.
+    url = hf_hub_url(repo_id, REPOCARD_NAME)
+    try:
+        response = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT)
+        hf_raise_for_status(response)
+    except Exception as error:  # the client's HTTP library has been three by now, each with errors of its own
+        logger.info("The card of %s could not be read on the Hub: %s", repo_id, error)
+        return None
+    return response.text
+
+
+def save_figures(directory: str | Path, trainer) -> list[str]:
+    """
+    Draws what is left of each layer, the teacher's layers with the tree of their clustering, and the course of the
+    training, as far as the trainer has come, into `directory`.
+
+    Args:
+        directory (`str` or `Path`): where `architecture.png`, `layer_similarity.png` and `training.png` go.
+        trainer ([`SkillDistillationTrainer`]): shows its student, groups and logs.
+
+    Returns:
+        `list[str]`: names of the files that were written; none without matplotlib.
+    """
+    history, config = trainer.state.log_history, trainer.skill_config
+    figures = {}
+    try:
+        figures["architecture.png"] = plot_architecture(trainer.student.config, trainer.teacher.config)
+        if trainer.layer_similarity is not None:
+            figures["layer_similarity.png"] = plot_layer_similarity(
+                trainer.layer_similarity, trainer.layer_tree(), trainer.layer_groups, _first_layer(config)
+            )
+        if any("distillation_loss" in line for line in history):
+            terms = [f"{term}_loss" for term in _weighted_terms(config)]
+            figures["training.png"] = plot_training(history, terms, cut=trainer.steps and trainer.steps.joint)
+    except ImportError as error:
+        logger.info("The model card has tables in place of figures. %s", error)
+    for name in FIGURES:
+        (Path(directory) / name).unlink(missing_ok=True)  # that of an earlier run would be published with this one
+    for name, figure in figures.items():
+        figure.savefig(Path(directory) / name)
+    return list(figures)
+
+
+def _render(data: ModelCardData, content: StudentContent, training: TrainingContent | None) -> ModelCard:
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), training=training, **vars(content))
+
+
+def _student_content(model: PreTrainedModel, data: ModelCardData, repo_id, rate: int = 16_000) -> StudentContent:
+    config, student_id = model.config, _valid_id(repo_id)
+    return StudentContent(
+        student_class=_classes(model)[0],
+        student_id=student_id,
+        teacher_id=data.base_model,
+        snippet=_snippet(model, student_id, rate),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, EXAMPLE_SECONDS, rate),
+        macs_seconds=EXAMPLE_SECONDS,
+        conv_channels=list(config.conv_dim),
+        heads=[len(left) for left in config.remaining_heads],
+        all_heads=config.num_attention_heads,
+        units=list(config.intermediate_sizes),
+        all_units=config.intermediate_size,
+        versions={"skill-hf": __version__, "Python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("transformers", "torch", "datasets")},
+    )
+
+
+def _training_content(trainer, datasets: list[DatasetContent], printed: str | None, figures: list[str]):
     config, args, steps, state = trainer.skill_config, trainer.args, trainer.steps, trainer.state
-    student, teacher = trainer.student.config, trainer.teacher.config
-    rate = getattr(trainer.processing_class, "sampling_rate", 16_000)
-    weighted = [term for term in LOSS_TERMS if getattr(config, f"{term}_weight")]
-    heads, units = zip(_heads_and_units(student), _heads_and_units(teacher), strict=True)
-    default = type(config)()
-    return CardContent(
-        student_class=type(trainer.student).__name__,
-        # Known once the trainer has made its repository on the Hub.
-        student_id=getattr(trainer, "hub_model_id", None) or ".",
-        teacher_id=_hub_id(trainer.teacher_name),
+    teacher, default, terms = trainer.teacher.config, type(config)(), _weighted_terms(config)
+    heads = getattr(teacher, "remaining_heads", None)
+    layers = teacher.num_hidden_layers
+    return TrainingContent(
         teacher_type=teacher.model_type,
-        num_parameters=sum(parameter.numel() for parameter in trainer.student.parameters()),
         num_teacher_parameters=trainer.num_teacher_parameters,
+        teacher_macs=count_macs(trainer.teacher, EXAMPLE_SECONDS, _sampling_rate(trainer)),
+        teacher_conv_channels=list(teacher.conv_dim),
+        teacher_heads=[teacher.num_attention_heads] * layers if heads is None else [len(left) for left in heads],
+        teacher_units=list(getattr(teacher, "intermediate_sizes", [teacher.intermediate_size] * layers)),
+        printed=printed,
         target_sparsity=config.target_sparsity,
-        sampling_rate=rate,
-        output_shape=(1, _num_frames(student, rate), student.hidden_size),
-        conv_channels=list(zip(student.conv_dim, teacher.conv_dim, strict=True)),
-        heads=list(zip(*heads, strict=True)),
-        units=list(zip(*units, strict=True)),
         groups=trainer.layer_groups,
         clustering=None if config.layer_groups else _clustering(config),
+        merges=_merges(trainer.layer_tree(), _first_layer(config)),
+        first_layer=_first_layer(config),
         student_layers=config.student_layers,
+        datasets=datasets,
+        calibration=(config.calibration_samples, config.calibration_seconds),
         recipe={
             name: json.dumps(value) for name, value in config.to_dict().items() if value != getattr(default, name)
         },
@@ -108,35 +336,102 @@ def card_content(directory: str | Path, trainer) -> CardContent:
         clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         precision="bfloat16 mixed" if args.bf16 else "float16 mixed" if args.fp16 else "float32",
         seed=args.seed,
-        loss_names=["Distillation loss", *(LOSS_TERMS[term] for term in weighted)],
-        losses=_losses(state.log_history, ["distillation_loss", *(f"{term}_loss" for term in weighted)]),
-        figures=[name for name in FIGURES if (Path(directory) / name).is_file()],
-        versions={"skill-hf": __version__, "Python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("transformers", "torch", "datasets")},
+        loss_names=["Distillation loss", *(LOSS_TERMS[term] for term in terms)],
+        losses=_losses(state.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms)]),
+        curve=_curve(state.log_history),
+        figures=figures,
     )
 
 
-def _hub_id(name) -> str | None:
-    """`name` if it is an id on the Hub; a local path tells others nothing and must not be published."""
+def _classes(model: PreTrainedModel) -> tuple[str, str]:
+    """Name of the student's class and of the auto class that loads it, by the map that every student's config has."""
+    auto_map = getattr(model.config, "auto_map", None) or {}
+    auto_class_of = {path.rpartition(".")[2]: auto_class for auto_class, path in auto_map.items()}
+    for name in [cls.__name__ for cls in type(model).__mro__]:
+        if auto_class_of.get(name) in TASKS:
+            return name, auto_class_of[name]
+    raise ValueError(f"A model card of this package is for its students, but the model is a {type(model).__name__}.")
+
+
+def _snippet(model: PreTrainedModel, name: str | None, rate: int) -> str:
+    """Code that uses the student `name`, a Hub id or directory; by default the directory that it is run in."""
+    if name is None:
+        literal = '"."  # the directory of this file, or its id on the Hub'
+    else:
+        # Plain names look as they do elsewhere; with `repr`, no name whatsoever is more than a string.
+        literal = f'"{name}"' if re.fullmatch(r"[\w./-]+", name, re.ASCII) else repr(name)
+    auto_class = _classes(model)[1]
+    return SNIPPET.format(auto_class=auto_class, name=literal, rate=rate, last_lines=TASKS[auto_class][1])
+
+
+def _run(snippet: str) -> str:
+    """What `snippet` prints. Nothing that the caller uses is changed by it, nor by what is loaded in it."""
+    printed = io.StringIO()
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(snippet, REPOCARD_NAME, "exec"), {"print": functools.partial(print, file=printed)})
+    return printed.getvalue().strip()
+
+
+def _valid_id(name) -> str | None:
+    """`name` if it could be an id on the Hub."""
     name = str(name or "")
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name if "/" in name and not Path(name).exists() else None
+    return name or None
 
 
-def _num_frames(config, samples: int) -> int:
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        samples = (samples - kernel) // stride + 1
-    return samples
+def hub_id_of(name) -> str | None:
+    """`name` if it is an id on the Hub; a local path tells others nothing and must not be published."""
+    name = _valid_id(name)
+    return name if name and "/" in name and not Path(name).exists() else None
 
 
-def _heads_and_units(config) -> tuple[list[int], list[int]]:
-    """Number of attention heads and of feed-forward units in each layer, of a stock model or a student."""
-    layers = config.num_hidden_layers
-    heads = getattr(config, "remaining_heads", [range(config.num_attention_heads)] * layers)
-    return [len(left) for left in heads], getattr(config, "intermediate_sizes", [config.intermediate_size] * layers)
+def _datasets(trainer) -> list[DatasetContent]:
+    evaluation = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    sets = {"Training": trainer.train_dataset} | {f"Held out {name}".strip(): held for name, held in named.items()}
+    return [_dataset(_plain(use), dataset) for use, dataset in sets.items() if dataset is not None]
+
+
+def _dataset(use: str, dataset) -> DatasetContent:
+    info = getattr(dataset, "info", None)
+    name = getattr(info, "dataset_name", None)
+    if name == getattr(info, "builder_name", None):  # "csv", "generator": how it was read, not what it is
+        name = None
+    hub_id = hub_id_of(name)
+    if name is not None and hub_id is None:
+        name = Path(name).name
+    parts = [getattr(info, "config_name", None), getattr(dataset, "split", None)]
+    details = [str(part) for part in parts if part is not None and not str(part).startswith("default")]
+    # In seconds, as `load_audio_dir` makes it; others count samples or tokens there.
+    length = (getattr(dataset, "features", None) or {}).get("length")
+    in_seconds = hasattr(dataset, "__len__") and getattr(length, "dtype", "").startswith("float")
+    return DatasetContent(
+        use=use,
+        name=name and _plain(", ".join([name, *details])),
+        hub_id=hub_id,
+        num_clips=len(dataset) if hasattr(dataset, "__len__") else None,
+        hours=sum(dataset["length"]) / 3600 if in_seconds else None,
+    )
+
+
+def _plain(text: str) -> str:
+    """`text` for a code span in a table: without the characters that would end one or the other."""
+    return re.sub(r"[\s`|]+", " ", text).strip()
+
+
+def _sampling_rate(trainer) -> int:
+    return getattr(trainer.processing_class, "sampling_rate", 16_000)
+
+
+def _first_layer(skill_config) -> int:
+    return 0 if skill_config.include_embeddings else 1
+
+
+def _weighted_terms(skill_config) -> list[str]:
+    return [term for term in LOSS_TERMS if getattr(skill_config, f"{term}_weight")]
 
 
 def _clustering(config) -> str:
@@ -150,12 +445,39 @@ def _clustering(config) -> str:
     return f"`{config.similarity}` similarity, {merges}`{config.linkage}` linkage, the tree cut {cut}"
 
 
+def _merges(tree, first_layer: int) -> list[tuple[list[int], list[int], float]]:
+    """Which hidden states are joined with which, and at which distance, in the order of scipy's linkage matrix."""
+    if tree is None:
+        return []
+    nodes = [[layer] for layer in range(first_layer, first_layer + len(tree) + 1)]
+    merges = []
+    for a, b, distance, _ in tree:
+        left, right = sorted([nodes[int(a)], nodes[int(b)]])
+        nodes.append(sorted(left + right))
+        merges.append((left, right, float(distance)))
+    return merges
+
+
 def _losses(log_history: list[dict], names: list[str]) -> list[tuple[str, int, list[str]]]:
-    """The last logged line of each stage, and of the evaluation."""
-    of_stage = {line["stage"]: line for line in log_history if "distillation_loss" in line}
-    lines = [(f"Training, stage {stage}", "", line) for stage, line in of_stage.items()]
-    lines += [("Held-out data", "eval_", line) for line in log_history if "eval_distillation_loss" in line][-1:]
+    """The last logged line of each stage, and of each evaluation."""
+    last = {}
+    for line in log_history:
+        if "distillation_loss" in line:
+            last[f"Training, stage {line['stage']}"] = "", line
+    for line in log_history:
+        for key in line:
+            if match := re.fullmatch("(eval_(.+_)?)distillation_loss", key):
+                name = (match[2] or "").removesuffix("_")
+                last["Held-out data" + (f", `{_plain(name)}`" if name else "")] = match[1], line
     return [
         (what, line["step"], [f"{line[prefix + name]:.4f}" if prefix + name in line else "–" for name in names])
-        for what, prefix, line in lines
+        for what, (prefix, line) in last.items()
     ]
+
+
+def _curve(log_history: list[dict]) -> list[tuple[int, float, float]]:
+    """Some of the logged lines of sparsity, evenly spaced, the first and the last among them."""
+    lines = [(line["step"], line["sparsity"], line["target_sparsity"]) for line in log_history if "sparsity" in line]
+    if len(lines) <= CURVE_ROWS:
+        return lines
+    return [lines[round(row * (len(lines) - 1) / (CURVE_ROWS - 1))] for row in range(CURVE_ROWS)]

@@ -337,7 +337,9 @@ class _Student:
         """
         try:
             publishing = importlib.import_module("skill_hf.publishing")
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("skill_hf"):
+                raise  # the package is there, but lacks something
             self.model_tags = list(self.model_tags)  # the stock method adds to it
             return super().push_to_hub(repo_id, **kwargs)
         return publishing.push_model(self, repo_id, **kwargs)

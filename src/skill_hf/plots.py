@@ -79,6 +79,7 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
         # scipy puts leaf i at 5 + 10 i.
         tree_axes.plot(x, (np.array(y) - 5) / 10, color=colour, lw=1.8, solid_joinstyle="miter")
     tree_axes.set_xlim(1.05 * tree[:, 2].max() or 1, 0)
+    tree_axes.xaxis.get_major_locator().set_params(nbins=3)  # small distances have long labels
     tree_axes.tick_params(axis="y", length=0, labelleft=False)
     _label(tree_axes, xlabel="distance (1 − similarity)", spines=["bottom"])
 
@@ -160,7 +161,9 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
     return figure
 
 
-def plot_training(log_history: list[dict], loss_terms: Sequence[str] = ("l1_loss", "cosine_loss")):
+def plot_training(
+    log_history: list[dict], loss_terms: Sequence[str] = ("l1_loss", "cosine_loss"), cut: int | None = None
+):
     """
     Terms of the loss, penalty of the constraint on the size, and sparsity against its target, over the optimizer steps
     of both stages, with the cut between them marked.
@@ -170,6 +173,7 @@ def plot_training(log_history: list[dict], loss_terms: Sequence[str] = ("l1_loss
             `eval_distillation_loss` are passed over.
         loss_terms (`Sequence[str]`, *optional*, defaults to `("l1_loss", "cosine_loss")`): terms to draw beside their
             sum; `l2_loss` as well if it has a weight.
+        cut (`int`, *optional*): the last step of stage 1; by default the last one that was logged.
 
     Raises:
         `ValueError`: if there is no line of training.
@@ -200,7 +204,7 @@ def plot_training(log_history: list[dict], loss_terms: Sequence[str] = ("l1_loss
 
     first_stage = [line["step"] for line in lines if line.get("stage") == 1]
     if first_stage and len(first_stage) < len(lines):
-        cut = first_stage[-1]
+        cut = first_stage[-1] if cut is None else cut
         for axes in panels:
             axes.axvline(cut, color=DARK, lw=1, ls=":")
         for text, side in (("stage 1: distil and prune  ", "right"), ("  stage 2: distil", "left")):

@@ -6,11 +6,17 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import HTTPError
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -23,14 +29,14 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from . import pruning
+from . import pruning, publishing
 from .checkpointing import TRAINER_STATE_NAME, find_checkpoint, read_same_recipe, write_skill_state
 from .clustering import cluster_layers, layer_tree
 from .data import SpeechCollator, calibration_waveforms, disable_audio_decoding, samples_per_frame
 from .distillation import SkillDistiller
 from .families import STUDENT_CLASSES, build_student, load_teacher
 from .losses import group_means, sparsity_at
-from .model_card import write_model_card
+from .model_card import FIGURES, hub_id_of, write_model_card
 from .similarity import layer_similarity
 from .skill_config import SkillConfig, StageSteps
 from .skill_training_args import SkillTrainingArguments
@@ -99,7 +105,6 @@ class SkillDistillationTrainer(Trainer):
     ```
     """
 
-    _tag_names = ["skill-hf", "skill", "distillation", "structured-pruning", "speech"]
     # `compute_loss` divides by the frames of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -145,6 +150,7 @@ class SkillDistillationTrainer(Trainer):
         # fine-tuned with is the teacher's setting again.
         self._apply_spec_augment = student.config.apply_spec_augment
         student.config.layerdrop = 0.0
+        student.config.base_model = hub_id_of(self.teacher_name) or student.config.base_model
 
         processing_class = self._load_feature_extractor() if processing_class is None else processing_class
         min_samples = samples_per_frame(student.config)
@@ -170,7 +176,7 @@ class SkillDistillationTrainer(Trainer):
         self.can_return_loss = True  # evaluation has a loss though the rows have no labels
         self.model_accepts_loss_kwargs = True
         self.label_names = []
-        self._signature_columns = ["audio", "input_values", "attention_mask"]
+        self._signature_columns = ["audio", "input_values", "attention_mask", self.args.length_column_name]
         self.teacher.to(self.args.device)
 
         self.student = student
@@ -448,8 +454,7 @@ class SkillDistillationTrainer(Trainer):
         trainable = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
         with torch.random.fork_rng(devices=[]):
             self.student = type(self.student)(config)
-            for name, parameter in self.student.named_parameters():
-                parameter.requires_grad_(trainable[name])
+            pruning.set_trainable(self.student, trainable)
             if self.stage == 1:
                 self.student.add_gates(self.skill_config.pruning_units)
             self.distiller = self._make_distiller()
@@ -465,18 +470,129 @@ class SkillDistillationTrainer(Trainer):
         elif pruning.named_gates(self.student):
             raise ValueError("The student still has its gates: finish `train()` (or resume it) before saving.")
         elif self.args.should_save:
-            self.student.save_pretrained(output_dir)
-            self.processing_class.save_pretrained(output_dir)
-            self.skill_config.save_pretrained(output_dir)
+            self._save_student(output_dir)
             write_model_card(output_dir, self)
 
-    def _push_from_checkpoint(self, output_dir: str) -> None:
+    def _save_student(self, output_dir: str) -> None:
+        self.student.save_pretrained(output_dir)
+        self.processing_class.save_pretrained(output_dir)
+        self.skill_config.save_pretrained(output_dir)
+
+    # ---- The Hub ----
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the student to `args.output_dir` and uploads it to `args.hub_model_id`, in one commit: what
+        [`~Trainer.save_model`] writes, the figures and all_results.json if they are there. Checkpoints and whatever
+        else lies in `args.output_dir` stay where they are.
+
+        Args:
+            commit_message, blocking, token, private, kwargs (*optional*):
+                As in [`~transformers.Trainer.push_to_hub`].
+            revision (`str`, *optional*):
+                The branch to push to, made if it does not exist; by default `args.hub_revision`, or else `main`.
+
+        Returns:
+            `CommitInfo` with `blocking`, otherwise a `Future` of it; `None` on all processes but the first.
+
+        Raises:
+            `ValueError`: if the student is being trained or still has its gates.
+            `OSError`: if the Hub cannot be reached or refuses; the student has been saved by then.
+        """
+        if isinstance(self.model, SkillDistiller) or pruning.named_gates(self.student):
+            raise ValueError("The student is not finished: let `train()` end (or resume it) before publishing it.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        output_dir = Path(self.args.output_dir)
+        repo_id = self.hub_model_id or self.args.hub_model_id or output_dir.absolute().name
+        token = self.args.hub_token if token is None else token
+        private = self.args.hub_private_repo if private is None else private
+        revision = self.args.hub_revision if revision is None else revision
+        with self._explain_failed_push(repo_id):
+            has_new_name = self.hub_model_id is None
+            if has_new_name:
+                self.hub_model_id = publishing.create_repository(repo_id, private, token)
+            publishing.create_branch(self.hub_model_id, revision, token)
+        if has_new_name or kwargs:  # otherwise the card that was just saved is right
+            self.create_model_card(**kwargs)
+
+        folder = TemporaryDirectory()  # uploads in the background outlive this call, and what it finds here
+        self._save_student(folder.name)
+        more = (REPOCARD_NAME, *FIGURES, publishing.RESULTS_NAME)
+        for name in more:
+            if (output_dir / name).is_file():
+                shutil.copy(output_dir / name, folder.name)
+
+        def upload() -> CommitInfo:
+            with folder, self._explain_failed_push(self.hub_model_id):
+                return publishing.upload(
+                    Path(folder.name),
+                    self.hub_model_id,
+                    replaced=more,
+                    commit_message=commit_message,
+                    token=token,
+                    revision=revision,
+                )
+
+        return upload() if blocking else publishing.api.run_as_future(upload)
+
+    @contextmanager
+    def _explain_failed_push(self, repo_id: str):
+        try:
+            yield
+        except (HTTPError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(
+                f"The student is saved in `{self.args.output_dir}`, but could not be pushed to `{repo_id}`: call"
+                " `trainer.push_to_hub()` again, or load it from there and call its own `push_to_hub`."
+                f" ({reason})"
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """A checkpoint holds gates and projections and is nothing to publish; `push_to_hub` publishes the student."""
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the model card, `README.md`, into `args.output_dir`."""
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self)
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the model card, `README.md`, into `args.output_dir`.
+
+        Args:
+            language, license, tags, finetuned_from, dataset_tags (*optional*):
+                As in [`~transformers.Trainer.create_model_card`], for the card's metadata; `tags` are added.
+            model_name, tasks, dataset, dataset_args (*optional*):
+                Of no effect: the text of the card comes from the run.
+        """
+        if not self.is_world_process_zero():
+            return
+        write_model_card(self.args.output_dir, self)
+        path = Path(self.args.output_dir) / REPOCARD_NAME
+        card = ModelCard.load(path)
+        given = {"language": language, "license": license, "base_model": finetuned_from, "datasets": dataset_tags}
+        for name, value in given.items():
+            if value is not None:
+                card.data[name] = value
+        publishing.add_tags(card.data, tags)
+        card.save(path)
 
     # ---- What the Trainer's loop calls ----
 

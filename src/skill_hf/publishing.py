@@ -1,0 +1,183 @@
+"""What goes to the Hub: the files of a student, and nothing else, in one commit."""
+
+import json
+import re
+from pathlib import Path
+from shutil import copy
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
+from transformers import AutoFeatureExtractor, PreTrainedModel
+from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
+
+from . import model_card, pruning
+from .skill_config import SKILL_CONFIG_NAME
+from .version import __version__
+
+
+# One for all, so that uploads in the background come one after the other.
+api = HfApi(library_name="skill-hf", library_version=__version__)
+
+RESULTS_NAME = "all_results.json"
+# As transformers names them.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: str | list[str] | None = None,
+) -> CommitInfo:
+    """
+    What `push_to_hub` of a student does: uploads the model and a model card, in one commit.
+
+    A card that the repository has keeps its text and its metadata; only what is missing is added. Otherwise a model
+    that is what it was loaded from, a directory that the trainer wrote, takes its card and figures along; any other
+    gets a short card. The feature extractor of what the model was loaded from goes up, too, unless the repository has
+    one.
+
+    Args:
+        model (`PreTrainedModel`):
+            A student, with or without a head.
+        repo_id (`str`):
+            Id on the Hub, `name` or `namespace/name`. Made if it does not exist.
+        revision (`str`, *optional*):
+            The branch to push to, made if it does not exist.
+        commit_message, commit_description, private, token, create_pr, max_shard_size, tags (*optional*):
+            As in [`~transformers.PreTrainedModel.push_to_hub`].
+
+    Raises:
+        `ValueError`: if the student still has its gates.
+    """
+    if pruning.named_gates(model):
+        raise ValueError(
+            "The student still has its gates: call `prune()`, or let `train()` end, before publishing it."
+        )
+    repo_id = create_repository(repo_id, private, token)
+    if not create_pr:
+        create_branch(repo_id, revision, token)
+    published = api.list_repo_files(repo_id, revision=revision, token=token)
+    with TemporaryDirectory() as directory:
+        folder = Path(directory)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if FEATURE_EXTRACTOR_NAME not in published:
+            _save_feature_extractor(folder, model, token)
+        source = _unchanged_source(folder, model)
+        if REPOCARD_NAME in published:
+            card = ModelCard.load(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, token=token))
+        elif source is not None:
+            card = ModelCard.load(source / REPOCARD_NAME)
+            # Its snippets load from where it lies.
+            card.text = card.text.replace('"."', f'"{repo_id}"')
+            for name in (*model_card.FIGURES, RESULTS_NAME):
+                if (source / name).is_file():
+                    copy(source / name, folder)
+        else:
+            card = model_card.student_card(model, repo_id)
+        if source is not None:
+            copy(source / SKILL_CONFIG_NAME, folder)
+        data = model_card.card_data(model)
+        add_tags(data, tags)
+        add_metadata(card.data, data)
+        card.save(folder / REPOCARD_NAME)
+        return upload(
+            folder,
+            repo_id,
+            commit_message=commit_message or f"Upload {type(model).__name__}",
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def create_repository(repo_id: str, private: bool | None, token: bool | str | None) -> str:
+    """Makes the repository if it does not exist; returns its whole id, `namespace/name`."""
+    return api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+
+
+def create_branch(repo_id: str, revision: str | None, token: bool | str | None) -> None:
+    """Makes the branch `revision` of `main`, if it is one and does not exist."""
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    replaced: tuple[str, ...] = (),
+    token: bool | str | None = None,
+    revision: str | None = None,
+    **kwargs,
+) -> CommitInfo:
+    """
+    Uploads all files of `folder` in one commit, so that nobody ever loads half of an old and half of a new student.
+    Weights in the repository that are not in `folder` are deleted by it.
+
+    Args:
+        folder (`Path`):
+            What to upload.
+        repo_id (`str`):
+            Where to; the repository exists.
+        replaced (`tuple[str, ...]`, *optional*):
+            Names of more files to delete if they are not in `folder`.
+        token, revision, kwargs (*optional*):
+            As in [`~huggingface_hub.HfApi.create_commit`].
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    published = api.list_repo_files(repo_id, revision=revision, token=token)
+    stale = [name for name in published if name not in files and (name in replaced or _WEIGHTS.fullmatch(name))]
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
+    return api.create_commit(repo_id, operations, token=token, revision=revision, **kwargs)
+
+
+def add_metadata(data: ModelCardData, more: ModelCardData) -> None:
+    """Fills in, in place, what `data` does not say; tags that it lacks are appended."""
+    add_tags(data, more.tags)
+    for name, value in vars(more).items():
+        if data.get(name) is None:
+            data[name] = value
+
+
+def add_tags(data: ModelCardData, tags: str | list[str] | None) -> None:
+    """Appends, in place, those of `tags` that `data` lacks."""
+    tags = [tags] if isinstance(tags, str) else tags or []
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+
+
+def _save_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
+    """Without preprocessor_config.json no pipeline takes the model. One that was loaded from nowhere has none."""
+    if not model.config.name_or_path:
+        return
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(
+            model.config.name_or_path, token=token, trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        return
+    extractor.save_pretrained(folder)
+
+
+def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:
+    """
+    The local directory that `model` was loaded from, if the trainer wrote it and `folder` holds a model of the same
+    class and shapes.
+    """
+    source = Path(model.config.name_or_path)
+    files = (CONFIG_NAME, SKILL_CONFIG_NAME, REPOCARD_NAME)
+    if not model.config.name_or_path or not all((source / name).is_file() for name in files):
+        return None
+    there, here = (json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")) for path in (source, folder))
+    shapes = ("model_type", "architectures", "conv_dim", "remaining_heads", "intermediate_sizes")
+    return source if all(there.get(name) == here.get(name) for name in shapes) else None
