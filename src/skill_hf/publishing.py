@@ -2,12 +2,15 @@
 
 import json
 import re
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copy
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import HTTPError
 from transformers import AutoFeatureExtractor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
@@ -98,6 +101,89 @@ def push_model(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def push_trained(
+    trainer,
+    *,
+    commit_message: str | None,
+    blocking: bool,
+    token: str | None,
+    revision: str | None,
+    private: bool | None,
+    card_metadata: dict,
+) -> CommitInfo | Future:
+    """
+    What `push_to_hub` of [`SkillDistillationTrainer`] does on the first process once the student is saved.
+
+    Args:
+        trainer ([`SkillDistillationTrainer`]):
+            Names the repository, and knows the student, its card and `args.output_dir`.
+        card_metadata (`dict`):
+            For `trainer.create_model_card`.
+        commit_message, blocking, token, revision, private:
+            As in [`SkillDistillationTrainer.push_to_hub`].
+
+    Raises:
+        `OSError`: if the Hub cannot be reached or refuses.
+    """
+    args = trainer.args
+    output_dir = Path(args.output_dir)
+    repo_id = trainer.hub_model_id or args.hub_model_id or output_dir.absolute().name
+    token = args.hub_token if token is None else token
+    private = args.hub_private_repo if private is None else private
+    revision = args.hub_revision if revision is None else revision
+    with _explain_failure(output_dir, repo_id):
+        has_new_name = trainer.hub_model_id is None
+        if has_new_name:
+            trainer.hub_model_id = repo_id = create_repository(repo_id, private, token)
+        create_branch(repo_id, revision, token)
+    if has_new_name or card_metadata:  # otherwise the card that was just saved is right
+        trainer.create_model_card(**card_metadata)
+
+    folder = TemporaryDirectory()  # uploads in the background outlive this call, and what it finds here
+    trainer.save_student(folder.name)
+    more = (REPOCARD_NAME, *model_card.FIGURES, RESULTS_NAME)
+    for name in more:
+        if (output_dir / name).is_file():
+            copy(output_dir / name, folder.name)
+
+    def push() -> CommitInfo:
+        with folder, _explain_failure(output_dir, repo_id):
+            return upload(
+                Path(folder.name),
+                repo_id,
+                replaced=more,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+            )
+
+    return push() if blocking else api.run_as_future(push)
+
+
+@contextmanager
+def _explain_failure(output_dir: Path, repo_id: str):
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"The student is saved in `{output_dir}`, but could not be pushed to `{repo_id}`: call"
+            " `trainer.push_to_hub()` again, or load it from there and call its own `push_to_hub`."
+            f" ({reason})"
+        ) from error
+
+
+def edit_metadata(directory: str | Path, given: dict, tags: str | list[str] | None) -> None:
+    """Writes what is not `None` of `given` into the metadata of the card in `directory`, and adds tags to it."""
+    path = Path(directory) / REPOCARD_NAME
+    card = ModelCard.load(path)
+    for name, value in given.items():
+        if value is not None:
+            card.data[name] = value
+    add_tags(card.data, tags)
+    card.save(path)
 
 
 def create_repository(repo_id: str, private: bool | None, token: bool | str | None) -> str:

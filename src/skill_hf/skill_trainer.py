@@ -7,16 +7,12 @@ import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import CommitInfo, ModelCard
-from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -36,7 +32,8 @@ from .data import SpeechCollator, calibration_waveforms, disable_audio_decoding,
 from .distillation import SkillDistiller
 from .families import STUDENT_CLASSES, build_student, load_teacher
 from .losses import group_means, sparsity_at
-from .model_card import FIGURES, hub_id_of, write_model_card
+from .model_card import hub_id_of, write_model_card
+from .recipe_validation import validate_recipe
 from .similarity import layer_similarity
 from .skill_config import SkillConfig, StageSteps
 from .skill_training_args import SkillTrainingArguments
@@ -145,7 +142,7 @@ class SkillDistillationTrainer(Trainer):
                 f"`model` must be a {student_class.__name__} without gates, but is a {type(student).__name__}"
                 f"{' with gates' if isinstance(student, student_class) else ''}."
             )
-        self._validate_recipe(student)
+        validate_recipe(self.skill_config, self.teacher, student)
         # LayerDrop and SpecAugment would shorten and mask the student's hidden states. What the student is later
         # fine-tuned with is the teacher's setting again.
         self._apply_spec_augment = student.config.apply_spec_augment
@@ -189,38 +186,6 @@ class SkillDistillationTrainer(Trainer):
         self._eval_sums: dict[str, torch.Tensor] = {}
 
     # ---- Checks and set-up ----
-
-    def _validate_recipe(self, student: PreTrainedModel) -> None:
-        """What would fail only after hours fails here."""
-        config, last = self.skill_config, self.teacher.config.num_hidden_layers
-        rows = last + int(config.include_embeddings)
-        if config.layer_groups is None and config.num_clusters is not None:
-            if config.num_clusters > rows:
-                raise ValueError(
-                    f"`num_clusters` is {config.num_clusters}, but the teacher has only {rows} layers to group."
-                )
-            config.validate_projection_groups(config.num_clusters)
-        for group in config.layer_groups or []:
-            for layer in group:
-                if layer > last:
-                    raise ValueError(
-                        f"`layer_groups` names layer {layer}, but the teacher's hidden states are 0 to {last}."
-                    )
-        for name in ("hidden_size", "num_hidden_layers"):
-            if getattr(student.config, name) != getattr(self.teacher.config, name):
-                raise ValueError(
-                    f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
-                    f" {getattr(self.teacher.config, name)}; a student must agree with its teacher."
-                )
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            gated = type(student)(copy.deepcopy(student.config))
-        pruning.add_gates(gated, config.pruning_units)
-        most = 1 - pruning.min_num_parameters(gated) / self.num_teacher_parameters
-        if config.target_sparsity > most:
-            raise ValueError(
-                f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"
-                f" more than {most:.3f} of this teacher can be removed."
-            )
 
     def _load_feature_extractor(self) -> Wav2Vec2FeatureExtractor:
         if self.teacher_name:
@@ -470,10 +435,11 @@ class SkillDistillationTrainer(Trainer):
         elif pruning.named_gates(self.student):
             raise ValueError("The student still has its gates: finish `train()` (or resume it) before saving.")
         elif self.args.should_save:
-            self._save_student(output_dir)
+            self.save_student(output_dir)
             write_model_card(output_dir, self)
 
-    def _save_student(self, output_dir: str) -> None:
+    def save_student(self, output_dir: str) -> None:
+        """Saves model, feature extractor and recipe, without a card."""
         self.student.save_pretrained(output_dir)
         self.processing_class.save_pretrained(output_dir)
         self.skill_config.save_pretrained(output_dir)
@@ -513,50 +479,15 @@ class SkillDistillationTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        output_dir = Path(self.args.output_dir)
-        repo_id = self.hub_model_id or self.args.hub_model_id or output_dir.absolute().name
-        token = self.args.hub_token if token is None else token
-        private = self.args.hub_private_repo if private is None else private
-        revision = self.args.hub_revision if revision is None else revision
-        with self._explain_failed_push(repo_id):
-            has_new_name = self.hub_model_id is None
-            if has_new_name:
-                self.hub_model_id = publishing.create_repository(repo_id, private, token)
-            publishing.create_branch(self.hub_model_id, revision, token)
-        if has_new_name or kwargs:  # otherwise the card that was just saved is right
-            self.create_model_card(**kwargs)
-
-        folder = TemporaryDirectory()  # uploads in the background outlive this call, and what it finds here
-        self._save_student(folder.name)
-        more = (REPOCARD_NAME, *FIGURES, publishing.RESULTS_NAME)
-        for name in more:
-            if (output_dir / name).is_file():
-                shutil.copy(output_dir / name, folder.name)
-
-        def upload() -> CommitInfo:
-            with folder, self._explain_failed_push(self.hub_model_id):
-                return publishing.upload(
-                    Path(folder.name),
-                    self.hub_model_id,
-                    replaced=more,
-                    commit_message=commit_message,
-                    token=token,
-                    revision=revision,
-                )
-
-        return upload() if blocking else publishing.api.run_as_future(upload)
-
-    @contextmanager
-    def _explain_failed_push(self, repo_id: str):
-        try:
-            yield
-        except (HTTPError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(
-                f"The student is saved in `{self.args.output_dir}`, but could not be pushed to `{repo_id}`: call"
-                " `trainer.push_to_hub()` again, or load it from there and call its own `push_to_hub`."
-                f" ({reason})"
-            ) from error
+        return publishing.push_trained(
+            self,
+            commit_message=commit_message,
+            blocking=blocking,
+            token=token,
+            revision=revision,
+            private=private,
+            card_metadata=kwargs,
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """A checkpoint holds gates and projections and is nothing to publish; `push_to_hub` publishes the student."""
@@ -585,14 +516,8 @@ class SkillDistillationTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         write_model_card(self.args.output_dir, self)
-        path = Path(self.args.output_dir) / REPOCARD_NAME
-        card = ModelCard.load(path)
         given = {"language": language, "license": license, "base_model": finetuned_from, "datasets": dataset_tags}
-        for name, value in given.items():
-            if value is not None:
-                card.data[name] = value
-        publishing.add_tags(card.data, tags)
-        card.save(path)
+        publishing.edit_metadata(self.args.output_dir, given, tags)
 
     # ---- What the Trainer's loop calls ----
 

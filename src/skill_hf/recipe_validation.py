@@ -1,0 +1,52 @@
+"""What a recipe, a teacher and a student must agree on, checked before hours are spent."""
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from . import pruning
+from .skill_config import SkillConfig
+
+
+def validate_recipe(config: SkillConfig, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """
+    Args:
+        config ([`SkillConfig`]): the recipe.
+        teacher (`PreTrainedModel`): the encoder to distil.
+        student (`PreTrainedModel`): what training starts from, without gates.
+
+    Raises:
+        `ValueError`: if there are more clusters than layers, groups that name a layer which the teacher does not have,
+            a student of another width or depth than the teacher's, or a sparsity that its gates cannot reach.
+    """
+    last = teacher.config.num_hidden_layers
+    rows = last + int(config.include_embeddings)
+    if config.layer_groups is None and config.num_clusters is not None:
+        if config.num_clusters > rows:
+            raise ValueError(
+                f"`num_clusters` is {config.num_clusters}, but the teacher has only {rows} layers to group."
+            )
+        config.validate_projection_groups(config.num_clusters)
+    for group in config.layer_groups or []:
+        for layer in group:
+            if layer > last:
+                raise ValueError(
+                    f"`layer_groups` names layer {layer}, but the teacher's hidden states are 0 to {last}."
+                )
+    for name in ("hidden_size", "num_hidden_layers"):
+        if getattr(student.config, name) != getattr(teacher.config, name):
+            raise ValueError(
+                f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
+                f" {getattr(teacher.config, name)}; a student must agree with its teacher."
+            )
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        gated = type(student)(copy.deepcopy(student.config))
+    pruning.add_gates(gated, config.pruning_units)
+    num_teacher_parameters = sum(parameter.numel() for parameter in teacher.parameters())
+    most = 1 - pruning.min_num_parameters(gated) / num_teacher_parameters
+    if config.target_sparsity > most:
+        raise ValueError(
+            f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"
+            f" more than {most:.3f} of this teacher can be removed."
+        )
