@@ -205,9 +205,10 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer({"url": f"{self.server.url}/{repo_id}"}, 409 if exists else 200)
 
     def validate(self, log) -> None:
-        metadata = read_metadata(json.loads(self.body)["content"])
-        errors = [] if metadata else [{"message": "the metadata is no YAML mapping"}]
-        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+        content = json.loads(self.body)["content"]
+        problem = [] if read_metadata(content) else [{"message": "the metadata is no YAML mapping, or missing"}]
+        broken = problem if content.startswith("---") else []
+        self.answer({"errors": broken, "warnings": [] if broken else problem}, 400 if broken else 200)
 
     def info(self, log, repo_id, revision) -> None:
         commit = self.find(repo_id, revision)

@@ -23,8 +23,8 @@ def install(directory_name: str, *requirements: str, without: str | None = None)
 
     Args:
         directory_name (`str`): name of the directory.
-        requirements (`str`): what pip is to install, such as `"transformers==4.57.6"`. If they change, the directory is
-            made anew.
+        requirements (`str`): what pip is to install, such as `"transformers==4.57.6"`. If that changes, the directory
+            is made anew.
         without (`str`, *optional*): pattern of files to leave out, relative to the directory.
 
     Returns:

@@ -239,6 +239,8 @@ def test_only_students_have_a_card(teacher):
         (b"---\nmodel-index: nonsense\nlicense: mit\n---\n", "mit"),
         (b"---\nlicense: {{{\n---\n", None),
         (b"---\n- license\n---\n", None),
+        (b"---\nself: 1\nlicense: mit\n---\n", None),
+        (b"---\n1: 2\nlicense: mit\n---\n", None),
         (b"# Teacher\n\nlicense: mit", None),
         (b"\xff\xfe\x00---", None),
         (b"", None),
@@ -426,6 +428,23 @@ def test_a_student_with_gates_has_no_card(tmp_path, trainer, teacher):
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+class Features(torch.utils.data.Dataset):
+    """A dataset of one's own, whose attributes mean what they mean to its author."""
+
+    def __init__(self):
+        self.features, self.info, self.split = torch.zeros(3, 2), "spoken", [1, 2]
+
+    def __len__(self):
+        return 7
+
+
+def test_datasets_that_are_not_of_datasets_and_lengths_that_are_not_known(tmp_path, trainer):
+    trainer.train_dataset = Features()
+    assert "| Training | not named | 7 | – |" in written(tmp_path, trainer)
+    trainer.train_dataset = datasets.Dataset.from_dict({"audio": ["a"] * 2, "length": [1.0, None]})
+    assert "| Training | not named | 2 | – |" in written(tmp_path, trainer)
+
+
 def test_data_without_a_name(tmp_path, trainer):
     trainer.train_dataset = datasets.Dataset.from_dict({"audio": ["/secret/a.wav"] * 3, "length": [1800.0, 900, 2700]})
     trainer.eval_dataset = iter([])

@@ -271,6 +271,9 @@ def test_a_student_with_gates_is_not_saved(tmp_path):
         ("format_version", None),
         ("removed_attention_blocks", 0),
         ("removed_attention_blocks", [3]),
+        ("removed_ffn_blocks", [1, 1]),
+        ("max_bucket_distance", 8),
+        ("num_buckets", 3),
         ("removed_attention_blocks", [1]),
         ("removed_ffn_blocks", [0]),
     ],
@@ -340,12 +343,56 @@ def test_published_weights_that_are_incomplete_or_of_another_model(tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
+def test_a_config_cannot_turn_the_check_of_its_weights_off(tmp_path):
+    pruned_student("base").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("encoder.layers.2.")}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, lambda config: config.update(quantization_config={"quant_method": "nope"}))
+    with pytest.raises(ValueError):
+        WavLMForSkillStudent.from_pretrained(tmp_path)
+
+
+def test_fewer_layers_if_the_caller_asks_for_them(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    student = WavLMForSkillStudent.from_pretrained(tmp_path, num_hidden_layers=2).eval()
+    stock = WavLMModel.from_pretrained(tmp_path, num_hidden_layers=2).eval()
+    assert_same_hidden_states(stock, student, padded_batch())
+
+
+def test_positional_arguments_and_lists_are_those_of_the_stock_model():
+    tuples = {"remaining_heads": ((), (1, 3), (0, 1)), "intermediate_sizes": (5, 0, 48)}
+    student = WavLMForSkillStudent(WavLMSkillStudentConfig(**tiny_config().to_dict() | PRUNED | tuples))
+    student.add_gates()
+    student.prune()
+    assert student.config.remaining_heads[1] == [1, 3]
+    batch = padded_batch()
+    student(batch["input_values"], batch["attention_mask"], None)
+
+
+def test_tags_of_one_model_are_not_those_of_others():
+    one, other = pruned_student("base"), pruned_student("base")
+    one.add_model_tags("private")
+    assert "private" in one.model_tags
+    assert "private" not in other.model_tags and "private" not in pruned_student("base").model_tags
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masked_group_norm_takes_masks_of_any_type(dtype):
+    student, batch = pruned_student("base", masked_group_norm=True), padded_batch()
+    with torch.no_grad():
+        expected = student(**batch).last_hidden_state
+        actual = student(batch["input_values"], attention_mask=batch["attention_mask"].to(dtype)).last_hidden_state
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
 def test_code_that_a_published_config_names_is_not_taken_over(tmp_path):
     pruned_student("base").save_pretrained(tmp_path / "evil")
     evil = {"AutoConfig": "../../evil.Config", "AutoModel": "someone/else--evil.Model"}
     edit_config(tmp_path / "evil", lambda config: config.update(auto_map=evil))
-    model = AutoModel.from_pretrained(tmp_path / "evil")
-    assert type(model) is WavLMForSkillStudent
+    for kwargs in ({}, {"trust_remote_code": True}):
+        model = AutoModel.from_pretrained(tmp_path / "evil", **kwargs)
+        assert type(model) is WavLMForSkillStudent
     model.save_pretrained(tmp_path / "again")
     auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
     assert auto_map == WavLMSkillStudentConfig().auto_map

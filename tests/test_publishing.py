@@ -19,7 +19,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from test_skill_trainer import StopAt, make_trainer
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor
 
-from skill_hf import WavLMForSkillStudent, WavLMSkillStudentForCTC, WavLMSkillStudentForSequenceClassification
+from skill_hf import (
+    WavLMForSkillStudent,
+    WavLMSkillStudentForCTC,
+    WavLMSkillStudentForSequenceClassification,
+    publishing,
+)
 from skill_hf.families import build_student
 
 
@@ -201,6 +206,12 @@ def push_loaded(model_class, source: Path, repo_id: str, shift: float = 0.0, **k
             parameter += shift
     info = model.push_to_hub(repo_id, **kwargs)
     return info.pr_url or info.commit_url
+
+
+def upload_adapter(folder: Path, repo_id: str) -> None:
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"an adapter")
+    publishing.upload(folder, repo_id, commit_message="Upload adapter")
 
 
 def load_card(repo_id: str) -> dict:
@@ -386,7 +397,31 @@ def test_pushed_model_takes_its_card_along(hub, client, published):
         assert files[name].read_bytes() == (published / name).read_bytes(), name
     (commit,) = sent(hub, "commit", "me/again")
     assert commit["summary"] == "Upload WavLMForSkillStudent"
-    assert "mine" in card_of(hub, "me/again").data.tags
+    card = card_of(hub, "me/again")
+    assert "mine" in card.data.tags
+    assert 'name = "me/again"\n' in card.text and '.from_pretrained("me/again")' in card.text
+    assert "me/student" not in card.text
+
+    # An adapter that is pushed on top leaves the weights where they are.
+    client(upload_adapter, published.parent / "adapter", "me/again")
+    assert set(hub.files("me/again")) > STUDENT | {"adapter_model.safetensors"}
+
+
+@pytest.mark.slow
+def test_a_card_about_other_weights_is_not_taken_along(hub, client, published):
+    client(push_loaded, WavLMForSkillStudent, published, "me/changed", shift=1.0)
+    assert set(hub.files("me/changed")) == STUDENT | HUB
+    assert "Distillation loss" in card_of(hub, "me/student").text
+    assert "Distillation loss" not in card_of(hub, "me/changed").text
+
+
+@pytest.mark.slow
+def test_a_card_on_the_hub_that_cannot_be_read(hub, client, published):
+    hub.create("me/torn")
+    hub.commit("me/torn", "main", {"README.md": b"---\nmodel-index: 3\n---\n# Mine\n"})
+    with pytest.raises(ValueError, match="README.md in `me/torn` cannot be read; mend it"):
+        client(push_loaded, WavLMForSkillStudent, published, "me/torn")
+    assert set(hub.files("me/torn")) == {"README.md"} | HUB
 
 
 @pytest.mark.slow

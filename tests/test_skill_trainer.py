@@ -167,7 +167,9 @@ def test_saved_student(uninterrupted, tmp_path):
 def test_student_remembers_the_hub_id_of_its_teacher(tmp_path, clips):
     teacher = tiny_teacher()
     assert make_trainer(tmp_path, clips, teacher=teacher).student.config.base_model is None
-    teacher.config.name_or_path = "someone/teacher"
+    teacher.config.name_or_path = "someone/teacher"  # a directory, perhaps, as seen from another one
+    assert make_trainer(tmp_path, clips, teacher=teacher).student.config.base_model is None
+    teacher.config._commit_hash = "0" * 40
     assert make_trainer(tmp_path, clips, teacher=teacher).student.config.base_model == "someone/teacher"
     # A student that is a teacher passes on what it knows.
     teacher = build_student(tiny_teacher())

@@ -2,6 +2,7 @@
 """Configuration of a pruned WavLM. This file is published with every student and stands alone."""
 
 import os
+import reprlib
 
 from transformers import WavLMConfig
 
@@ -37,8 +38,8 @@ class WavLMSkillStudentConfig(WavLMConfig):
             Layers whose feed-forward block adds nothing at all, not even its output bias.
         masked_group_norm (`bool`, *optional*, defaults to `False`):
             With `feat_extract_norm="group"`: take the statistics of the group norm over the valid samples that
-            `attention_mask` names, so that a clip has the same hidden states alone and padded in a batch. Off by
-            default because the teacher was trained with statistics over the padding, too.
+            `attention_mask` names (padding must be on the right), so that a clip has the same hidden states alone and
+            padded in a batch. Off by default because the teacher was trained with statistics over the padding, too.
         base_model (`str`, *optional*):
             Hub id of the teacher.
         format_version (`int`, *optional*, defaults to 1):
@@ -91,6 +92,10 @@ class WavLMSkillStudentConfig(WavLMConfig):
         self.masked_group_norm = masked_group_norm
         self.base_model = base_model
         self._validate_pruned_shapes()
+        # Pruning changes them in place.
+        self.remaining_heads = [list(left) for left in self.remaining_heads]
+        for name in ("intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks"):
+            setattr(self, name, list(getattr(self, name)))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -124,7 +129,7 @@ class WavLMSkillStudentConfig(WavLMConfig):
         for name in ("remaining_heads", "intermediate_sizes"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or len(value) != layers:
-                raise ValueError(f"`{name}` must list one entry for each of {layers} layers, but is {value!r}.")
+                raise ValueError(f"`{name}` must list one entry for each of {layers} layers, but is {_short(value)}.")
         for layer, left in enumerate(self.remaining_heads):
             if (
                 not isinstance(left, (list, tuple))
@@ -132,7 +137,7 @@ class WavLMSkillStudentConfig(WavLMConfig):
                 or list(left) != sorted(set(left))
             ):
                 raise ValueError(
-                    f"`remaining_heads[{layer}]` must be ascending head indices below {heads}, but is {left!r}."
+                    f"`remaining_heads[{layer}]` must be ascending head indices below {heads}, but is {_short(left)}."
                 )
         for layer, size in enumerate(self.intermediate_sizes):
             if not _is_index(size):
@@ -146,16 +151,27 @@ class WavLMSkillStudentConfig(WavLMConfig):
         ):
             removed = getattr(self, name)
             if not isinstance(removed, (list, tuple)):
-                raise ValueError(f"`{name}` must be a list of layers, but is {removed!r}.")
+                raise ValueError(f"`{name}` must be a list of layers, but is {_short(removed)}.")
             for layer in removed:
                 if not _is_index(layer, layers):
-                    raise ValueError(f"`{name}` must hold layers below {layers}, but holds {layer!r}.")
+                    raise ValueError(f"`{name}` must hold layers below {layers}, but holds {_short(layer)}.")
                 if left[layer]:
                     raise ValueError(f"`{name}` names layer {layer}, of which something is left: {left[layer]!r}.")
+            if list(removed) != sorted(set(removed)):
+                raise ValueError(f"`{name}` must be ascending layers, each once, but is {_short(removed)}.")
+        if not self.max_bucket_distance > self.num_buckets // 4 > 0:
+            raise ValueError(
+                f"`max_bucket_distance` must be above a quarter of `num_buckets`, and that at least 1, but they are"
+                f" {self.max_bucket_distance!r} and {self.num_buckets!r}."
+            )
         if not isinstance(self.masked_group_norm, bool):
             raise ValueError(f"`masked_group_norm` must be true or false, but is {self.masked_group_norm!r}.")
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ValueError(f"`base_model` must be a Hub id, but is {self.base_model!r}.")
+
+
+def _short(value):
+    return reprlib.repr(value)  # a broken file may hold anything, of any length
 
 
 def _is_index(value, end=float("inf")):

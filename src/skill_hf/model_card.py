@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_url
@@ -158,8 +159,8 @@ def write_model_card(directory: str | Path, trainer) -> None:
     Raises:
         `RuntimeError`: if the snippet fails. The student stays as it was saved, and no card is written.
     """
-    datasets = _datasets(trainer)
-    data = card_data(trainer.student, trainer.teacher_name, [dataset.hub_id for dataset in datasets if dataset.hub_id])
+    described = _datasets(trainer)
+    data = card_data(trainer.student, trainer.teacher_name, [item.hub_id for item in described if item.hub_id])
     rate = _sampling_rate(trainer)
     # Known once the trainer has made its repository on the Hub.
     content = _student_content(trainer.student, data, getattr(trainer, "hub_model_id", None), rate)
@@ -172,7 +173,7 @@ def write_model_card(directory: str | Path, trainer) -> None:
                 f"The student was saved in `{directory}`, but the snippet of its model card fails there, so that no"
                 f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
             ) from error
-    training = _training_content(trainer, datasets, printed, save_figures(directory, trainer))
+    training = _training_content(trainer, described, printed, save_figures(directory, trainer))
     _render(data, content, training).save(Path(directory) / REPOCARD_NAME)
 
 
@@ -214,7 +215,7 @@ def card_data(
         base_model=hub_id_of(teacher) or hub_id_of(base_model),
         datasets=sorted(set(datasets)) or None,
         library_name="transformers",
-        license=teacher_license(teacher or base_model),
+        license=teacher_license(teacher) or teacher_license(base_model),
         pipeline_tag=TASKS[_classes(model)[1]][0],
         tags=list(model.model_tags or []),
     )
@@ -232,7 +233,7 @@ def teacher_license(name: str | Path | None) -> str | None:
     try:
         card = readme.read_text(encoding="utf-8") if name and readme.is_file() else hub_id and _card_on_hub(hub_id)
         found = ModelCard(card, ignore_metadata_errors=True).data.get("license") if card else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         logger.info("The card of %s cannot be read: %s", name, error)
         return None
     return found if isinstance(found, str) else None
@@ -364,6 +365,12 @@ def _snippet(model: PreTrainedModel, name: str | None, rate: int) -> str:
     return SNIPPET.format(auto_class=auto_class, name=literal, rate=rate, last_lines=TASKS[auto_class][1])
 
 
+def rename_in_snippets(text: str, repo_id: str) -> str:
+    """The text of a card whose snippets load from `repo_id` in place of what they name."""
+    text = re.sub(r"^name = .*$", f'name = "{repo_id}"', text, flags=re.MULTILINE)
+    return re.sub(r"""\.from_pretrained\((?:"[^"\n]*"|'[^'\n]*')\)""", f'.from_pretrained("{repo_id}")', text)
+
+
 def _run(snippet: str) -> str:
     """What `snippet` prints. Nothing that the caller uses is changed by it, nor by what is loaded in it."""
     printed = io.StringIO()
@@ -396,24 +403,31 @@ def _datasets(trainer) -> list[DatasetContent]:
 
 
 def _dataset(use: str, dataset) -> DatasetContent:
-    info = getattr(dataset, "info", None)
-    name = getattr(info, "dataset_name", None)
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        num_clips = len(dataset) if hasattr(dataset, "__len__") else None
+        return DatasetContent(use=use, name=None, hub_id=None, num_clips=num_clips, hours=None)
+    info = dataset.info
+    name = info.dataset_name
     if name == getattr(info, "builder_name", None):  # "csv", "generator": how it was read, not what it is
         name = None
     hub_id = hub_id_of(name)
     if name is not None and hub_id is None:
         name = Path(name).name
-    parts = [getattr(info, "config_name", None), getattr(dataset, "split", None)]
+    parts = [info.config_name, dataset.split]
     details = [str(part) for part in parts if part is not None and not str(part).startswith("default")]
     # In seconds, as `load_audio_dir` makes it; others count samples or tokens there.
-    length = (getattr(dataset, "features", None) or {}).get("length")
-    in_seconds = hasattr(dataset, "__len__") and getattr(length, "dtype", "").startswith("float")
+    length = (dataset.features or {}).get("length")
+    lengths = (
+        dataset["length"]
+        if isinstance(dataset, datasets.Dataset) and getattr(length, "dtype", "").startswith("float")
+        else [None]
+    )
     return DatasetContent(
         use=use,
         name=name and _plain(", ".join([name, *details])),
         hub_id=hub_id,
         num_clips=len(dataset) if hasattr(dataset, "__len__") else None,
-        hours=sum(dataset["length"]) / 3600 if in_seconds else None,
+        hours=None if None in lengths else sum(lengths) / 3600,
     )
 
 

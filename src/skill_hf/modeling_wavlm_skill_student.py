@@ -283,7 +283,11 @@ class _Student:
     config_class = WavLMSkillStudentConfig
     _supports_sdpa = True
     _can_set_attn_implementation_cached_value = True  # otherwise guessed from the wording of this file
-    model_tags = ["skill-hf", "skill", "distillation", "structured-pruning", "speech"]
+    model_tags = ("skill-hf", "skill", "distillation", "structured-pruning", "speech")
+
+    def post_init(self):
+        super().post_init()
+        self.model_tags = list(type(self).model_tags)  # transformers adds to the list in place
 
     @classmethod
     def from_pretrained(cls, *args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
@@ -295,8 +299,8 @@ class _Student:
             `ValueError`: if weights and config disagree; the message names the field.
         """
         model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
-        if getattr(model.config, "quantization_config", None) is None:  # quantised weights have names of their own
-            model._check_weights(info)
+        if getattr(model, "hf_quantizer", None) is None:  # quantised weights have names of their own
+            model._check_weights(info, fewer_layers="num_hidden_layers" in kwargs)
         mismatched = _mismatched(info)
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
@@ -305,18 +309,19 @@ class _Student:
             )
         return (model, info) if output_loading_info else model
 
-    def _check_weights(self, info):
+    def _check_weights(self, info, fewer_layers):
         found = dict.fromkeys(info["missing_keys"], "is missing")
         found |= dict.fromkeys(info["unexpected_keys"], "is one too many")
         found |= _mismatched(info)
         found = {name.removeprefix(f"{self.base_model_prefix}."): problem for name, problem in found.items()}
         order = {name: index for index, name in enumerate(self.base_model.state_dict())}
         for name in sorted(found, key=lambda name: (order.get(name, len(order)), name)):
-            field = _field_of(name)
-            if field is not None:
+            field = _field_of(name, self.config.num_hidden_layers)
+            if field is not None and not (fewer_layers and field == "num_hidden_layers"):
                 raise ValueError(
-                    f"Weights and config.json of this student disagree about `{field}`: {name} {found[name]}. One of"
-                    " the two files is damaged or of another model; get both anew."
+                    f"Weights and config of this student disagree about `{field}`: {name} {found[name]}. One of them"
+                    " is damaged or of another model: get both anew, or leave out the argument that has changed the"
+                    " config."
                 )
 
     def save_pretrained(self, *args, **kwargs):
@@ -340,7 +345,6 @@ class _Student:
         except ModuleNotFoundError as error:
             if not (error.name or "").startswith("skill_hf"):
                 raise  # the package is there, but lacks something
-            self.model_tags = list(self.model_tags)  # the stock method adds to it
             return super().push_to_hub(repo_id, **kwargs)
         return publishing.push_model(self, repo_id, **kwargs)
 
@@ -354,7 +358,7 @@ def _mismatched(info):
     return found
 
 
-def _field_of(name):
+def _field_of(name, num_hidden_layers):
     """The field of the config that shapes the weight of this name, or `None` if no field of a pruned shape does."""
     parts = name.split(".")
     if name.startswith("feature_extractor.conv_layers."):
@@ -364,6 +368,8 @@ def _field_of(name):
     if name.startswith("encoder.layers."):
         if "rel_attn_embed" in name:
             return "num_buckets"
+        if int(parts[2]) >= num_hidden_layers:
+            return "num_hidden_layers"
         block = {"attention": "remaining_heads", "feed_forward": "intermediate_sizes"}.get(parts[3])
         return f"{block}[{parts[2]}]" if block else "hidden_size"
     return "hidden_size" if name.startswith("encoder.") else None
@@ -408,14 +414,15 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         elif isinstance(module, OutputBias):
             nn.init.zeros_(module.bias)
 
-    def forward(self, input_values, attention_mask=None, mask_time_indices=None, **kwargs):
-        """As [`~transformers.WavLMModel`], with `config.masked_group_norm`."""
+    def forward(self, input_values, attention_mask=None, mask_time_indices=None, *args, **kwargs):
+        """
+        As [`~transformers.WavLMModel`], with `config.masked_group_norm`, for which padding must be on the right, where
+        feature extractors put it.
+        """
         group_norm = self.config.feat_extract_norm == "group"
         if self.config.masked_group_norm and group_norm and attention_mask is not None:
-            input_values = self.feature_extractor(input_values, attention_mask.sum(-1))
-        return super().forward(
-            input_values, attention_mask=attention_mask, mask_time_indices=mask_time_indices, **kwargs
-        )
+            input_values = self.feature_extractor(input_values, attention_mask.long().sum(-1))
+        return super().forward(input_values, attention_mask, mask_time_indices, *args, **kwargs)
 
     @torch.no_grad()
     def to_wavlm(self):

@@ -1,5 +1,6 @@
 """What goes to the Hub: the files of a student, and nothing else, in one commit."""
 
+import filecmp
 import json
 import re
 from concurrent.futures import Future
@@ -8,9 +9,10 @@ from pathlib import Path
 from shutil import copy
 from tempfile import TemporaryDirectory
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import AutoFeatureExtractor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
@@ -44,7 +46,7 @@ def push_model(
     What `push_to_hub` of a student does: uploads the model and a model card, in one commit.
 
     A card that the repository has keeps its text and its metadata; only what is missing is added. Otherwise a model
-    that is what it was loaded from, a directory that the trainer wrote, takes its card and figures along; any other
+    whose weights are still those of a directory that the trainer wrote takes its card and figures along; any other
     gets a short card. The feature extractor of what the model was loaded from goes up, too, unless the repository has
     one.
 
@@ -76,11 +78,10 @@ def push_model(
             _save_feature_extractor(folder, model, token)
         source = _unchanged_source(folder, model)
         if REPOCARD_NAME in published:
-            card = ModelCard.load(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, token=token))
+            card = _published_card(repo_id, revision, token)
         elif source is not None:
             card = ModelCard.load(source / REPOCARD_NAME)
-            # Its snippets load from where it lies.
-            card.text = card.text.replace('"."', f'"{repo_id}"')
+            card.text = model_card.rename_in_snippets(card.text, repo_id)
             for name in (*model_card.FIGURES, RESULTS_NAME):
                 if (source / name).is_file():
                     copy(source / name, folder)
@@ -154,7 +155,7 @@ def push_trained(
                 Path(folder.name),
                 repo_id,
                 replaced=more,
-                commit_message=commit_message,
+                commit_message=commit_message or "End of training",
                 token=token,
                 revision=revision,
             )
@@ -166,6 +167,11 @@ def push_trained(
 def _explain_failure(output_dir: Path, repo_id: str):
     try:
         yield
+    except HFValidationError as error:
+        raise OSError(
+            f"The student is saved in `{output_dir}`, but `{repo_id}` is no name for a repository: set `hub_model_id`"
+            f" and call `trainer.push_to_hub()` again. ({error})"
+        ) from error
     except (HTTPError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
@@ -207,8 +213,8 @@ def upload(
     **kwargs,
 ) -> CommitInfo:
     """
-    Uploads all files of `folder` in one commit, so that nobody ever loads half of an old and half of a new student.
-    Weights in the repository that are not in `folder` are deleted by it.
+    Uploads all files of `folder` in one commit, so that nobody ever loads half of an old and half of a new student. If
+    `folder` has weights, those in the repository that it lacks are deleted.
 
     Args:
         folder (`Path`):
@@ -222,7 +228,13 @@ def upload(
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     published = api.list_repo_files(repo_id, revision=revision, token=token)
-    stale = [name for name in published if name not in files and (name in replaced or _WEIGHTS.fullmatch(name))]
+    # An adapter comes without weights of its own: those that are there stay.
+    has_weights = any(map(_WEIGHTS.fullmatch, files))
+    stale = [
+        name
+        for name in published
+        if name not in files and (name in replaced or (has_weights and _WEIGHTS.fullmatch(name)))
+    ]
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
     operations += [CommitOperationDelete(name) for name in stale]
     return api.create_commit(repo_id, operations, token=token, revision=revision, **kwargs)
@@ -242,6 +254,15 @@ def add_tags(data: ModelCardData, tags: str | list[str] | None) -> None:
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
 
 
+def _published_card(repo_id: str, revision: str | None, token: bool | str | None) -> ModelCard:
+    try:
+        return ModelCard.load(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, token=token))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The metadata of {REPOCARD_NAME} in `{repo_id}` cannot be read; mend it there and push again. ({error})"
+        ) from error
+
+
 def _save_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
     """Without preprocessor_config.json no pipeline takes the model. One that was loaded from nowhere has none."""
     if not model.config.name_or_path:
@@ -257,13 +278,17 @@ def _save_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | 
 
 def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:
     """
-    The local directory that `model` was loaded from, if the trainer wrote it and `folder` holds a model of the same
-    class and shapes.
+    The local directory that `model` was loaded from, if the trainer wrote it and config and weights are still the same
+    in `folder`, where `model` was saved.
     """
     source = Path(model.config.name_or_path)
     files = (CONFIG_NAME, SKILL_CONFIG_NAME, REPOCARD_NAME)
     if not model.config.name_or_path or not all((source / name).is_file() for name in files):
         return None
+    weights = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
+    if not weights or filecmp.cmpfiles(source, folder, weights, shallow=False)[0] != sorted(weights):
+        return None
     there, here = (json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")) for path in (source, folder))
-    shapes = ("model_type", "architectures", "conv_dim", "remaining_heads", "intermediate_sizes")
-    return source if all(there.get(name) == here.get(name) for name in shapes) else None
+    # Training leaves fields behind that no student has, such as `use_cache`; they don't survive loading.
+    differing = {name for name in here if there.get(name) != here[name]}
+    return source if differing <= {"transformers_version"} else None

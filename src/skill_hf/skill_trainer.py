@@ -132,7 +132,7 @@ class SkillDistillationTrainer(Trainer):
         if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # One process that reads for all would have to join crops of different lengths.
             args.accelerator_config.dispatch_batches = False
-        self.teacher_name = teacher if isinstance(teacher, (str, os.PathLike)) else teacher.config.name_or_path
+        self.teacher_name = _name_of(teacher)
         self.teacher = load_teacher(teacher)
         self.num_teacher_parameters = sum(parameter.numel() for parameter in self.teacher.parameters())
         student = build_student(self.teacher) if model is None else model
@@ -448,7 +448,7 @@ class SkillDistillationTrainer(Trainer):
 
     def push_to_hub(
         self,
-        commit_message: str | None = "End of training",
+        commit_message: str = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
@@ -684,6 +684,15 @@ class SkillDistillationTrainer(Trainer):
                 }
             )
         super().log(logs, start_time)
+
+
+def _name_of(teacher: str | os.PathLike | PreTrainedModel) -> str | os.PathLike:
+    """Hub id or directory, or nothing if it is not known."""
+    if not isinstance(teacher, PreTrainedModel):
+        return teacher
+    name = teacher.config.name_or_path
+    # Without a commit it is from no repository but from a directory, which may have been relative to another one.
+    return name if getattr(teacher.config, "_commit_hash", None) or Path(name).exists() else ""
 
 
 def _lengths(batch: dict) -> torch.Tensor:
