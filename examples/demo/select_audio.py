@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +77,35 @@ def select(rows: list[dict], budget: int, seed: int = 0) -> list[dict]:
     return sorted(chosen, key=lambda row: row["file_name"])
 
 
+def copy_clips(source: Path, folder: Path, rows: list[dict], columns: Sequence[str]) -> int:
+    """
+    Copies clips, to the path `target` or else under their own, and writes `metadata.csv` beside them.
+
+    Args:
+        source (`Path`): directory that `file_name` starts at.
+        folder (`Path`): directory to make.
+        rows (`list[dict]`): clips with `columns` and, where the copy has another path, `target`.
+        columns (`Sequence[str]`): columns of `metadata.csv`, the first of which is `file_name`.
+
+    Returns:
+        `int`: bytes of audio.
+    """
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already; remove it, or name another --output.")
+    folder.mkdir(parents=True)
+    size = 0
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            target = row.get("target", row["file_name"])
+            (folder / target).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / row["file_name"], folder / target)
+            size += (folder / target).stat().st_size
+            writer.writerow([target, *(row[column] for column in columns[1:])])
+    return size
+
+
 def main(args: SelectArguments) -> None:
     with open(args.source / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -85,24 +115,16 @@ def main(args: SelectArguments) -> None:
         row["split"] = heldout_split(row["file_name"], row["speaker"], librispeech=True)
     for name, megabytes in (("train", args.train_megabytes), ("heldout", args.heldout_megabytes)):
         chosen = select([row for row in rows if row["split"] == SPLITS[name]], int(megabytes * 1e6), args.seed)
-        folder = args.output / name
-        if folder.exists():
-            raise SystemExit(f"{folder} is there already; remove it, or name another --output.")
-        folder.mkdir(parents=True)
-        with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for row in chosen:
-                file_name = Path(row["file_name"]).name
-                shutil.copyfile(args.source / row["file_name"], folder / file_name)
-                writer.writerow([file_name, *(row[column] for column in COLUMNS[1:])])
+        for row in chosen:
+            row["target"] = Path(row["file_name"]).name
+        size = copy_clips(args.source, args.output / name, chosen, COLUMNS)
         seconds = defaultdict(float)
         for row in chosen:
             seconds[row["speaker"]] += row["seconds"]
         print(
             f"{name}: {len(chosen)} utterances, {sum(seconds.values()) / 60:.1f} minutes, {len(seconds)} speakers with"
             f" {min(seconds.values()):.0f} to {max(seconds.values()):.0f} s each,"
-            f" {sum(row['bytes'] for row in chosen) / 1e6:.2f} MB"
+            f" {size / 1e6:.2f} MB"
         )
 
 

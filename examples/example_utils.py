@@ -1,0 +1,297 @@
+"""What several examples share: models, speech from a dataset to rows, and the course of a fine-tuning."""
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from run_skill import REPOSITORY, ArgumentParser
+from transformers import AutoConfig, AutoFeatureExtractor, TrainingArguments
+
+from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
+
+
+logger = logging.getLogger(__name__)
+
+DEMO_STUDENT = REPOSITORY / "outputs" / "demo"
+DEMO_DATA = REPOSITORY / "examples" / "demo"
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        default=str(DEMO_STUDENT),
+        metadata={"help": "Hub id or directory of a speech encoder; by default what `make demo` leaves."},
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Draw all weights at random, and train them all: a baseline."}
+    )
+    freeze_feature_encoder: bool = field(default=True, metadata={"help": "Leave the convolutions as they are."})
+    mask_time_prob: float = field(
+        default=0.0,
+        metadata={"help": "Share of frames that SpecAugment masks; the model's own is for pretraining."},
+    )
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters and the head alone (needs peft)."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The adapters' output is scaled by alpha / rank."})
+    lora_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
+        metadata={"help": "Last part of the names of the linear layers that get an adapter."},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.mask_time_prob <= 1:
+            raise ValueError(f"`mask_time_prob` must be between 0 and 1, but is {self.mask_time_prob}.")
+        if self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1, but is {self.lora_rank}.")
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] with other defaults."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Share of all steps (below 1) or a number of steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Optimizer steps between two log lines."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
+    report_to: str = field(default="none", metadata={"help": "Where to log to."})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Whether to pin memory."})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a local directory in any form that `datasets` reads; by default the demo's."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on; `a+b` joins two."})
+    test_dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset to test on; by default the one that is trained on."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Split to test on."})
+    audio_column: str = field(default="audio", metadata={"help": "Column of the dataset with the audio."})
+
+
+def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
+    """
+    Configuration of a speech encoder, with `settings` put into it. A student's norm then leaves out padding, so that
+    what the network makes of a clip doesn't depend on the others in the batch.
+
+    Raises:
+        `ValueError`: if there is no such model, or it takes no waveforms.
+    """
+    if Path(model) == DEMO_STUDENT and not (DEMO_STUDENT / "config.json").is_file():
+        raise ValueError(f"There is no student in {DEMO_STUDENT} yet: run `make demo`, or name one with `--model`.")
+    try:
+        config = AutoConfig.from_pretrained(model, **settings)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"The model `{model}` cannot be loaded; give a Hub id or a directory with config.json. ({reason})"
+        ) from error
+    if not hasattr(config, "feat_extract_norm"):
+        raise ValueError(f"`{model}` is a `{config.model_type}`, which is no encoder of waveforms such as WavLM.")
+    if hasattr(config, "masked_group_norm"):
+        config.masked_group_norm = True
+    return config
+
+
+def ignores_padding(config) -> bool:
+    """Whether the network gives a clip the same hidden states alone and padded in a batch, with an attention mask."""
+    return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)
+
+
+def load_feature_extractor(model: str, config) -> transformers.Wav2Vec2FeatureExtractor:
+    """The model's own; it makes an attention mask where the network needs one to ignore padding."""
+    feature_extractor = AutoFeatureExtractor.from_pretrained(model)
+    if ignores_padding(config):
+        feature_extractor.return_attention_mask = True
+    return feature_extractor
+
+
+def prepare_model(args: ModelArguments, auto_class, config) -> transformers.PreTrainedModel:
+    """The encoder with a new head, in float32 (weights may be stored in half precision)."""
+    if args.from_scratch:
+        return auto_class.from_config(config, dtype=torch.float32)
+    model, loading = auto_class.from_pretrained(
+        args.model,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # a model that was fine-tuned before has a head of its own
+        output_loading_info=True,
+    )
+    if "layer_weights" in loading["missing_keys"]:
+        # transformers (5.24) leaves what was in memory in those that a checkpoint doesn't have.
+        torch.nn.init.constant_(model.layer_weights, 1 / len(model.layer_weights))
+    if args.freeze_feature_encoder:
+        model.freeze_feature_encoder()
+    return model
+
+
+def add_lora(model: transformers.PreTrainedModel, args: ModelArguments):
+    """
+    Puts an adapter on every linear layer that is named, in place, and freezes all else but the head.
+
+    Since the model stays of its class, checkpoints hold all of it, the head's and the layer weights' included, and
+    training resumes exactly; `merge_and_unload` of what is returned then leaves an ordinary model.
+
+    Returns:
+        `peft.LoraModel`: it shares its modules with `model`.
+
+    Raises:
+        `ValueError`: if peft is missing, no layer has such a name, or the adapters would not train.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("`--lora` needs peft, which is not installed: pip install peft.")
+    from peft import LoraConfig, LoraModel
+
+    if model.config.model_type == "wavlm":
+        # Its attention hands the weights to `multi_head_attention_forward`: the adapters' forward never runs.
+        raise ValueError(
+            "The attention of a stock `wavlm` passes adapters by, so that they don't train: make a student of it with"
+            " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`, or leave out `--lora`."
+        )
+    config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_modules)
+    tuner = LoraModel(model, config, adapter_name="default")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(model.base_model_prefix + "."):
+            parameter.requires_grad_(True)
+    return tuner
+
+
+def load_splits(args: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and test set, whose column `audio` is not decoded."""
+    form = {"config_name": args.dataset_config_name, "audio_column": args.audio_column}
+    train = load_speech_dataset(args.dataset_name, split=args.train_split, **form)
+    test = load_speech_dataset(args.test_dataset_name or args.dataset_name, split=args.test_split, **form)
+    return train, test
+
+
+def check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
+    if column not in dataset.column_names:
+        known = ", ".join(dataset.column_names)
+        raise ValueError(f"The dataset has no column `{column}`; correct `{argument}`, one of: {known}.")
+
+
+def read_clips(
+    dataset: datasets.Dataset,
+    feature_extractor: transformers.Wav2Vec2FeatureExtractor,
+    config,
+    max_seconds: float | None = None,
+) -> datasets.Dataset:
+    """
+    Decodes, resamples and normalises all clips, into the cache of `datasets`: nothing is left to go wrong in training.
+
+    Args:
+        dataset (`datasets.Dataset`): rows with `audio`, not decoded.
+        feature_extractor (`Wav2Vec2FeatureExtractor`): names the rate, and normalises.
+        config (`PreTrainedConfig`): of the model; names the fewest samples that it takes.
+        max_seconds (`float`, *optional*): longer clips are cropped to this length.
+
+    Returns:
+        `datasets.Dataset`: the same rows with `input_values` (float32) and `length` (samples), without those whose
+        clip cannot be read, each of which is named in a warning.
+
+    Raises:
+        [`AudioError`]: if no clip can be read.
+    """
+    rate, min_samples = feature_extractor.sampling_rate, samples_per_frame(config)
+
+    def read(rows: dict[str, list]) -> dict[str, list]:
+        good = {name: [] for name in (*rows, "input_values", "length")}
+        for index, audio in enumerate(rows["audio"]):
+            try:
+                samples = read_audio(audio, rate, max_seconds, min_samples=min_samples)
+            except AudioError as error:
+                logger.warning("Left out: %s", error)
+                continue
+            for name, values in rows.items():
+                good[name].append(values[index])
+            good["input_values"].append(feature_extractor(samples, sampling_rate=rate)["input_values"][0])
+            good["length"].append(len(samples))
+        return good
+
+    check_column(dataset, "audio", "audio_column")
+    clips = dataset.map(read, batched=True, batch_size=32, writer_batch_size=128, desc="Reading speech")
+    if not len(clips):
+        raise AudioError(f"None of the {len(dataset)} clips can be read; the warnings above say why.")
+    if len(clips) < len(dataset):
+        logger.warning("%d of %d clips cannot be read.", len(dataset) - len(clips), len(dataset))
+    return clips
+
+
+def pad_clips(rows: list[dict], feature_extractor: transformers.Wav2Vec2FeatureExtractor) -> dict[str, torch.Tensor]:
+    """`input_values` padded to the longest, and `attention_mask` if anything is padded and the model takes one."""
+    clips = [{"input_values": row["input_values"]} for row in rows]
+    batch = dict(feature_extractor.pad(clips, padding=True, return_tensors="pt"))
+    if "attention_mask" in batch and batch["attention_mask"].all():
+        del batch["attention_mask"]  # which would only cost time
+    return batch
+
+
+def parse(arguments: list[str] | None, kinds: tuple) -> tuple:
+    """Settings from the command line, one object of each of `kinds`; wrong ones raise a `ValueError`."""
+    return ArgumentParser(kinds).parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+
+
+def complain(error: Exception) -> int:
+    """Prints one line that says what is wrong, and returns the exit status."""
+    rank = int(os.environ.get("RANK", 0))
+    print(f"error{f' (process {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def run(arguments: list[str] | None, kinds: tuple, prepare: Callable, report: Callable) -> int:
+    """
+    Prepares, trains, merges the adapters if there are any, saves, tests and reports.
+
+    Args:
+        arguments (`list[str]`, *optional*): the command line.
+        kinds (`tuple`): classes of [`ModelArguments`], [`DataArguments`] and [`FineTuningArguments`].
+        prepare (`Callable`): makes a trainer, and a `peft.LoraModel` or `None`, of these. What goes wrong in here is
+            printed as one line; what goes wrong later is no fault of the settings and is raised.
+        report (`Callable`): takes the trainer, the data arguments and a dict of results; it prints and saves them.
+
+    Returns:
+        `int`: the exit status.
+    """
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        model_args, data_args, training_args = parse(arguments, kinds)
+        trainer, adapters = prepare(model_args, data_args, training_args)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    logger.info(
+        "%s parameters, of which %s train; %d clips to train on, %d to test on",
+        f"{trainer.model.num_parameters():,}",
+        f"{trainer.model.num_parameters(only_trainable=True):,}",
+        len(trainer.train_dataset),
+        len(trainer.eval_dataset),
+    )
+    resume = training_args.resume_from_checkpoint
+    trained = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if adapters is not None:
+        adapters.merge_and_unload()
+    trainer.save_model()
+    results = {**trained.metrics, **trainer.evaluate()}
+    if trainer.is_world_process_zero():
+        results |= {
+            "model": model_args.model,
+            "from_scratch": model_args.from_scratch,
+            "lora": model_args.lora,
+            "seed": training_args.seed,
+            "parameters": trainer.model.num_parameters(),
+            "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+        }
+        report(trainer, data_args, results)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return 0

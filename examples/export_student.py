@@ -1,0 +1,230 @@
+"""
+Exports a student: to ONNX in float32 and int8, as a program of `torch.export`, and as a stock `WavLMModel`.
+
+What `make demo` leaves, in every form, compared on the demo's held-out speech:
+
+    pip install -e ".[export]"
+    python examples/export_student.py --formats onnx onnx_int8 torch_export stock --output_dir outputs/exported
+
+A student from the Hub, fine-tuned or not, with all hidden states, compared on speech of your own:
+
+    python examples/export_student.py --model someone/wavlm-base-plus-skill --output_hidden_states True \\
+        --audio_dir recordings/heldout --output_dir wavlm-base-plus-skill-onnx
+
+`output_dir` then holds `model.onnx`, `model_int8.onnx`, `model.pt2` or the directory `stock`, with the feature
+extractor and the config beside them, and `export.json`: of each file its size and how far its outputs are from the
+student's. Each is loaded again for that, and one in float32 that differs is an error. Use of the ONNX file, without
+this package and without torch:
+
+```python
+import onnxruntime
+from transformers import AutoFeatureExtractor
+
+extractor = AutoFeatureExtractor.from_pretrained("outputs/exported")
+session = onnxruntime.InferenceSession("outputs/exported/model.onnx")
+inputs = extractor(waveform, sampling_rate=16_000, return_attention_mask=True, return_tensors="np")
+inputs["attention_mask"] = inputs["attention_mask"].astype("int64")
+(hidden_states,) = session.run(["last_hidden_state"], dict(inputs))  # (1, frames, hidden size)
+```
+
+A batch of clips goes in as a list of waveforms with `padding=True`. The program of `torch.export` needs torch alone:
+`torch.export.load("model.pt2").module()(input_values=..., attention_mask=...)` returns a dict of the outputs.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, complain, load_config, parse
+from transformers import AutoFeatureExtractor, AutoProcessor, PreTrainedModel, WavLMModel
+
+from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf.data import calibration_waveforms, load_audio_dir
+from skill_hf.export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
+
+
+logger = logging.getLogger("export_student")
+
+FILES = {"onnx": "model.onnx", "onnx_int8": "model_int8.onnx", "torch_export": "model.pt2", "stock": "stock"}
+
+# What a form in float32 may differ from the student on speech, relative to its largest value.
+TOLERANCE = 1e-4
+
+# Shorter clips are left out: an x-vector head makes nothing of a third of a second.
+MIN_SECONDS = 0.5
+
+
+@dataclass
+class ExportArguments:
+    model: str = field(
+        default=str(DEMO_STUDENT), metadata={"help": "Hub id or directory of a student; by default `make demo`'s."}
+    )
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Where files go."})
+    formats: list[str] = field(
+        default_factory=lambda: ["onnx"], metadata={"help": "Any of them.", "choices": list(FILES)}
+    )
+    output_hidden_states: bool = field(
+        default=False, metadata={"help": "Add all hidden states to the outputs of the files."}
+    )
+    audio_dir: str = field(
+        default=str(DEMO_DATA / "audio" / "heldout"),
+        metadata={"help": "Folder of audio to compare on, with all below it; by default the demo's held-out speech."},
+    )
+    max_clips: int = field(default=10, metadata={"help": "Clips to compare on at most."})
+    max_seconds: float = field(default=10.0, metadata={"help": "Length in seconds that clips are cropped to."})
+
+    def __post_init__(self):
+        if self.max_clips < 1:
+            raise ValueError(f"`max_clips` must be at least 1, but is {self.max_clips}.")
+        if self.max_seconds < MIN_SECONDS:
+            raise ValueError(f"`max_seconds` must be at least {MIN_SECONDS}, but is {self.max_seconds}.")
+
+
+def load_student(name: str) -> PreTrainedModel:
+    """
+    The student in float32, with the head that it was saved with.
+
+    Raises:
+        `ValueError`: if there is none, or something else, or weights are missing.
+    """
+    config = load_config(name)
+    if config.model_type != WavLMSkillStudentConfig.model_type:
+        raise ValueError(
+            f"`{name}` is a `{config.model_type}`, no student. Of a stock WavLM make one with"
+            " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`."
+        )
+    architecture = (config.architectures or [None])[0]
+    auto_classes = {path.rpartition(".")[2]: name for name, path in WavLMSkillStudentConfig().auto_map.items()}
+    if architecture not in auto_classes:
+        known = ", ".join(path for path in auto_classes if "Config" not in path)
+        raise ValueError(f"`architectures` in config.json of `{name}` is {config.architectures}; known are {known}.")
+    auto_class = getattr(transformers, auto_classes[architecture])
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"`{name}` has no weights for {', '.join(sorted(info['missing_keys']))}; get its files anew.")
+    return model.eval()
+
+
+def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[str, dict]:
+    """
+    Writes all formats that are asked for and compares each with the model.
+
+    Returns:
+        `dict[str, dict]`: for each format `file`, `megabytes` (10^6 bytes), `parameters`, `cosine_similarity` of each
+        output and, in float32, `largest_difference` over all outputs.
+
+    Raises:
+        `RuntimeError`: if a format in float32 differs from the model.
+    """
+    reference = NamedOutputs(model, args.output_hidden_states)
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.output_dir)
+        onnx_path = (folder if "onnx" in args.formats else Path(scratch)) / FILES["onnx"]
+        if {"onnx", "onnx_int8"} & set(args.formats):
+            logger.info("Exporting to ONNX")
+            export_onnx(model, onnx_path, args.output_hidden_states)
+        for name in dict.fromkeys(args.formats):
+            path = folder / FILES[name]
+            result = {"file": path.name, "parameters": model.num_parameters()}
+            if name == "onnx_int8":
+                logger.info("Quantising to int8")
+                results[name] = result | quantize_onnx(onnx_path, path, audio)
+                continue
+            if name == "onnx":
+                saved = OnnxModel(path)
+            elif name == "torch_export":
+                logger.info("Exporting a program of torch.export")
+                export_program(model, path, args.output_hidden_states)
+                saved = torch.export.load(path).module()
+            else:
+                model.to_wavlm().save_pretrained(path)
+                stock = WavLMModel.from_pretrained(path).eval()
+                saved, result["parameters"] = NamedOutputs(stock, args.output_hidden_states), stock.num_parameters()
+                path = path / "model.safetensors"
+            compared = compare_outputs(reference, saved, audio)
+            result["megabytes"] = path.stat().st_size / 1e6
+            result["largest_difference"] = max(values["largest_difference"] for values in compared.values())
+            result["cosine_similarity"] = {name: values["cosine_similarity"] for name, values in compared.items()}
+            if not result["largest_difference"] <= TOLERANCE:
+                raise RuntimeError(f"{path} differs from the student: {compared}. Please report it.")
+            results[name] = result
+    return results
+
+
+def print_table(results: dict[str, dict]) -> None:
+    rows = [("format", "file", "MB", "parameters", "largest difference", "least cosine similarity")]
+    for name, result in results.items():
+        difference = result.get("largest_difference")
+        rows.append(
+            (
+                name,
+                result["file"],
+                f"{result['megabytes']:.2f}",
+                f"{result['parameters']:,}",
+                "–" if difference is None else f"{difference:.1e}",
+                f"{min(result['cosine_similarity'].values()):.5f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def run(arguments: list[str] | None) -> None:
+    (args,) = parse(arguments, (ExportArguments,))
+    model = load_student(args.model)
+    if "stock" in args.formats and not isinstance(model, WavLMForSkillStudent):
+        raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")
+    extractor = AutoFeatureExtractor.from_pretrained(args.model)
+    audio = list(
+        calibration_waveforms(
+            load_audio_dir(args.audio_dir),
+            args.max_clips,
+            args.max_seconds,
+            seed=0,
+            feature_extractor=extractor,
+            min_samples=round(MIN_SECONDS * extractor.sampling_rate),
+        )
+    )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = export(args, model, audio)
+    for directory in [folder, folder / FILES["stock"]] if "stock" in args.formats else [folder]:
+        AutoProcessor.from_pretrained(args.model).save_pretrained(directory)  # a tokenizer, too, if there is one
+        extractor.save_pretrained(directory)  # of which a processor's file would do for transformers alone
+    if folder.resolve() != Path(args.model).resolve():
+        model.config.to_json_file(folder / "config.json")  # names the labels of a head
+    report = {
+        "architecture": type(model).__name__,
+        "clips": len(audio),
+        "seconds": sum(map(len, audio)) / extractor.sampling_rate,
+        "formats": results,
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
+    }
+    (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_table(results)
+    logger.info("Compared on %d clips, %.0f s of audio; written to %s", len(audio), report["seconds"], folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    for name, level in (("export_student", logging.INFO), ("skill_hf", logging.INFO), ("torch.onnx", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", module="torch|transformers|copyreg")  # exporters have much to say
+    try:
+        run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        return complain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""
+Uses a student in SpeechBrain: a classifier of speakers over its hidden states.
+
+On the demo's held-out speech, with the student that `make demo` leaves, offline:
+
+    pip install speechbrain
+    python examples/use_in_speechbrain.py
+
+Any other student or speech encoder, a directory or a Hub id, which here is trained as well and then saved, as a
+directory that `AutoModel` loads:
+
+    python examples/use_in_speechbrain.py --model you/wavlm-base-plus-skill --audio_dir recordings \\
+        --device cuda:0 --output_dir wavlm-speakers
+
+Each speaker's last clip is kept for the test.
+
+What to take over into a recipe is `load_encoder`: SpeechBrain's own wrapper takes a student as it is. In YAML:
+
+    encoder: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2
+        source: you/wavlm-base-plus-skill
+        save_path: savedir
+        output_all_hiddens: True
+        freeze: True
+
+after `import skill_hf` in the training script, or with `trust_remote_code: True` where skill-hf is not installed. Four
+things to know about the wrapper:
+
+- `Brain.fit` puts all of its modules into training mode, even frozen ones, which switches their dropout on. A frozen
+  encoder is therefore kept out of `modules`.
+- If the model wants normalised audio, the wrapper normalises each row of a batch, padding included. Here clips are
+  normalised as they are read, before they are padded.
+- `wav_lens` becomes the attention mask. Students with group norm need `masked_group_norm` to keep padding out of the
+  convolutions as well.
+- In training mode a model with `layerdrop` returns no hidden state for a layer that it skips, so that their number
+  changes from batch to batch. `SkillDistillationTrainer` sets it to 0.
+
+SpeechBrain 1.0 has the same class in `speechbrain.lobes.models.huggingface_transformers.wav2vec2`, but can't be
+imported beside transformers 5; beside transformers 4.57 it loads students with `trust_remote_code`.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import soundfile
+import speechbrain as sb
+import torch
+from example_utils import DEMO_DATA, DEMO_STUDENT, complain, load_config, parse
+from huggingface_hub.constants import HF_HUB_CACHE
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+from speechbrain.nnet.pooling import StatisticsPooling
+
+import skill_hf  # noqa: F401  (makes students known to AutoModel, which the wrapper uses)
+
+
+MIN_SEGMENT_SECONDS = 0.5
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default=str(DEMO_STUDENT),
+        metadata={"help": "Hub id or directory of a speech encoder; by default what `make demo` leaves."},
+    )
+    audio_dir: str = field(
+        default=str(DEMO_DATA / "audio" / "heldout"),
+        metadata={"help": "Folder with `metadata.csv`, whose columns are `file_name` and `speaker`, and the audio."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Fine-tunes the student and saves it there."})
+    segment_seconds: float = field(default=2.0, metadata={"help": "Length in seconds that the clips are cut to."})
+    batch_size: int = field(default=16, metadata={"help": "Segments in a batch."})
+    num_epochs: int = field(default=8, metadata={"help": "Times that the training segments are gone through."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the classifier."})
+    encoder_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights, the order of the segments and dropout."})
+    device: str = field(default="cpu", metadata={"help": "Such as `cpu` or `cuda:0`."})
+
+    def __post_init__(self):
+        if self.segment_seconds < MIN_SEGMENT_SECONDS:
+            raise ValueError(
+                f"`segment_seconds` must be at least {MIN_SEGMENT_SECONDS}, but is {self.segment_seconds}."
+            )
+
+
+def load_encoder(source: str, freeze: bool = True) -> Wav2Vec2:
+    """
+    SpeechBrain's wrapper around a student, for clips that are already normalised.
+
+    Args:
+        source (`str`): directory or Hub id.
+        freeze (`bool`, *optional*, defaults to `True`): whether the weights stay as they are.
+
+    Returns:
+        `Wav2Vec2`: `encoder(wavs, wav_lens)` gives all hidden states, `(layers + 1, batch, frames, hidden_size)`;
+        `encoder.model` is the student, `encoder.feature_extractor` normalises.
+    """
+    settings = {"freeze_feature_extractor": True, "output_all_hiddens": True, "dtype": torch.float32}
+    encoder = Wav2Vec2(source, save_path=HF_HUB_CACHE, freeze=freeze, **settings)
+    encoder.normalize_wav = False
+    encoder.model.config.layerdrop = 0.0
+    if hasattr(encoder.model.config, "masked_group_norm"):
+        encoder.model.config.masked_group_norm = True
+    return encoder
+
+
+class Classifier(torch.nn.Module):
+    """Log-probabilities of classes from all hidden states: weighted sum of the layers, statistics, linear."""
+
+    def __init__(self, config, num_classes: int):
+        super().__init__()
+        self.layer_weights = torch.nn.Parameter(torch.zeros(config.num_hidden_layers + 1))
+        self.pooling = StatisticsPooling()
+        self.linear = torch.nn.Linear(2 * config.hidden_size, num_classes)
+
+    def forward(self, hidden_states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        features = torch.einsum("l,lbtd->btd", self.layer_weights.softmax(0), hidden_states)
+        return self.linear(self.pooling(features, lengths).squeeze(1)).log_softmax(-1)
+
+
+class SpeakerBrain(sb.Brain):
+    """Learns whom a segment is spoken by; prints the loss and the accuracy of each epoch."""
+
+    def compute_forward(self, batch, stage):
+        wavs, lengths = batch.to(self.device).wav
+        return self.modules.classifier(self.hparams.encoder(wavs, lengths), lengths)
+
+    def compute_objectives(self, predictions, batch, stage):
+        self.correct += (predictions.argmax(-1) == batch.speaker_index).tolist()
+        return torch.nn.functional.nll_loss(predictions, batch.speaker_index)
+
+    def on_stage_start(self, stage, epoch=None):
+        self.correct = []
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        split = "training" if stage == sb.Stage.TRAIN else "test"
+        accuracy = sum(self.correct) / len(self.correct)
+        print(f"Epoch {epoch}, {split}: loss {stage_loss:.3f}, {accuracy:.1%} of {len(self.correct)} segments right")
+
+    def init_optimizers(self):
+        groups = [{"params": self.modules.classifier.parameters()}]
+        if "encoder" in self.modules:
+            groups.append({"params": self.modules.encoder.parameters(), "lr": self.hparams.encoder_learning_rate})
+        self.optimizer = self.opt_class(groups)
+        self.optimizers_dict = {"optimizer": self.optimizer}
+
+
+def read_splits(args: Arguments, feature_extractor) -> tuple[DynamicItemDataset, DynamicItemDataset, int]:
+    """Segments to train on, segments to test on, number of speakers."""
+    rate, directory = feature_extractor.sampling_rate, Path(args.audio_dir)
+    with open(directory / "metadata.csv", encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        clips = list(table)
+    if missing := {"file_name", "speaker"} - set(table.fieldnames or ()):
+        raise ValueError(f"{directory / 'metadata.csv'} has no column {' and no column '.join(sorted(missing))}.")
+    last_clips = {clip["speaker"]: clip["file_name"] for clip in clips}.values()
+    length, shortest = round(args.segment_seconds * rate), round(MIN_SEGMENT_SECONDS * rate)
+    train, test = {}, {}
+    for clip in clips:
+        path = str(directory / clip["file_name"])
+        sound = soundfile.info(path)
+        if sound.samplerate != rate or sound.channels > 1:
+            raise ValueError(
+                f"{path} must be mono at {rate} Hz, but has {sound.channels} channel(s) at {sound.samplerate} Hz."
+            )
+        split = test if clip["file_name"] in last_clips else train
+        for start in range(0, sound.frames - shortest + 1, length):
+            split[f"{clip['file_name']}-{start}"] = {"path": path, "start": start, "speaker": clip["speaker"]}
+    if untrained := {row["speaker"] for row in test.values()} - {row["speaker"] for row in train.values()}:
+        raise ValueError(f"Each speaker needs two clips, but these have one: {', '.join(sorted(untrained))}.")
+
+    @sb.utils.data_pipeline.takes("path", "start")
+    @sb.utils.data_pipeline.provides("wav")
+    def read(path, start):
+        samples, _ = soundfile.read(path, start=start, frames=length, dtype="float32")
+        return torch.from_numpy(feature_extractor(samples, sampling_rate=rate)["input_values"][0])
+
+    speakers = CategoricalEncoder()
+    speakers.expect_len(len(last_clips))
+    speakers.update_from_iterable(clip["speaker"] for clip in clips)
+
+    @sb.utils.data_pipeline.takes("speaker")
+    @sb.utils.data_pipeline.provides("speaker_index")
+    def index(speaker):
+        return speakers.encode_label(speaker)
+
+    keys = ["id", "wav", "speaker_index"]
+    return *(DynamicItemDataset(split, [read, index], keys) for split in (train, test)), len(speakers)
+
+
+def prepare(args: Arguments) -> tuple[SpeakerBrain, DynamicItemDataset, DynamicItemDataset]:
+    """What is trained, segments to train on, segments to test on."""
+    config = load_config(args.model)
+    torch.manual_seed(args.seed)
+    encoder = load_encoder(args.model, freeze=args.output_dir is None).to(args.device)
+    train, test, num_speakers = read_splits(args, encoder.feature_extractor)
+    modules = {"classifier": Classifier(config, num_speakers)}
+    if args.output_dir is not None:
+        modules["encoder"] = encoder
+    brain = SpeakerBrain(
+        modules,
+        opt_class=lambda groups: torch.optim.Adam(groups, lr=args.learning_rate),
+        hparams={"encoder": encoder, "encoder_learning_rate": args.encoder_learning_rate},
+        run_opts={"device": args.device},
+    )
+    return brain, train, test
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        (args,) = parse(arguments, (Arguments,))
+        brain, train, test = prepare(args)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    batches = {"batch_size": args.batch_size}
+    brain.fit(
+        range(1, args.num_epochs + 1),
+        train,
+        test,
+        progressbar=False,
+        train_loader_kwargs={**batches, "shuffle": True},
+        valid_loader_kwargs=batches,
+    )
+    if args.output_dir is not None:
+        encoder = brain.hparams.encoder
+        encoder.model.save_pretrained(args.output_dir)
+        encoder.feature_extractor.save_pretrained(args.output_dir)
+        print(f"The fine-tuned student is in {args.output_dir}; it loads with AutoModel.from_pretrained")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

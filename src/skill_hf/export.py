@@ -1,0 +1,365 @@
+"""
+A student for other runtimes: ONNX, in float32 and in int8, and a program of `torch.export`.
+
+Batch size and length stay free. What is written is loaded again and compared with the model at several of both, with
+and without padding, before a function returns. All files take `input_values` `(batch, samples)`, float32, as the
+student's feature extractor prepares them, and `attention_mask` `(batch, samples)`, int64, 1 for samples and 0 for
+padding (all ones if there is none). Their outputs are those of the model: `last_hidden_state` `(batch, frames,
+hidden_size)`, or `logits` of a task head, to which an x-vector head adds `embeddings`; then, if asked for,
+`hidden_states.0` (the input of the first layer), `hidden_states.1` and so on.
+"""
+
+import copy
+import functools
+import importlib.util
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, WavLMForXVector
+from transformers.models.wavlm.modeling_wavlm import TDNNLayer
+
+from .data import samples_per_frame
+
+
+OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")
+
+# Of the noise that models are traced and compared with: frames beyond the least that a model takes.
+SPARE_FRAMES = (0, 20, 90)
+
+
+class OnnxModel:
+    """
+    An ONNX file in onnxruntime on the CPU, called as the model was.
+
+    Args:
+        path (`str` or `PathLike`): the file.
+
+    Raises:
+        `ImportError`: if onnxruntime is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        _require("onnxruntime")
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+
+    def __call__(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All outputs of the file by name, for inputs on the CPU."""
+        inputs = {"input_values": input_values.numpy(), "attention_mask": attention_mask.numpy()}
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, map(torch.from_numpy, self.session.run(names, inputs)), strict=True))
+
+
+class NamedOutputs(nn.Module):
+    """
+    A model whose outputs are a flat dict of tensors, named as in its exported files.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a student or a stock WavLM, with or without a task head.
+        output_hidden_states (`bool`, *optional*, defaults to `False`): whether hidden states are outputs.
+    """
+
+    def __init__(self, model: PreTrainedModel, output_hidden_states: bool = False):
+        super().__init__()
+        self.model = model
+        self.output_hidden_states = output_hidden_states
+
+    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = self.model(
+            input_values,
+            attention_mask=attention_mask,
+            output_hidden_states=self.output_hidden_states,
+            output_attentions=False,
+            return_dict=True,
+        )
+        # The last hidden state may be one of all; older exporters (torch 2.7) then give both outputs one name.
+        named = {name: output[name].clone() for name in OUTPUT_NAMES if name in output}
+        if self.output_hidden_states:
+            named |= {f"hidden_states.{index}": state for index, state in enumerate(output["hidden_states"])}
+        return named
+
+
+def export_onnx(
+    model: PreTrainedModel, path: str | os.PathLike, output_hidden_states: bool = False, tolerance: float = 1e-4
+) -> float:
+    """
+    Writes `model` as one ONNX file in float32 and checks it in onnxruntime.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A student or a stock WavLM, with or without a task head, on any device and in any dtype. It is not changed.
+        path (`str` or `PathLike`):
+            Where to write, such as `model.onnx`.
+        output_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether hidden states are outputs, too.
+        tolerance (`float`, *optional*, defaults to 1e-4):
+            Largest difference from the model, measured as what is returned, that is accepted.
+
+    Returns:
+        `float`: the largest difference between an output of the file and the model's, relative to the output's largest
+        value.
+
+    Raises:
+        `ImportError`: if onnx, onnxscript or onnxruntime is missing.
+        `ValueError`: if the model has gates.
+        `RuntimeError`: if the file differs from the model; it is removed.
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    reference = NamedOutputs(_frozen_copy(model), output_hidden_states)
+    # The fused attention is traced as one kernel and taken apart later, when the memory layout of its output is taken
+    # for granted already (torch 2.13: "Cannot view a tensor ..."). The eager one computes the same without that step.
+    exported = _traceable_copy(reference, attn_implementation="eager")
+    example = _noise(model, batch=2, spare_frames=SPARE_FRAMES[1])
+    program = torch.onnx.export(
+        exported,
+        tuple(example.values()),
+        input_names=list(example),
+        output_names=list(exported(**example)),
+        dynamic_shapes=dict.fromkeys(example, {0: "batch", 1: "samples"}),
+        dynamo=True,
+        verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # lines of source code with the paths of this machine
+    program.save(path, external_data=False)
+    return _check(path, OnnxModel(path), reference, tolerance)
+
+
+def export_program(
+    model: PreTrainedModel, path: str | os.PathLike, output_hidden_states: bool = False, tolerance: float = 1e-4
+) -> float:
+    """
+    Writes `model` as a program of `torch.export` (a `.pt2` file) in float32 and checks it after loading it again.
+
+    `torch.export.load(path).module()(input_values=..., attention_mask=...)` returns a dict of the outputs. It runs on
+    the CPU and needs torch alone, neither transformers nor this package. Clips must have two frames (720 samples) or
+    more.
+
+    Arguments, returned value and errors are those of [`export_onnx`].
+    """
+    reference = NamedOutputs(_frozen_copy(model), output_hidden_states)
+    example = _noise(model, batch=2, spare_frames=SPARE_FRAMES[1])
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(
+        _traceable_copy(reference), (), example, dynamic_shapes=dict.fromkeys(example, free), strict=False
+    )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # lines of source code with the paths of this machine
+    torch.export.save(program, path)
+    return _check(path, torch.export.load(path).module(), reference, tolerance)
+
+
+def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, audio: Iterable) -> dict:
+    """
+    Writes an ONNX file of [`export_onnx`] with weights in int8 and says how far its outputs have moved.
+
+    Linear layers are quantised dynamically: onnxruntime multiplies integers, activations are scaled anew in each
+    forward, weights by output channel and to 7 bits, since two products of 8 bits overflow on x86 processors without
+    VNNI instructions. Convolutions store their weights in int8, by output channel, and compute in floating point: with
+    activations in 8 bits the first ones would lose the quiet parts of the waveform.
+
+    Args:
+        path (`str` or `PathLike`):
+            ONNX file in float32.
+        quantized_path (`str` or `PathLike`):
+            Where to write, such as `model_int8.onnx`.
+        audio (iterable of waveforms):
+            Speech to compare on, each a 1-D float array or tensor as the feature extractor prepares it.
+
+    Returns:
+        `dict`: `megabytes` and `megabytes_before` (10^6 bytes), and `cosine_similarity`, for each output the mean over
+        all frames of the cosine between the two files' values.
+
+    Raises:
+        `ImportError`: if onnx or onnxruntime is missing.
+        `ValueError`: if there is no audio.
+    """
+    _require("onnx", "onnxruntime")
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(
+        Path(path), Path(quantized_path), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True
+    )
+    quantized = onnx.load(quantized_path)
+    _store_convolutions_in_int8(quantized.graph)
+    onnx.save(quantized, quantized_path)
+    compared = compare_outputs(OnnxModel(path), OnnxModel(quantized_path), audio)
+    return {
+        "megabytes_before": os.path.getsize(path) / 1e6,
+        "megabytes": os.path.getsize(quantized_path) / 1e6,
+        "cosine_similarity": {name: values["cosine_similarity"] for name, values in compared.items()},
+    }
+
+
+@torch.no_grad()
+def compare_outputs(reference: Callable, other: Callable, audio: Iterable) -> dict[str, dict[str, float]]:
+    """
+    How far the outputs of `other` are from those of `reference`.
+
+    Args:
+        reference, other (`Callable`):
+            Two forms of one model: [`NamedOutputs`], [`OnnxModel`], or the module of a loaded program.
+        audio (iterable of waveforms):
+            Each a 1-D float array or tensor as the feature extractor prepares it. They pass one by one, so that all
+            frames are valid.
+
+    Returns:
+        `dict[str, dict[str, float]]`: for each output `largest_difference`, relative to the largest value of a clip,
+        and `cosine_similarity`, the mean over all frames of all clips.
+
+    Raises:
+        `ValueError`: if there is no audio.
+    """
+    differences, cosines = {}, {}
+    for waveform in audio:
+        input_values = torch.as_tensor(waveform, dtype=torch.float32)[None]
+        attention_mask = torch.ones_like(input_values, dtype=torch.long)
+        actual = other(input_values=input_values, attention_mask=attention_mask)
+        for name, expected in reference(input_values=input_values, attention_mask=attention_mask).items():
+            differences.setdefault(name, []).append(_difference(actual[name], expected))
+            cosine = nn.functional.cosine_similarity(actual[name].double(), expected.double(), dim=-1)
+            cosines.setdefault(name, []).append(cosine.flatten())
+    if not differences:
+        raise ValueError("There is no audio to compare outputs on; give at least one waveform.")
+    return {
+        name: {"largest_difference": max(differences[name]), "cosine_similarity": torch.cat(values).mean().item()}
+        for name, values in cosines.items()
+    }
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    named_gates = getattr(model.base_model, "named_gates", None)
+    if named_gates is not None and named_gates():
+        raise ValueError(f"The {type(model).__name__} has gates; call the student's `prune()` before exporting it.")
+    return copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
+
+
+def _traceable_copy(reference: NamedOutputs, attn_implementation: str | None = None) -> NamedOutputs:
+    """A copy of `reference` that computes the same by what exporters can follow."""
+    exported = copy.deepcopy(reference)
+    model = exported.model
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    if isinstance(model, WavLMForXVector):
+        model.tdnn = nn.ModuleList(map(_convolution, model.tdnn))
+        model.forward = functools.partial(_x_vector, model)
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            # The weight itself instead of the norm and the direction that training needs. A copied module shares its
+            # parametrised class with the original, which `remove_parametrizations` would strip as well.
+            weight = module.weight
+            del module.parametrizations
+            module.__class__ = type(module).__base__
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    return exported.eval()
+
+
+def _convolution(layer: TDNNLayer) -> nn.Conv1d:
+    """The convolution that a layer of an x-vector head computes from the weight of a linear one."""
+    convolution = nn.Conv1d(layer.in_conv_dim, layer.out_conv_dim, layer.kernel_size, dilation=layer.dilation)
+    weight = layer.kernel.weight.view(layer.out_conv_dim, layer.kernel_size, layer.in_conv_dim).transpose(1, 2)
+    convolution.load_state_dict({"weight": weight, "bias": layer.kernel.bias})
+    return convolution.requires_grad_(False)
+
+
+def _x_vector(model: WavLMForXVector, input_values: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> dict:
+    """
+    Forward of [`~transformers.WavLMForXVector`] that pools all clips at once. The stock one loops over them, which
+    would fix the size of the batch.
+    """
+    kwargs["output_hidden_states"] = kwargs["output_hidden_states"] or model.config.use_weighted_layer_sum
+    output = model.wavlm(input_values, attention_mask=attention_mask, **kwargs)
+    features = output.last_hidden_state
+    if model.config.use_weighted_layer_sum:
+        weights = model.layer_weights.softmax(dim=-1)[:, None, None, None]
+        features = (torch.stack(output.hidden_states) * weights).sum(0)
+    features = model.projector(features).transpose(1, 2)
+    for convolution in model.tdnn:
+        features = convolution(features).relu()
+    features = features.transpose(1, 2)  # (B, T, C)
+
+    lengths = model._get_tdnn_output_lengths(model._get_feat_extract_output_lengths(attention_mask.sum(1)))
+    valid = (torch.arange(features.shape[1], device=features.device) < lengths[:, None])[..., None]  # (B, T, 1)
+    count = valid.sum(1)
+    mean = features.where(valid, 0).sum(1) / count
+    variance = (features - mean[:, None]).where(valid, 0).square().sum(1) / (count - 1)
+    embeddings = model.feature_extractor(torch.cat([mean, variance.sqrt()], dim=-1))
+    return {"logits": model.classifier(embeddings), "embeddings": embeddings, "hidden_states": output.hidden_states}
+
+
+def _noise(model: PreTrainedModel, batch: int, spare_frames: int) -> dict[str, torch.Tensor]:
+    """
+    Noise `spare_frames` longer than the least that `model` takes and a few samples more; the last clip is padded by
+    half of them. The least is what two frames are made of, before an adapter or a head's own convolutions: torch takes
+    a size of 1 for one that never changes.
+    """
+    config = model.config
+    least = 2 * config.adapter_stride**config.num_adapter_layers if config.add_adapter else 2
+    if isinstance(model, WavLMForXVector):
+        least += sum((size - 1) * step for size, step in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
+    stride = math.prod(config.conv_stride)
+    samples = samples_per_frame(config) + (least + spare_frames - 1) * stride + spare_frames % stride
+    attention_mask = torch.ones(batch, samples, dtype=torch.long)
+    attention_mask[-1, samples - spare_frames // 2 * stride :] = 0
+    noise = torch.randn(batch, samples, generator=torch.Generator().manual_seed(spare_frames))
+    return {"input_values": noise * attention_mask, "attention_mask": attention_mask}
+
+
+@torch.no_grad()
+def _check(path: str | os.PathLike, saved: Callable, reference: NamedOutputs, tolerance: float) -> float:
+    """Largest difference between the model in `path` and `reference`, over outputs, lengths and batch sizes."""
+    largest = 0.0
+    for batch, spare_frames in itertools.product((1, 3), SPARE_FRAMES):
+        inputs = _noise(reference.model, batch, spare_frames)
+        actual = saved(**inputs)
+        for name, expected in reference(**inputs).items():
+            difference = _difference(actual[name], expected)
+            if not difference <= tolerance:  # NaN is caught, too
+                os.remove(path)
+                raise RuntimeError(
+                    f"`{name}` of the exported {type(reference.model).__name__} differs from the model's by"
+                    f" {difference:.2g} (tolerance: {tolerance:.2g}) for inputs of shape"
+                    f" {tuple(inputs['input_values'].shape)}; {path} was removed. Please report it."
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if actual.shape != expected.shape:
+        return math.inf
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+
+
+def _store_convolutions_in_int8(graph) -> None:
+    """Replaces the float weights of all `Conv` nodes by int8 ones and a node that makes floats of them, in place."""
+    from onnx import helper, numpy_helper
+
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    names = [node.input[1] for node in graph.node if node.op_type == "Conv"]
+    for name in dict.fromkeys(names):
+        weight = numpy_helper.to_array(initializers[name])
+        scale = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True) / 127
+        scale[scale == 0] = 1
+        graph.initializer.remove(initializers[name])
+        graph.initializer.append(numpy_helper.from_array(np.rint(weight / scale).astype(np.int8), f"{name}_int8"))
+        graph.initializer.append(numpy_helper.from_array(scale.ravel(), f"{name}_scale"))
+        to_float = helper.make_node("DequantizeLinear", [f"{name}_int8", f"{name}_scale"], [name], axis=0)
+        graph.node.insert(0, to_float)
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"This export needs {' and '.join(missing)}, which is not installed: pip install skill-hf[export]."
+        )
