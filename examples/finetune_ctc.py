@@ -70,6 +70,11 @@ PAD, UNKNOWN, SPACE = "<pad>", "<unk>", "|"  # the padding token is CTC's blank,
 
 
 @dataclass
+class CTCModelArguments(ModelArguments):
+    mask_time_prob: float = field(default=0.1, metadata={"help": "Share of frames that SpecAugment masks."})
+
+
+@dataclass
 class CTCDataArguments(DataArguments):
     text_column: str = field(default="text", metadata={"help": "Column of the dataset with the transcript."})
     max_seconds: float = field(
@@ -158,7 +163,7 @@ def with_transcripts(dataset: datasets.Dataset, column: str) -> datasets.Dataset
     return keep(dataset, [bool(text) for text in texts], "they have no transcript")
 
 
-def prepare(model_args: ModelArguments, data_args: CTCDataArguments, training_args: CTCTrainingArguments):
+def prepare(model_args: CTCModelArguments, data_args: CTCDataArguments, training_args: CTCTrainingArguments):
     """The trainer, and what holds the adapters if there are any; wrong settings and data raise an error here."""
     if importlib.util.find_spec("jiwer") is None:
         raise ValueError("The error rates need jiwer, which is not installed: pip install jiwer.")
@@ -229,7 +234,7 @@ def report(trainer: Trainer, data_args: CTCDataArguments, results: dict) -> None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(arguments, (ModelArguments, CTCDataArguments, CTCTrainingArguments), prepare, report)
+    return run(arguments, (CTCModelArguments, CTCDataArguments, CTCTrainingArguments), prepare, report)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """
 A student for other runtimes: ONNX, in float32 and in int8, and a program of `torch.export`.
 
-Batch size and length stay free. What is written is loaded again and compared with the model at several of both, with
-and without padding, before a function returns. All files take `input_values` `(batch, samples)`, float32, as the
-student's feature extractor prepares them, and `attention_mask` `(batch, samples)`, int64, 1 for samples and 0 for
-padding (all ones if there is none). Their outputs are those of the model: `last_hidden_state` `(batch, frames,
-hidden_size)`, or `logits` of a task head, to which an x-vector head adds `embeddings`; then, if asked for,
-`hidden_states.0` (the input of the first layer), `hidden_states.1` and so on.
+Batch size and length stay free. What is written in float32 is loaded again and compared with the model at several of
+both, with and without padding, before a function returns.
+
+All files take `input_values` `(batch, samples)`, float32, as the student's feature extractor prepares them, and
+`attention_mask` `(batch, samples)`, int64, 1 for samples and 0 for padding (all ones if there is none). Their outputs
+are those of the model: `last_hidden_state` `(batch, frames, hidden_size)`, or `logits` of a task head, to which an
+x-vector head adds `embeddings`; then, if asked for, `hidden_states.0` (the input of the first layer),
+`hidden_states.1` and so on.
 """
 
 import copy
@@ -161,10 +163,10 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
     """
     Writes an ONNX file of [`export_onnx`] with weights in int8 and says how far its outputs have moved.
 
-    Linear layers are quantised dynamically: onnxruntime multiplies integers, activations are scaled anew in each
-    forward, weights by output channel and to 7 bits, since two products of 8 bits overflow on x86 processors without
-    VNNI instructions. Convolutions store their weights in int8, by output channel, and compute in floating point: with
-    activations in 8 bits the first ones would lose the quiet parts of the waveform.
+    Linear layers are quantised dynamically: onnxruntime multiplies integers; activations are scaled in each forward by
+    their range over the whole batch, weights by output channel and to 7 bits, since two products of 8 bits overflow on
+    x86 processors without VNNI instructions. Convolutions store their weights in int8, by output channel, and compute
+    in floating point, as hidden states are far off if their activations have 8 bits.
 
     Args:
         path (`str` or `PathLike`):
