@@ -19,7 +19,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install -c constraints.txt torch
-	@$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,export,plots]"
+	@$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,export,plots,superb]"
 	@touch $@
 
 demo: $(INSTALLED)

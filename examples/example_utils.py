@@ -15,6 +15,7 @@ from run_skill import REPOSITORY, ArgumentParser
 from transformers import AutoConfig, AutoFeatureExtractor, TrainingArguments
 
 from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
+from skill_hf.encoders import ignores_padding
 
 
 logger = logging.getLogger(__name__)
@@ -101,11 +102,6 @@ def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
     if hasattr(config, "masked_group_norm"):
         config.masked_group_norm = True
     return config
-
-
-def ignores_padding(config) -> bool:
-    """Whether the network gives a clip the same hidden states alone and padded in a batch, with an attention mask."""
-    return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)
 
 
 def load_feature_extractor(model: str, config) -> transformers.Wav2Vec2FeatureExtractor:

@@ -32,7 +32,6 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -43,7 +42,6 @@ from example_utils import (
     DEMO_STUDENT,
     check_column,
     complain,
-    ignores_padding,
     load_config,
     load_feature_extractor,
     parse,
@@ -53,7 +51,8 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
-from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio, samples_per_frame
+from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
+from skill_hf.encoders import PretrainedEncoder, make_batches
 
 
 logger = logging.getLogger("extract_hidden_states")
@@ -194,95 +193,39 @@ class Folder:
         self.done.add(name)
 
 
-def make_batches(
-    clips: Iterator[tuple[str, np.ndarray]], most_samples: int, buffer_clips: int, equal_lengths: bool
-) -> Iterator[list[tuple[str, np.ndarray]]]:
+def load_encoder(args: ExtractArguments) -> PretrainedEncoder:
     """
-    Groups clips of similar length.
-
-    Args:
-        clips (`Iterator[tuple[str, np.ndarray]]`): names and waveforms.
-        most_samples (`int`): samples of a batch with its padding; a longer clip stands alone.
-        buffer_clips (`int`): clips that are read ahead and sorted.
-        equal_lengths (`bool`): whether all clips of a batch must have one length.
-    """
-    while buffer := list(islice(clips, buffer_clips)):
-        batch = []
-        for clip in sorted(buffer, key=lambda clip: len(clip[1])):  # so that the newest is the longest
-            length = len(clip[1])
-            if batch and (length * (len(batch) + 1) > most_samples or equal_lengths and length > len(batch[0][1])):
-                yield batch
-                batch = []
-            batch.append(clip)
-        yield batch
-
-
-class Extractor:
-    """
-    Hidden states of batches, each as its clip alone would have them.
-
-    Args:
-        args (`ExtractArguments`): model, layers, precision and device.
-
     Raises:
         `ValueError`: if there is no such model, layer or device.
     """
-
-    def __init__(self, args: ExtractArguments):
-        config = load_config(args.model)
-        number = config.num_hidden_layers + 1
-        self.layers = list(range(number)) if args.layers is None else args.layers
-        wrong = [layer for layer in self.layers if not -number <= layer < number]
-        if wrong:
-            raise ValueError(
-                f"`layers` holds {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}."
-            )
-        self.layers = [layer % number for layer in self.layers]
-        self.feature_extractor = load_feature_extractor(args.model, config)
-        self.ignores_padding = ignores_padding(config)
-        self.min_samples = samples_per_frame(config)
-        self.mean_over_time, self.save_dtype = args.mean_over_time, args.save_dtype
-        model = AutoModel.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype))
-        try:
-            self.model = model.to(args.device).eval()
-        except RuntimeError as error:
-            raise ValueError(f"The device `{args.device}` cannot be used: {str(error).splitlines()[0]}") from error
-
-    @torch.inference_mode()
-    def __call__(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
-        """Normalised waveforms -> arrays of shape `(layers, frames, hidden size)`, or without frames if averaged."""
-        batch = self.feature_extractor.pad(
-            {"input_values": waveforms},
-            padding=True,
-            return_attention_mask=self.ignores_padding,
-            return_tensors="pt",
-        ).to(self.model.device)
-        batch["input_values"] = batch["input_values"].to(self.model.dtype)
-        states = self.model(**batch, output_hidden_states=True).hidden_states
-        kept = torch.stack([states[layer] for layer in self.layers], dim=1).float()  # (batch, layers, frames, hidden)
-        results = []
-        for clip, waveform in zip(kept, waveforms, strict=True):
-            clip = clip[:, : self.num_frames(len(waveform))]
-            clip = clip.mean(1) if self.mean_over_time else clip
-            results.append(clip.cpu().numpy().astype(self.save_dtype))
-        return results
-
-    def num_frames(self, num_samples: int) -> int:
-        return int(self.model._get_feat_extract_output_lengths(torch.tensor(num_samples)))
+    config = load_config(args.model)
+    number = config.num_hidden_layers + 1
+    layers = range(number) if args.layers is None else args.layers
+    wrong = [layer for layer in layers if not -number <= layer < number]
+    if wrong:
+        raise ValueError(f"`layers` holds {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}.")
+    feature_extractor = load_feature_extractor(args.model, config)
+    model = AutoModel.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype))
+    try:
+        model = model.to(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"The device `{args.device}` cannot be used: {str(error).splitlines()[0]}") from error
+    return PretrainedEncoder(model, feature_extractor, [layer % number for layer in layers])
 
 
-def read_clips(args, dataset, names, done, extractor) -> Iterator[tuple[str, np.ndarray]]:
+def read_clips(args, dataset, names, done, encoder) -> Iterator[tuple[str, np.ndarray]]:
     """Names and normalised waveforms of the clips that are not done; a clip that cannot be read is left out."""
-    rate = extractor.feature_extractor.sampling_rate
     for row, name in enumerate(names):
         if name in done:
             continue
         try:
-            samples = read_audio(dataset[row]["audio"], rate, args.max_seconds, min_samples=extractor.min_samples)
+            samples = read_audio(
+                dataset[row]["audio"], encoder.sampling_rate, args.max_seconds, min_samples=encoder.min_samples
+            )
         except AudioError as error:
             logger.warning("Left out: %s", error)
             continue
-        yield name, extractor.feature_extractor(samples, sampling_rate=rate)["input_values"][0]
+        yield name, encoder.prepare(samples)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -291,13 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (args,) = parse(arguments, (ExtractArguments,))
         dataset, names = load_clips(args)
-        extractor = Extractor(args)
+        encoder = load_encoder(args)
         settings = {
             "speech": [os.path.abspath(args.audio_dir)]
             if args.audio_dir is not None
             else [args.dataset_name, args.dataset_config_name, args.split, args.id_column],
             "model": os.path.abspath(args.model) if os.path.isdir(args.model) else args.model,
-            "layers": extractor.layers,
+            "layers": encoder.layers,
             "mean_over_time": args.mean_over_time,
             "file_format": args.file_format,
             "dtype": args.dtype,
@@ -308,13 +251,15 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return complain(error)
     already = len(folder.done)
-    clips = read_clips(args, dataset, names, frozenset(folder.done), extractor)
-    most_samples = int(args.batch_seconds * extractor.feature_extractor.sampling_rate)
+    clips = read_clips(args, dataset, names, frozenset(folder.done), encoder)
+    most_samples = int(args.batch_seconds * encoder.sampling_rate)
     with tqdm(total=len(names), initial=already, desc="Hidden states", unit="clip") as bar:
-        for batch in make_batches(clips, most_samples, args.buffer_clips, not extractor.ignores_padding):
-            waveforms = [waveform for _, waveform in batch]
-            for (name, waveform), states in zip(batch, extractor(waveforms), strict=True):
-                folder.save(name, states, len(waveform), extractor.num_frames(len(waveform)))
+        for batch in make_batches(clips, most_samples, args.buffer_clips, encoder.equal_lengths):
+            for (name, waveform), states in zip(batch, encoder([waveform for _, waveform in batch]), strict=True):
+                array = (states.mean(0) if args.mean_over_time else states.transpose(0, 1)).cpu().numpy()
+                # safetensors writes the memory as it lies, whatever the strides.
+                array = np.ascontiguousarray(array, args.save_dtype)
+                folder.save(name, array, len(waveform), len(states))
             bar.update(len(batch))
     if not folder.done:
         return complain(AudioError(f"None of the {len(names)} clips can be read; the warnings above say why."))

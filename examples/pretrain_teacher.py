@@ -2,7 +2,8 @@
 
 The recipe is HuBERT's (arXiv 2106.07447) with WavLM's utterance mixing (arXiv 2110.13900, section 3.2), scaled down to
 a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later one goes on from the
-weights that it finds and predicts k-means clusters of that network's own hidden states.
+weights that it finds and predicts k-means clusters of that network's own hidden states. `--init_from` starts from
+another network instead, which may have fewer layers: the study's teacher grew from the demo's that way.
 
     python examples/pretrain_teacher.py --output_dir teacher \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
@@ -68,15 +69,24 @@ class PretrainArguments:
         default=0.3,
         metadata={"help": "Weight of the loss over frames that are not masked: a short run learns faster."},
     )
+    init_from: Path | None = field(
+        default=None,
+        metadata={"help": "Network to grow from: its weights, and clusters of its hidden states from iteration 1 on."},
+    )
+    num_hidden_layers: int = field(default=8, metadata={"help": "Layers; those beyond `init_from`'s start at random."})
+    bf16: bool = field(
+        default=True,
+        metadata={"help": "bfloat16 autocast; without AMX or AVX512-BF16, a processor is slower with it."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
 
 
-def demo_teacher_config() -> WavLMConfig:
-    """WavLM Base in small: group norm, post-LN, 8 layers of 8 heads; 7.1 M parameters."""
+def small_wavlm_config(num_hidden_layers: int) -> WavLMConfig:
+    """WavLM Base in small: group norm, post-LN, layers of 8 heads; 7.1 M parameters with 8 layers."""
     return WavLMConfig(
         hidden_size=256,
-        num_hidden_layers=8,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=8,
         intermediate_size=1024,
         conv_dim=(128,) * 7,
@@ -169,8 +179,8 @@ def mfcc(audio: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def hidden_states(model: WavLMModel, audio: np.ndarray, layer: int) -> np.ndarray:
-    with torch.autocast(model.device.type, torch.bfloat16):
+def hidden_states(model: WavLMModel, audio: np.ndarray, layer: int, bf16: bool = True) -> np.ndarray:
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         output = model(normalise(torch.from_numpy(audio)).to(model.device)[None], output_hidden_states=True)
     return output.hidden_states[layer][0].float().cpu().numpy()
 
@@ -263,7 +273,7 @@ def pretrain(wavlm, utterances, targets, num_clusters, steps, directory: Path, a
             weight_decay=0.01,
             adam_beta2=0.98,
             max_grad_norm=1.0,
-            bf16=True,
+            bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
             save_steps=args.save_steps,
@@ -285,7 +295,10 @@ def main(args: PretrainArguments) -> None:
     utterances = training_utterances(args)
     hours = sum(map(len, utterances)) / RATE / 3600
     logger.info("%d utterances, %.2f hours", len(utterances), hours)
-    wavlm = WavLMModel(demo_teacher_config())
+    wavlm = WavLMModel(small_wavlm_config(args.num_hidden_layers))
+    if args.init_from is not None:
+        grown_from = WavLMModel.from_pretrained(args.init_from, dtype=torch.float32)
+        wavlm.load_state_dict(grown_from.state_dict(), strict=False)
     logger.info("%.2f M parameters", wavlm.num_parameters() / 1e6)
     for iteration, (steps, num_clusters) in enumerate(zip(args.steps, args.num_clusters, strict=True), start=1):
         directory = args.output_dir / f"iteration-{iteration}"
@@ -298,7 +311,8 @@ def main(args: PretrainArguments) -> None:
             targets = [stored[str(i)] for i in range(len(utterances))]
         else:
             wavlm.eval()
-            features = mfcc if iteration == 1 else lambda audio: hidden_states(wavlm, audio, args.target_layer)  # noqa: B023
+            first = iteration == 1 and args.init_from is None
+            features = mfcc if first else lambda audio: hidden_states(wavlm, audio, args.target_layer, args.bf16)  # noqa: B023
             targets = cluster_targets(features, utterances, num_clusters, args.seed)
             args.output_dir.mkdir(parents=True, exist_ok=True)
             np.savez(targets_file, **{str(i): labels for i, labels in enumerate(targets)})

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 DIRECTORY = Path(sys.prefix) / "share" / "skill-hf-tests"
 
-# The environment of the tests has no `requests`, which older packages import.
+# Older packages import `requests`; here it comes only with what they are not installed with.
 REQUESTS = ("requests==2.34.2", "urllib3==2.8.0", "charset-normalizer==3.5.3", "certifi")
 
 

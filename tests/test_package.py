@@ -123,4 +123,4 @@ def test_wheel_holds_the_package_and_its_metadata(tmp_path):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert "transformers<6,>=5.18" in metadata.get_all("Requires-Dist")
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "export", "plots"}
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "export", "plots", "superb"}

@@ -29,7 +29,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:
-        checkpoint = _last_complete_checkpoint(output_dir)
+        checkpoint = last_complete_checkpoint(output_dir)
         if checkpoint is None:
             raise ValueError(f"There is no checkpoint to resume from in `{output_dir}`.")
         return checkpoint
@@ -63,7 +63,7 @@ def read_same_recipe(checkpoint: str, skill_config: SkillConfig, present: dict) 
     return state
 
 
-def _last_complete_checkpoint(output_dir: str) -> str | None:
+def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint whose last-written file is there; one that a kill left half-written is passed over."""
     found = []
     for state in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):

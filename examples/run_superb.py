@@ -1,0 +1,350 @@
+"""
+What a frozen speech encoder knows, by the tasks of SUPERB (arXiv 2105.01051): teacher, student, or any other model.
+
+Of the demo, offline: keywords, by the student that `make demo` leaves, by its teacher, and by filterbanks:
+
+    python examples/run_superb.py
+    python examples/run_superb.py --model examples/demo/teacher
+    python examples/run_superb.py --model fbank
+
+A published model, on data of the Hub:
+
+    python examples/run_superb.py --task asr --model you/wavlm-base-plus-skill \\
+        --dataset_name openslr/librispeech_asr --dataset_config_name clean \\
+        --train_split train.100 --validation_split validation --test_split test
+
+A local directory, in any form that `datasets` reads, such as `audiofolder` (a `metadata.csv` with `file_name` and
+labels in each split's folder):
+
+    python examples/run_superb.py --task sid --model microsoft/wavlm-base-plus --dataset_name voxceleb \\
+        --label_column speaker --max_seconds 8
+
+| task | what | columns | metric |
+|---|---|---|---|
+| ks | keyword spotting | label | accuracy |
+| ic | intent classification | action, object, location | accuracy of all three |
+| sid | speaker identification | label, speaker_id or speaker | accuracy |
+| er | emotion recognition, `--folds` for cross-validation | label or emotion | accuracy |
+| asv | speaker verification, `--trials` for given pairs | speaker_id, speaker or label | equal error rate |
+| pr | phoneme recognition, `--lexicon` for other words than English | phonemes, or text | phoneme error rate |
+| asr | speech recognition, without language model | text | word error rate |
+| sf | slot filling | text with slots as `B-type words E-type`, or text and iob | F1 of slot types, CER of values |
+| sd | speaker diarization, `--time_unit` for other times than seconds | speakers | diarization error rate |
+| qbe | query by example: spoken words are searched in documents | word or text, or documents | term-weighted value |
+
+`iob` has `O` or the slot's type for each word. `speakers` is a list of `speaker_id`, `start` and `end`, as a
+`metadata.jsonl` can hold it. For qbe the training split has the documents, the others have queries; a document that
+has the query's words in its text holds it, or the queries have a column `documents` with lists of file names. Nothing
+is trained: the layer that is best on the validation set is tested.
+
+The encoder's hidden states are written to `cache_dir` once, in half precision. A head over their weighted sum is then
+trained for each of `--learning_rates`; the one that is best on the validation set is tested. A run that was stopped
+goes on where it was. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`: the model
+beside published ones. Run several tasks into one `output_dir`, and the table fills up; with all ten, it has a score.
+
+The published protocol takes far more steps than the default (keywords: 200,000) and larger data than the demo's.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from example_utils import (
+    DEMO_DATA,
+    DEMO_STUDENT,
+    FineTuningArguments,
+    complain,
+    load_config,
+    load_feature_extractor,
+    parse,
+)
+from run_skill import REPOSITORY
+from transformers import AutoModel, set_seed
+
+from skill_hf.data import load_speech_dataset
+from skill_hf.encoders import FilterBank, PretrainedEncoder
+from skill_hf.superb import METRICS, comparison_table
+from skill_hf.superb.evaluation import evaluate_task, prepare_examples
+from skill_hf.superb.query_by_example import evaluate_query_by_example
+from skill_hf.superb.registry import TASKS, Columns, load_task
+
+
+logger = logging.getLogger("run_superb")
+
+# What a head and its targets depend on beside the hidden states.
+TASK_SETTINGS = (
+    "label_column",
+    "text_column",
+    "speaker_column",
+    "trials",
+    "asv_head",
+    "lexicon",
+    "stress",
+    "lstm_size",
+    "time_unit",
+)
+
+
+@dataclass
+class SuperbArguments:
+    task: str = field(default="ks", metadata={"help": "What to test.", "choices": [*TASKS, "qbe"]})
+    model: str = field(
+        default=str(DEMO_STUDENT),
+        metadata={
+            "help": "Hub id or directory of a speech encoder, or fbank or mfcc; by default `make demo`'s student."
+        },
+    )
+    untrained: bool = field(default=False, metadata={"help": "Draw the model's weights at random: a floor."})
+    dataset_name: str = field(
+        default=str(DEMO_DATA / "keywords"),
+        metadata={"help": "Hub id, or a local directory in any form that `datasets` reads."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train heads on, or of qbe's documents; `a+b` joins two."}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split that chooses the head; by default a part of the training split."}
+    )
+    validation_share: float = field(
+        default=0.2,
+        metadata={"help": "Share of the training split for that, by speaker where there is such a column."},
+    )
+    test_split: str = field(default="test", metadata={"help": "Split to test on."})
+    folds: list[str] | None = field(
+        default=None,
+        metadata={"help": "Splits for cross-validation: each is tested once, heads train on the others (er)."},
+    )
+    audio_column: str = field(default="audio", metadata={"help": "Column with the audio."})
+    label_column: list[str] | None = field(
+        default=None, metadata={"help": "Column with the class, or three for ic; for sd."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column with the text or the phonemes; for qbe."})
+    speaker_column: str | None = field(default=None, metadata={"help": "Column with the speaker, for asv."})
+    trials: str | None = field(
+        default=None, metadata={"help": "Pairs for asv, in VoxCeleb's form; by default all of the test set."}
+    )
+    asv_head: str = field(default="x_vector", metadata={"help": "Network for asv.", "choices": ["x_vector", "mean"]})
+    lexicon: str | None = field(
+        default=None, metadata={"help": "Words and their phonemes for pr; by default the CMU pronouncing dictionary."}
+    )
+    stress: bool = field(default=True, metadata={"help": "Tell stressed vowels from others, as SUPERB does."})
+    lstm_size: int | None = field(default=None, metadata={"help": "Width of the LSTM; by default 1024, for sd 512."})
+    time_unit: float = field(
+        default=1.0,
+        metadata={"help": "Seconds of one unit of sd's times: 0.01 for the Hub's SUPERB, 0.0000625 for samples."},
+    )
+    max_seconds: float | None = field(default=None, metadata={"help": "Length that clips are cropped to."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-4, 1e-3, 1e-2], metadata={"help": "Learning rates to try."}
+    )
+    patience: int = field(default=10, metadata={"help": "Evaluations without gain after which a training ends."})
+    cache_dir: str = field(
+        default=str(REPOSITORY / "outputs" / "superb_cache"), metadata={"help": "Where hidden states go."}
+    )
+    cache_dtype: str = field(
+        default="float16", metadata={"help": "Their precision there.", "choices": ["float16", "float32"]}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"`validation_share` must be between 0 and 1, but is {self.validation_share}.")
+        if self.folds is not None and len(self.folds) < 2:
+            raise ValueError("`folds` needs at least two splits.")
+        if self.task == "qbe" and (self.folds is not None or self.validation_split is None):
+            raise ValueError(
+                "qbe needs a split with queries that chooses the layer, `--validation_split`, and no folds."
+            )
+        if self.untrained and self.model in FilterBank.KINDS:
+            raise ValueError(f"`{self.model}` has no weights to draw; leave out `--untrained`.")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError("`learning_rates` must be above 0.")
+
+
+@dataclass
+class HeadArguments(FineTuningArguments):
+    """[`~transformers.TrainingArguments`] with other defaults: SUPERB's optimizer, on fewer steps."""
+
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "superb"), metadata={"help": "Where results go."})
+    max_steps: int = field(default=2000, metadata={"help": "Steps with each learning rate."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Clips per step and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Clips per step and device in tests."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Course of the learning rate."})
+    warmup_steps: float = field(default=0, metadata={"help": "Share of all steps (below 1) or a number of steps."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When the validation set is scored."})
+    eval_steps: float = field(default=200, metadata={"help": "Steps between two scores of the validation set."})
+    save_strategy: str = field(default="steps", metadata={"help": "When checkpoints are saved; as `eval_strategy`."})
+    save_steps: float = field(default=200, metadata={"help": "As `eval_steps`."})
+    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints that are kept, beside the best."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Test the best head on the validation set."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off."})
+
+    def __post_init__(self):
+        self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
+        super().__post_init__()
+
+
+def load_encoder(args: SuperbArguments, seed: int, device: torch.device) -> PretrainedEncoder | FilterBank:
+    if args.model in FilterBank.KINDS:
+        return FilterBank(args.model)
+    config = load_config(args.model)
+    feature_extractor = load_feature_extractor(args.model, config)
+    if args.untrained:
+        set_seed(seed)
+        model = AutoModel.from_config(config, dtype=torch.float32)
+    else:
+        model = AutoModel.from_pretrained(args.model, config=config, dtype=torch.float32)
+    return PretrainedEncoder(model.to(device), feature_extractor)
+
+
+def fingerprint(encoder: PretrainedEncoder | FilterBank, splits: dict, args: SuperbArguments) -> str:
+    """Of all that hidden states follow from: weights, clips and settings."""
+    checksum = hashlib.sha256()
+    if isinstance(encoder, PretrainedEncoder):
+        checksum.update(encoder.model.config.to_json_string().encode())
+        for name, tensor in sorted(encoder.model.state_dict().items()):
+            checksum.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    for split, dataset in splits.items():
+        checksum.update(f"{split} {dataset._fingerprint}".encode())
+    checksum.update(f"{args.model} {args.max_seconds} {args.cache_dtype}".encode())
+    return checksum.hexdigest()[:16]
+
+
+def load_split(args: SuperbArguments, split: str) -> datasets.Dataset:
+    return load_speech_dataset(
+        args.dataset_name, args.dataset_config_name, split=split, audio_column=args.audio_column
+    )
+
+
+def load_splits(args: SuperbArguments, train: str, test: str, seed: int) -> dict[str, datasets.Dataset]:
+    splits = {"train": load_split(args, train), "test": load_split(args, test)}
+    if args.validation_split is not None:
+        splits["validation"] = load_split(args, args.validation_split)
+    else:
+        splits["train"], splits["validation"] = hold_out(splits["train"], args, seed)
+    return splits
+
+
+def hold_out(dataset: datasets.Dataset, args: SuperbArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and validation set. Where speakers are known and aren't the classes, none is in both."""
+    rng = np.random.default_rng(seed)
+    names = (args.speaker_column, "speaker", "speaker_id", "label" if args.task == "asv" else None)
+    column = next((name for name in names if name in dataset.column_names), None)
+    if column is None or args.task == "sid":
+        order = rng.permutation(len(dataset))
+        size = max(1, round(args.validation_share * len(dataset)))
+        if size >= len(dataset):
+            raise ValueError(f"The training set has {len(dataset)} clips, too few to hold some out.")
+        return dataset.select(sorted(order[size:])), dataset.select(sorted(order[:size]))
+    speakers = np.array([str(speaker) for speaker in dataset[column]])
+    known = sorted(set(speakers))
+    size = max(2 if args.task == "asv" else 1, round(args.validation_share * len(known)))
+    if size >= len(known):
+        raise ValueError(
+            f"The training set has {len(known)} speakers, too few to hold some out; name a validation split."
+        )
+    chosen = np.isin(speakers, rng.permutation(known)[:size])
+    return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
+
+
+def run_fold(args: SuperbArguments, head_args: HeadArguments, encoder, train: str, test: str, directory: Path) -> dict:
+    splits = load_splits(args, train, test, head_args.seed)
+    columns = Columns(args.label_column, args.text_column, args.speaker_column)
+    task = load_task(
+        args.task,
+        splits["train"],
+        columns,
+        trials=args.trials,
+        x_vector=args.asv_head == "x_vector",
+        lexicon=args.lexicon,
+        stress=args.stress,
+        lstm_size=args.lstm_size,
+        frame_seconds=encoder.frame_seconds,
+        time_unit=args.time_unit,
+        max_seconds=args.max_seconds,
+    )
+    key = fingerprint(encoder, splits, args) + ("-mean" if task.mean_over_time else "")
+    examples = prepare_examples(task, encoder, splits, Path(args.cache_dir) / key, args.max_seconds, args.cache_dtype)
+    head_args.output_dir = str(directory)
+    settings = {name: getattr(args, name) for name in TASK_SETTINGS} | {"cache": key}
+    return evaluate_task(task, examples, head_args, args.learning_rates, args.patience, settings)
+
+
+def run_query_by_example(args: SuperbArguments, device: torch.device, encoder) -> dict:
+    names = {"documents": args.train_split, "validation": args.validation_split, "test": args.test_split}
+    splits = {split: load_split(args, name) for split, name in names.items()}
+    column = Columns(text=args.text_column).of("qbe", splits["test"])
+    cache_dir = Path(args.cache_dir) / fingerprint(encoder, splits, args)
+    return evaluate_query_by_example(
+        encoder, splits, column, cache_dir, args.max_seconds, args.cache_dtype, device=device
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("skill_hf").setLevel(logging.INFO)
+    try:
+        args, head_args = parse(arguments, (SuperbArguments, HeadArguments))
+        encoder = load_encoder(args, head_args.seed, head_args.device)
+        output_dir = Path(head_args.output_dir)
+        path = Path(args.model)
+        name = (path.resolve() if path.is_dir() else path).name + (" (untrained)" if args.untrained else "")
+        model_dir = output_dir / re.sub(r"[^\w.-]+", "_", name)
+        runs = {}
+        if args.task == "qbe":
+            runs["test"] = run_query_by_example(args, head_args.device, encoder)
+        elif args.folds is None:
+            runs["test"] = run_fold(args, head_args, encoder, args.train_split, args.test_split, model_dir / args.task)
+        else:
+            for fold in args.folds:
+                train = "+".join(other for other in args.folds if other != fold)
+                runs[fold] = run_fold(args, head_args, encoder, train, fold, model_dir / f"{args.task}_{fold}")
+    except (ValueError, OSError) as error:
+        return complain(error)
+    scores = {
+        metric: float(np.mean([run[metric] for run in runs.values()]))
+        for metric in METRICS
+        if all(metric in run for run in runs.values())
+    }
+    parameters = encoder.model.num_parameters() if isinstance(encoder, PretrainedEncoder) else 0
+    if head_args.process_index == 0:
+        report(model_dir, args, head_args, name, parameters, scores, runs)
+    return 0
+
+
+def report(model_dir, args, head_args, name: str, parameters: int, scores: dict, runs: dict) -> None:
+    """Adds this task to `all_results.json`, and sets all that were measured beside published models."""
+    path = model_dir / "all_results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results[args.task] = {
+        "model": args.model,
+        "parameters": parameters,
+        "dataset": [args.dataset_name, args.dataset_config_name],
+        "scores": scores,
+        "runs": runs,
+        "seed": head_args.seed,
+        "max_steps": head_args.max_steps,
+        "batch_size": head_args.train_batch_size,
+        "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+    }
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    measured = {metric: value for task in results.values() for metric, value in task["scores"].items()}
+    table = comparison_table(name, measured, parameters / 1e6 or None)
+    (model_dir / "superb.md").write_text(table + "\n", encoding="utf-8")
+    for metric, value in scores.items():
+        logger.info("%s: %.*f", METRICS[metric].label, 4 if metric == "qbe_mtwv" else 2, value)
+    logger.info("%s\nOther data than SUPERB's are not comparable with the published rows.", table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

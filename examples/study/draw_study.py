@@ -1,0 +1,662 @@
+"""
+Tables and figures of the study, from what `run_study.py` has left in `results`, as far as it has come.
+
+    python examples/study/draw_study.py
+
+It prints the tables, draws the figures, and puts both into the docs page, between `<!-- study: NAME -->` and
+`<!-- end -->`, so that the page says what the results say. Run it again whenever there are new results.
+"""
+
+import io
+import logging
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import HfArgumentParser
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from study_design import (  # noqa: E402
+    BASELINES,
+    CALIBRATION_SAMPLES,
+    CALIBRATION_SECONDS,
+    MEASURES,
+    SPARSITIES,
+    VARIANTS,
+    groups_of,
+)
+from study_probes import METRICS, TASKS  # noqa: E402
+from study_results import (  # noqa: E402
+    MEAN_DISTANCE,
+    SCORES,
+    Comparison,
+    Outcome,
+    Study,
+    agreements,
+    compare,
+    detectable_effect,
+    gain,
+    group_labels,
+    holm,
+    mean_share,
+    power,
+    read_study,
+    shares,
+    tasks_with_gain,
+)
+
+from skill_hf import SkillConfig, cluster_layers  # noqa: E402
+from skill_hf.clustering import layer_tree, silhouette  # noqa: E402
+from skill_hf.plots import COLOURS, DARK, LIGHT, MARKERS, _label, _new_figure, _runs, plot_layer_similarity  # noqa: E402
+
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / "docs"
+
+MAIN_SPARSITY = 0.75
+COMPARED = ("skill", *BASELINES)
+NAMES = {"skill": "SKILL", "dphubert": "DPHuBERT", "distilhubert": "DistilHuBERT"}
+FLOORS = ("fbank", "mfcc", "untrained")
+REFERENCES = ("teacher", *FLOORS)
+NOTHING = "No results yet."
+# One colour and mark for a method, in all figures.
+STYLES = dict(zip(COMPARED, zip((*COLOURS, DARK), (*MARKERS, "X"), strict=True), strict=True))
+
+
+@dataclass
+class DrawArguments:
+    results: Path = field(default=HERE / "results", metadata={"help": "What `run_study.py` has made."})
+    page: Path = field(default=DOCS / "study.md", metadata={"help": "Markdown page whose blocks are filled."})
+    figures: Path = field(default=DOCS / "figures", metadata={"help": "Where figures go."})
+
+
+def name_of(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence], texts: int = 1) -> str:
+    """A Markdown table; the first `texts` columns hold text, the others numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(header) - texts)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows))
+
+
+def number(value: float, digits: int = 1, signed: bool = False) -> str:
+    if not math.isfinite(value):
+        return "–"
+    value = round(value, digits) + 0.0  # no negative zero
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation; of a single value, the value."""
+    if not len(values) or not math.isfinite(np.mean(values)):
+        return "–"
+    mean = number(np.mean(values), digits)
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def cell(outcome: Outcome, runs: dict[int, dict]) -> str:
+    return spread([outcome.value(run) for run in runs.values()], outcome.digits)
+
+
+def partition(groups: Sequence[Sequence[int]]) -> str:
+    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in _runs(group)) for group in groups]
+    return ", ".join(f"{{{name}}}" for name in names)
+
+
+def lacking(study: Study, methods: Sequence[str], sparsity: float) -> str:
+    names = [name_of(method) for method in methods if not study.runs_of(method, sparsity)]
+    return f"\n\nNo runs yet: {', '.join(names)}." if names else ""
+
+
+def floors_note(study: Study, floor: str) -> str:
+    left_out = [SCORES[metric].label for metric in METRICS if metric not in tasks_with_gain(study, floor)]
+    if not left_out or not study.score("teacher", METRICS[0]).size or not study.score(floor, METRICS[0]).size:
+        return ""
+    return (
+        f"\n\nThe teacher does not beat {floor} with every seed in {', '.join(left_out)}: there is no gain to keep,"
+        f" and these tasks don't count in the mean share over {floor}."
+    )
+
+
+def setting(study: Study) -> str:
+    if not study.runs or not study.similarities:
+        return ""
+    runs = list(study.runs.values())
+    settings = [run["settings"] for run in runs]
+    first = settings[0]
+
+    def all_of(name: str) -> str:
+        return ", ".join(sorted({str(of[name]) for of in settings}))
+
+    reached = []
+    for sparsity in sorted(SPARSITIES):
+        of = [run["sparsity_reached"] for run in runs if run["sparsity"] == sparsity]
+        if of:
+            low, high = (f"{value:.3f}" for value in (min(of), max(of)))
+            reached.append(f"{sparsity:g}: {low}" if low == high else f"{sparsity:g}: {low} to {high}")
+    seconds = first["max_steps"] * first["batch_size"] * first["max_seconds"]
+    done = len(study.runs.keys() & study.planned)
+    train, probe = (np.array([run["seconds"][name] for run in runs]) for name in ("training", "probes"))
+    rates = ", ".join(
+        f"{task.upper()} {'/'.join(f'{rate:g}' for rate in of)}" for task, of in first["learning_rates"].items()
+    )
+    rows = [
+        ("teacher", f"{num_hidden_states(study) - 1} layers, {teacher_parameters(study):,} parameters"),
+        ("students", f"{done} of {len(study.planned)} that are planned; methods with the same groups share them"),
+        ("seeds", f"{', '.join(map(str, sorted(study.similarities)))}: of calibration, training and heads"),
+        ("calibration", f"{CALIBRATION_SAMPLES} clips of at most {CALIBRATION_SECONDS:g} s"),
+        (
+            "a student's training",
+            f"{first['max_steps']} steps of {first['batch_size']} crops of {first['max_seconds']:g} s",
+        ),
+        ("audio per student", f"{seconds / 60:.0f} min"),
+        ("sparsity reached", "; ".join(reached)),
+        ("learning rates of the heads", rates),
+        ("time", f"{np.median(train):.0f} s to train a student and {np.median(probe):.0f} s to probe it (medians)"),
+        ("time in all", f"{(train.sum() + probe.sum()) / 3600:.1f} h"),
+        ("machine", all_of("processor")),
+        ("versions", ", ".join(f"{of} {all_of(of)}" for of in ("python", "torch", "transformers", "datasets"))),
+    ]
+    return table(("", ""), rows, texts=2)
+
+
+def teacher_parameters(study: Study) -> int:
+    run = next(iter(study.runs.values()))
+    return round(run["parameters"] / (1 - run["sparsity_reached"]))
+
+
+def references(study: Study) -> str:
+    found = [name for name in REFERENCES if name in study.references]
+    if not found:
+        return ""
+    rows = [
+        [name, len(study.score(name, METRICS[0])), *(spread(study.score(name, metric)) for metric in METRICS)]
+        for name in found
+    ]
+    if "teacher" in found:
+        for floor in found[1:]:
+            gains = [gain(study, floor, metric) for metric in METRICS]
+            rows.append([f"teacher's gain over {floor}", len(gains[0]), *map(spread, gains)])
+    text = table(["", "seeds", *(SCORES[metric].label for metric in METRICS)], rows)
+    if "teacher" in found:
+        rates = [f"{task.upper()} {of[0]:g}" for task, of in study.references["teacher"]["learning_rates"].items()]
+        text += (
+            f"\n\nLearning rates that were best for the teacher on the validation sets, with the first seed:"
+            f" {', '.join(rates)}. All students are probed with these."
+        )
+    return text + "".join(floors_note(study, floor) for floor in FLOORS)
+
+
+def kept_by_task(study: Study, sparsity: float) -> str:
+    """The share of the teacher's gain that each method keeps; empty without runs."""
+    rows = []
+    for name in COMPARED:
+        if runs := study.runs_of(name, sparsity):
+            of = [shares(study, run) for run in runs.values()]
+            by_task = [spread([share[metric] for share in of if metric in share]) for metric in METRICS]
+            means = [cell(mean_share(study, floor), runs) for floor in FLOORS]
+            rows.append([name_of(name), len(runs), *by_task, *means])
+    tasks, means = [task.upper() for task in TASKS], [f"mean, over {floor}" for floor in FLOORS[1:]]
+    return table(["% of the gain over fbank", "seeds", *tasks, "mean", *means], rows) if rows else ""
+
+
+def main_table(study: Study) -> str:
+    kept = kept_by_task(study, MAIN_SPARSITY)
+    if not kept:
+        return ""
+    rows = []
+    for name in REFERENCES:
+        if study.score(name, METRICS[0]).size:
+            size = f"{teacher_parameters(study):,}" if name in ("teacher", "untrained") else "–"
+            scores = [study.score(name, metric) for metric in METRICS]
+            rows.append([f"*{name}*", len(scores[0]), size, *map(spread, scores)])
+    for name in COMPARED:
+        if runs := study.runs_of(name, MAIN_SPARSITY):
+            size = np.mean([run["parameters"] for run in runs.values()])
+            scores = [cell(outcome, runs) for outcome in SCORES.values()]
+            rows.append([name_of(name), len(runs), f"{size:,.0f}", *scores])
+    scores = table(["", "seeds", "parameters", *(SCORES[metric].label for metric in METRICS)], rows)
+    notes = "".join(floors_note(study, floor) for floor in FLOORS) + lacking(study, COMPARED, MAIN_SPARSITY)
+    return f"{scores}\n\n{kept}{notes}"
+
+
+def scores_caption(study: Study) -> str:
+    if not any(study.runs_of(name, sparsity) for name in COMPARED for sparsity in SPARSITIES):
+        return ""
+    return (
+        "A mark is a seed, a bar the mean of a method. Axes of error rates are reversed, so that better is"
+        " up. The line of the untrained network is left out where it is far from the others."
+    )
+
+
+def sparsities(study: Study) -> str:
+    outcome, rows = mean_share(study), []
+    ordered = sorted(SPARSITIES)
+    for name in COMPARED:
+        runs = [study.runs_of(name, sparsity) for sparsity in ordered]
+        if any(runs):
+            rows.append([name_of(name), *(f"{cell(outcome, of)} ({len(of)})" if of else "–" for of in runs)])
+    if not rows:
+        return ""
+    header = ["% of the gain over fbank, mean of the tasks (seeds)", *(f"sparsity {of:g}" for of in ordered)]
+    tables = [table(header, rows) + floors_note(study, "fbank")]
+    for sparsity in ordered:
+        if sparsity != MAIN_SPARSITY and (kept := kept_by_task(study, sparsity)):
+            tables.append(f"Task by task at sparsity {sparsity:g}:\n\n{kept}")
+    return "\n\n".join(tables)
+
+
+def significance(study: Study) -> str:
+    outcomes = {
+        f"Mean share kept (%) at sparsity {sparsity:g}": ([mean_share(study)], sparsity) for sparsity in SPARSITIES
+    }
+    if not tasks_with_gain(study, "fbank"):
+        outcomes = {}
+    outcomes[f"Scores at sparsity {MAIN_SPARSITY:g}"] = (list(SCORES.values()), MAIN_SPARSITY)
+    outcomes[f"Distance to the teacher (1 − CKA, mean of all hidden states) at sparsity {MAIN_SPARSITY:g}"] = (
+        [MEAN_DISTANCE],
+        MAIN_SPARSITY,
+    )
+    tables, most = [], 0
+    for title, (of, sparsity) in outcomes.items():
+        compared = [
+            (outcome, baseline, found)
+            for outcome in of
+            for baseline in BASELINES
+            if (found := compare(study, outcome, baseline, sparsity)) is not None
+        ]
+        if compared:
+            most = max(most, *(len(found.differences) for _, _, found in compared))
+            tables.append(f"{title}: SKILL minus baseline\n\n{comparisons(compared, several=len(of) > 1)}")
+    if not tables:
+        return ""
+    text = (
+        "Differences are paired by seed; intervals and p are those of the paired t test, two-sided, and Holm's"
+        " correction is over all rows of a table. *Detectable* is the true difference that such a test, at 5 % and"
+        " without correction, would find in 80 % of all cases, if the differences spread as they do here."
+    )
+    if most > 1:
+        text += (
+            f" With {most} seeds that takes {detectable_effect(most):.1f} standard deviations of the differences; a"
+            f" difference of one is missed in {100 * (1 - power(1, most)):.0f} % of all cases, so one that is not"
+            f" significant may well be there. Even {most} seeds on one side have p = {0.5 ** (most - 1):.3g}"
+            " by a sign test. Seeds stand for calibration clips, training and heads: another teacher or other data may"
+            " come to something else."
+        )
+    return "\n\n".join([*tables, text])
+
+
+def comparisons(compared: Sequence[tuple[Outcome, str, Comparison]], several: bool) -> str:
+    corrected = holm([found.p for _, _, found in compared])
+    rows = []
+    for (outcome, baseline, found), by_holm in zip(compared, corrected, strict=True):
+        digits = outcome.digits
+        mean, low, high = (number(of, digits, True) for of in (found.differences.mean(), found.low, found.high))
+        rows.append(
+            [
+                *([outcome.label] if several else []),
+                name_of(baseline),
+                len(found.differences),
+                mean,
+                "–" if low == "–" else f"{low} to {high}",
+                *(number(p, 3) if not p < 0.001 else "< 0.001" for p in (found.p, by_holm)),
+                f"{found.better} of {len(found.differences)}",
+                number(found.detectable, digits),
+            ]
+        )
+    header = ["baseline", "seeds", "difference", "95 % interval", "p", "p, Holm", "SKILL better", "detectable"]
+    return table([*(["score"] if several else []), *header], rows, texts=2 if several else 1)
+
+
+def distances(study: Study) -> str:
+    rows = []
+    for name in COMPARED:
+        runs = study.runs_of(name, MAIN_SPARSITY)
+        if not runs:
+            continue
+        parts = {"all": [], "own": [], "others": [], "spread": [], "rest": []}
+        for seed, run in runs.items():
+            of = np.array(run["distances"]["cka"])
+            for kind, method in (("own", name), ("spread", "dphubert")):
+                distilled = np.isin(np.arange(len(of)), np.concatenate(study.methods[method, seed].layer_groups))
+                parts[kind].append(of[distilled].mean())
+                if not distilled.all():
+                    parts["others" if kind == "own" else "rest"].append(of[~distilled].mean())
+            parts["all"].append(of.mean())
+        rows.append([name_of(name), len(runs), *(spread(of, 3) for of in parts.values())])
+    if not rows:
+        return ""
+    header = ["mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
+    text = table([*header, "DPHuBERT's four", "all but these"], rows)
+    return text + lacking(study, COMPARED, MAIN_SPARSITY)
+
+
+def variants(study: Study) -> str:
+    rows = []
+    for name in ("skill", *VARIANTS):
+        runs = study.runs_of(name, MAIN_SPARSITY)
+        if not runs:
+            continue
+        groups = {seed: study.methods[name, seed].layer_groups for seed in study.similarities}
+        (usual, times), *others = Counter(groups.values()).most_common()
+        same = sum(of == study.methods["skill", seed].layer_groups for seed, of in groups.items())
+        rows.append(
+            [
+                "SKILL: cka, average linkage" if name == "skill" else name,
+                f"{partition(usual)} ({times} of {len(groups)} seeds)",
+                1 + len(others),
+                f"{same} of {len(groups)}",
+                len(runs),
+                *(cell(outcome, runs) for outcome in SCORES.values()),
+                cell(mean_share(study), runs),
+            ]
+        )
+    if not rows:
+        return ""
+    header = ["", "usual groups", "distinct", "same as SKILL's", "seeds run"]
+    labels = [outcome.label for outcome in SCORES.values()]
+    return table([*header, *labels, "share kept (%) ↑"], rows, texts=2) + lacking(study, VARIANTS, MAIN_SPARSITY)
+
+
+def num_hidden_states(study: Study) -> int:
+    return len(next(iter(study.similarities.values()))["cka"])
+
+
+def chosen_groups(study: Study, measure: str) -> dict[int, list[list[int]]]:
+    """Seed -> groups by the silhouette, as the methods have them."""
+    name = "skill" if measure == "cka" else f"measure {measure}"
+    return {seed: groups_of(name, similarity) for seed, similarity in study.similarities.items()}
+
+
+def groups_table(study: Study) -> str:
+    if not study.similarities:
+        return ""
+    found, alike, silhouettes = [], [], []
+    num_layers = num_hidden_states(study)
+    numbers = range(2, num_layers)
+    for measure in MEASURES:
+        seeds_of: dict[str, list[int]] = {}
+        pairs = {"all": [], "inside": [], "between": []}
+        by_number = []
+        for seed, groups in sorted(chosen_groups(study, measure).items()):
+            similarity = study.similarities[seed][measure]
+            seeds_of.setdefault(f"{len(groups)} | {partition(groups)}", []).append(seed)
+            labels = group_labels(groups)
+            first, second = np.triu_indices(num_layers, k=1)
+            same, of = labels[first] == labels[second], similarity[first, second]
+            for kind, chosen in (("all", same | True), ("inside", same), ("between", ~same)):
+                pairs[kind] += [of[chosen].mean()] if chosen.any() else []
+            by_number.append(
+                [
+                    silhouette(
+                        np.maximum(1 - similarity, 0),
+                        group_labels(cluster_layers(similarity, SkillConfig(num_clusters=count))),
+                    )
+                    for count in numbers
+                ]
+            )
+        found += [(measure, groups, ", ".join(map(str, seeds))) for groups, seeds in seeds_of.items()]
+        alike.append((measure, *(spread(of, 3) for of in pairs.values())))
+        means = np.mean(by_number, axis=0)
+        silhouettes.append(
+            (measure, *(f"**{of:.2f}**" if index == means.argmax() else f"{of:.2f}" for index, of in enumerate(means)))
+        )
+    tables = [
+        table(("measure", "number", "groups", "seeds"), found, texts=4),
+        "Mean silhouette by the number of groups, mean over the seeds:\n\n"
+        + table(("measure", *numbers), silhouettes),
+        "Mean similarity of two hidden states, ± over the seeds:\n\n"
+        + table(("measure", "all pairs", "in a group", "in different groups"), alike),
+    ]
+    return "\n\n".join(tables)
+
+
+def most_clips(study: Study) -> int:
+    return min(max(of["cka"]) for of in study.groups.values())
+
+
+def stability(study: Study) -> str:
+    if not study.groups:
+        return ""
+    tables = []
+    seeds = ", ".join(map(str, study.groups))
+    most = f"those of {most_clips(study)} clips with the same seed, of which they are a part"
+    titles = {
+        True: f"Groups of so many clips against {most}: mean adjusted Rand index over the seeds {seeds} (lowest).",
+        False: f"Groups of two seeds, of as many clips: mean over all pairs of the seeds {seeds} (lowest).",
+    }
+    for with_largest, title in titles.items():
+        if not with_largest and len(study.groups) < 2:
+            continue
+        rows = []
+        for number_of, label in (("skill", "by silhouette"), ("4 clusters", "4")):
+            for measure, by_size in agreements(study, number_of, with_largest).items():
+                cells = [f"{number(np.mean(of), 2)} ({number(min(of), 2)})" for of in by_size.values()]
+                rows.append([measure, label, *cells])
+        sizes = list(by_size)
+        text = table(["measure", "number of groups", *(f"{size} clips" for size in sizes)], rows, texts=2)
+        tables.append(f"{title}\n\n{text}")
+    return "\n\n".join(tables)
+
+
+def draw_scores(study: Study):
+    figure = _new_figure(8, 7)
+    panels = figure.subplots(2, 2)
+    ordered = sorted(SPARSITIES)
+    places = dict(zip(COMPARED, np.linspace(-0.36, 0.36, len(COMPARED)), strict=True))
+    line = {"color": DARK, "lw": 1.4, "zorder": 1}
+    for axes, (metric, outcome) in zip(panels.flat, SCORES.items(), strict=True):
+        for name, style in (("teacher", "-"), ("fbank", "--")):
+            if (of := study.score(name, metric)).size:
+                axes.axhline(of.mean(), label=name, ls=style, **line)
+        for name, (colour, marker) in STYLES.items():
+            points = [
+                (index + places[name], [run["scores"][metric] for run in study.runs_of(name, sparsity).values()])
+                for index, sparsity in enumerate(ordered)
+            ]
+            label = name_of(name)
+            for x, values in points:
+                if values:
+                    style = {"color": colour, "marker": marker, "ls": "", "markersize": 4.5, "alpha": 0.7}
+                    axes.plot([x] * len(values), values, label=label, markeredgewidth=0, **style)
+                    axes.plot([x - 0.05, x + 0.05], [np.mean(values)] * 2, color=colour, lw=2.2)
+                    label = None
+        for edge in range(1, len(ordered)):
+            axes.axvline(edge - 0.5, color=LIGHT, lw=0.8)
+        axes.set_ylim(axes.get_ylim()[:: -1 if outcome.lower_is_better else 1])
+        if (of := study.score("untrained", metric)).size:
+            axes.axhline(of.mean(), label="untrained", ls=":", **line)
+        axes.set_xticks(range(len(ordered)), [f"{sparsity:g}" for sparsity in ordered])
+        axes.set_xlim(-0.5, len(ordered) - 0.5)
+        axes.grid(axis="y", color=LIGHT, lw=0.6)
+        title = outcome.label[:-2] + (" (%), reversed: better is up" if outcome.lower_is_better else " (%)")
+        _label(axes, title, "sparsity" if axes in panels[-1] else "")
+        axes.tick_params(axis="x", length=0)
+    handles = {}
+    for axes in panels.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels = [label for label in ("teacher", "fbank", "untrained", *map(name_of, COMPARED)) if label in handles]
+    style = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 9}
+    figure.legend([handles[label] for label in labels], labels, **style)
+    return figure
+
+
+def draw_distances(study: Study):
+    figure = _new_figure(8, 4.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    every = ("every layer", "one group", "random groups")
+    some = tuple(name for name in BASELINES if name not in every)
+    titles = ("SKILL and those that distil some", "SKILL and those that distil all")
+    layers = np.arange(num_hidden_states(study))
+    for axes, names, title in zip(panels, (some, every), titles, strict=True):
+        for name in ("skill", *names):
+            runs = study.runs_of(name, MAIN_SPARSITY)
+            if not runs:
+                continue
+            of = np.array([run["distances"]["cka"] for run in runs.values()])
+            mean = of.mean(0)
+            colour, marker = STYLES[name]
+            style = {"color": colour, "marker": marker, "markersize": 5.5}
+            distilled = np.isin(layers, np.concatenate(study.methods[name, next(iter(runs))].layer_groups))
+            label = f"{name_of(name)} (n = {len(runs)})"
+            axes.plot(mean, label=label, lw=1.8, markevery=layers[distilled].tolist(), **style)
+            axes.plot(layers[~distilled], mean[~distilled], ls="", markerfacecolor="white", **style)
+            if len(runs) > 1:
+                sd = of.std(0, ddof=1)
+                axes.fill_between(layers, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
+        axes.set_xticks(layers)
+        axes.grid(axis="y", color=LIGHT, lw=0.8)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+        _label(axes, title, "hidden state (0: input of the first layer)")
+    _label(panels[0], titles[0], "hidden state (0: input of the first layer)", "distance (1 − CKA), held-out readers")
+    panels[0].set_ylim(bottom=0)
+    figure.suptitle(
+        "Mean of n seeds and their standard deviation; filled marks: hidden states that are distilled", fontsize=10
+    )
+    return figure
+
+
+def draw_groups(study: Study):
+    seed = min(study.similarities)
+    similarity = study.similarities[seed]["cka"]
+    return plot_layer_similarity(similarity, layer_tree(similarity, SkillConfig()), chosen_groups(study, "cka")[seed])
+
+
+def draw_stability(study: Study):
+    figure = _new_figure(8, 5.6)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for row, with_largest in zip(panels, (True, False), strict=True):
+        for axes, number_of in zip(row, ("skill", "4 clusters"), strict=True):
+            found = agreements(study, number_of, with_largest)
+            for index, (measure, colour, marker) in enumerate(zip(MEASURES, COLOURS, MARKERS, strict=False)):
+                sizes = list(found[measure])
+                means = [np.mean(of) if of else math.nan for of in found[measure].values()]
+                places = np.arange(len(sizes)) + 0.05 * (index - 1.5)  # lines may coincide
+                axes.plot(places, means, label=measure, color=colour, marker=marker, markersize=5.5, lw=1.6)
+            axes.set_xticks(range(len(sizes)), sizes)
+            axes.grid(axis="y", color=LIGHT, lw=0.8)
+            against = f"against {most_clips(study)} clips, same seed" if with_largest else "between two seeds"
+            title = ("number by silhouette, " if number_of == "skill" else "4 groups, ") + against
+            xlabel = "" if with_largest else "calibration clips"
+            _label(axes, title, xlabel, "adjusted Rand index" if axes is row[0] else "")
+    panels[0, 0].set_ylim(min(0, panels[0, 0].get_ylim()[0]), 1.05)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+TABLES: dict[str, Callable[[Study], str]] = {
+    "setting": setting,
+    "references": references,
+    "main": main_table,
+    "scores figure": scores_caption,
+    "sparsities": sparsities,
+    "significance": significance,
+    "distances": distances,
+    "variants": variants,
+    "groups": groups_table,
+    "stability": stability,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+    text: str
+    draw: Callable
+
+
+PICTURES = {
+    "scores figure": Picture(
+        "study_scores.png", "Scores of each method by sparsity, a mark for each seed", draw_scores
+    ),
+    "distances": Picture("study_distances.png", "Distance of each method to the teacher by layer", draw_distances),
+    "groups": Picture(
+        "study_groups.png", "CKA of the teacher's hidden states, seed 0, and SKILL's groups", draw_groups
+    ),
+    "stability": Picture("study_stability.png", "Agreement of groups by number of calibration clips", draw_stability),
+}
+
+
+def make_blocks(study: Study, figures: str) -> dict[str, str]:
+    """
+    Args:
+        study: what there is.
+        figures: the directory of the figures, as the page links to it.
+
+    Returns:
+        `dict[str, str]`: name of a block -> Markdown; [`NOTHING`] where it has no results yet.
+    """
+    blocks = {name: make(study) or NOTHING for name, make in TABLES.items()}
+    for name, picture in PICTURES.items():
+        if blocks[name] != NOTHING:
+            blocks[name] = f"![{picture.text}]({figures}/{picture.file})\n\n{blocks[name]}"
+    return blocks
+
+
+BLOCK = re.compile(r"(<!-- study: (?P<name>[^>]*?) -->\n)(?P<content>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def fill(page: str, blocks: dict[str, str]) -> str:
+    """
+    A page with new contents between its markers. It may lack blocks.
+
+    Raises:
+        `ValueError`: if it has a block of an unknown name, or one without an end.
+    """
+
+    def replace(match: re.Match) -> str:
+        name = match["name"]
+        if "<!-- study:" in match["content"]:
+            raise ValueError(f"The block {name!r} has no `<!-- end -->`.")
+        if name not in blocks:
+            raise ValueError(f"There is no block {name!r}; the blocks are {', '.join(blocks)}.")
+        return f"{match[1]}{blocks[name]}\n{match[4]}"
+
+    filled = BLOCK.sub(replace, page)
+    if page.count("<!-- study:") != len(BLOCK.findall(page)):
+        raise ValueError("A block has no `<!-- end -->`, or its marker is no line of the form `<!-- study: NAME -->`.")
+    return filled
+
+
+def save(figure, path: Path) -> None:
+    """A PNG of 256 colours, which makes it a third of the size."""
+    image = io.BytesIO()
+    figure.savefig(image)
+    Image.open(image).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+def link_to(figures: Path, page: Path) -> str:
+    return Path(os.path.relpath(figures, page.parent)).as_posix()
+
+
+def main(args: DrawArguments) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not args.page.is_file():
+        raise ValueError(f"There is no page {args.page}; give one with lines of the form `<!-- study: NAME -->`.")
+    study = read_study(args.results)
+    blocks = make_blocks(study, link_to(args.figures, args.page))
+    filled = fill(args.page.read_text(encoding="utf-8"), blocks)
+    if any(blocks[name] != NOTHING for name in PICTURES):
+        args.figures.mkdir(parents=True, exist_ok=True)
+    for name, picture in PICTURES.items():
+        if blocks[name] != NOTHING:
+            save(picture.draw(study), args.figures / picture.file)
+    args.page.write_text(filled, encoding="utf-8")
+    for name, block in blocks.items():
+        print(f"## {name}\n\n{block}\n")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(DrawArguments).parse_args_into_dataclasses()[0])

@@ -1,0 +1,301 @@
+"""
+Does it help to distil groups of layers that are alike? Trains and probes students of one teacher that differ in
+nothing but what their loss sees: SKILL's groups, DPHuBERT's layers, other baselines and variants (`study_design.py`).
+
+    python examples/study/run_study.py \\
+        --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
+
+Both directories are those of `examples/pretrain_teacher.py`. The study takes hours; whatever is in `results` is not
+done again, so it can be stopped at any time, and several workers can share it, each with a core of its own:
+
+    python examples/study/run_study.py ... --worker 0 --num_workers 2 --num_threads 1 &
+    python examples/study/run_study.py ... --worker 1 --num_workers 2 --num_threads 1
+
+`results` then holds `clusters.*.json` (for each seed the similarity of the teacher's layers by four measures, and
+groups by calibration size), `references.json` (teacher, untrained network and filterbanks on the same tasks) and
+`runs.*.jsonl`, a student a line; `draw_study.py` makes tables and figures of them.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from study_design import (  # noqa: E402
+    CALIBRATION_SAMPLES,
+    CALIBRATION_SECONDS,
+    CALIBRATION_SIZES,
+    MEASURES,
+    SEEDS,
+    Method,
+    groups_of,
+    plan,
+    resolve,
+)
+from study_probes import METRICS, TASKS, probe, probe_splits, speech_to_distil  # noqa: E402
+
+from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments  # noqa: E402
+from skill_hf.analysis import layer_distances  # noqa: E402
+from skill_hf.data import calibration_waveforms  # noqa: E402
+from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
+from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
+
+
+logger = logging.getLogger("run_study")
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class StudyArguments:
+    librispeech: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker, text) and audio."})
+    speech_commands: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker, label)."})
+    teacher: Path = field(default=HERE / "teacher", metadata={"help": "Hub id or directory of the teacher."})
+    results: Path = field(default=HERE / "results", metadata={"help": "Where results are added."})
+    max_steps: int = field(default=240, metadata={"help": "Optimizer steps of a student, both stages."})
+    batch_size: int = field(default=4, metadata={"help": "Crops per step."})
+    max_seconds: float = field(default=2.0, metadata={"help": "Length of a crop in seconds."})
+    worker: int = field(default=0, metadata={"help": "Number of this worker, from 0."})
+    num_workers: int = field(default=1, metadata={"help": "Workers that share the study."})
+    num_threads: int = field(default=2, metadata={"help": "Threads of this worker."})
+    hours: float | None = field(default=None, metadata={"help": "No run is begun after this time."})
+    max_runs: int | None = field(default=None, metadata={"help": "Students that this worker trains at most."})
+
+    def __post_init__(self):
+        if not 0 <= self.worker < self.num_workers:
+            raise ValueError(f"`worker` must be from 0 to {self.num_workers - 1}, but is {self.worker}.")
+        for directory in (self.librispeech, self.speech_commands):
+            if not (directory / "metadata.csv").is_file():
+                raise ValueError(f"{directory} has no metadata.csv; give the directory that has it.")
+
+
+def machine() -> dict[str, str]:
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "python": platform.python_version(), **versions}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def write(path: Path, content: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+@torch.no_grad()
+def compute_similarities(teacher, feature_extractor, train, seed: int) -> dict[str, dict[int, np.ndarray]]:
+    """Measure -> number of calibration clips -> matrix; one pass of the teacher serves all."""
+    accumulators = {
+        measure: SIMILARITY[measure](**({"seed": seed} if measure == "mutual_knn" else {})) for measure in MEASURES
+    }
+    found = {measure: {} for measure in MEASURES}
+    waveforms = calibration_waveforms(train, max(CALIBRATION_SIZES), CALIBRATION_SECONDS, seed, feature_extractor)
+    done = 0
+    with tqdm(total=max(CALIBRATION_SIZES), desc=f"Similarity, seed {seed}", unit="clip") as bar:
+        for batch in equal_length_batches((torch.from_numpy(waveform) for waveform in waveforms), 1):
+            states = teacher(batch, output_hidden_states=True).hidden_states
+            done += 1
+            for measure, accumulator in accumulators.items():
+                accumulator.update([state[0] for state in states])
+                if done in CALIBRATION_SIZES:
+                    # A copy, since the accumulator goes on.
+                    found[measure][done] = deepcopy(accumulator).compute()
+            bar.update()
+    return found
+
+
+def cluster(args: StudyArguments, teacher, feature_extractor, train, seed: int) -> dict[str, np.ndarray]:
+    """
+    Similarity by each measure. `clusters.SEED.json` has these matrices, of [`CALIBRATION_SAMPLES`] clips, and the
+    groups that come of each number of clips.
+    """
+    path = args.results / f"clusters.{seed}.json"
+    if not path.is_file():
+        found = compute_similarities(teacher, feature_extractor, train, seed)
+        groups = {
+            measure: {
+                str(size): {name: groups_of(name, {"cka": matrix}) for name in ("skill", "4 clusters")}
+                for size, matrix in of.items()
+            }
+            for measure, of in found.items()
+        }
+        similarity = {measure: of[CALIBRATION_SAMPLES].round(6).tolist() for measure, of in found.items()}
+        write(path, {"similarity": similarity, "groups": groups})
+    stored = json.loads(path.read_text(encoding="utf-8"))["similarity"]
+    return {measure: np.array(matrix) for measure, matrix in stored.items()}
+
+
+def references(args: StudyArguments, teacher, feature_extractor, splits) -> dict:
+    """
+    `references.json`: scores of teacher and floors for each seed (of heads and of the untrained network) and
+    the learning rates that were best on the validation sets.
+    """
+    path = args.results / "references.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def untrained(seed: int) -> PretrainedEncoder:
+        set_seed(seed)
+        return PretrainedEncoder(AutoModel.from_config(teacher.config), feature_extractor)
+
+    encoders = {
+        "teacher": lambda: {SEEDS: PretrainedEncoder(teacher, feature_extractor)},
+        "fbank": lambda: {SEEDS: FilterBank("fbank")},
+        "mfcc": lambda: {SEEDS: FilterBank("mfcc")},
+        "untrained": lambda: {(seed,): untrained(seed) for seed in SEEDS},
+    }
+    for name, build in encoders.items():
+        if name in found:
+            continue
+        scores = {metric: [] for metric in METRICS}
+        rates: dict[str, list[float]] = {}
+        for seeds, encoder in build().items():
+            runs = probe(encoder, splits, seeds, {task: of[:1] for task, of in rates.items()} or None)
+            for task, metric in zip(TASKS, METRICS, strict=True):
+                scores[metric] += [run[metric] for run in runs[task]]
+                rates.setdefault(task, []).extend(run["learning_rate"] for run in runs[task])
+        found[name] = {"scores": scores, "learning_rates": rates}
+        write(path, found)
+    return found
+
+
+def train_student(args: StudyArguments, teacher, feature_extractor, train, method: Method, sparsity: float, seed: int):
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SkillDistillationTrainer(
+            teacher=teacher,
+            skill_config=SkillConfig(
+                target_sparsity=sparsity,
+                # The larger of two that were tried lets stage 1 come nearer to 0.9; at 0.75 it overshoots.
+                gate_learning_rate=0.3 if sparsity > 0.8 else 0.15,
+                final_learning_rate=5e-4,
+                **method.fields(),
+            ),
+            args=SkillTrainingArguments(
+                output_dir=directory,
+                max_steps=args.max_steps,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=5e-4,
+                save_strategy="no",
+                logging_steps=args.max_steps // 4,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                seed=seed,
+            ),
+            train_dataset=train,
+            processing_class=feature_extractor,
+        )
+        trainer.data_collator.max_seconds = args.max_seconds
+        trainer.train()
+    return trainer.model.eval(), trainer.state.log_history
+
+
+def run_one(args, teacher, feature_extractor, train, heldout, splits, rates, method, sparsity, seed) -> dict:
+    """Trains a student, measures its distance to the teacher on unheard readers, and probes it."""
+    start = time.perf_counter()
+    student, history = train_student(args, teacher, feature_extractor, train, method, sparsity, seed)
+    trained = time.perf_counter()
+    audio = list(calibration_waveforms(heldout, 40, 5.0, 0, feature_extractor))
+    distances = layer_distances(teacher, student, audio, progress=False)
+    student.config.masked_group_norm = True
+    probes = probe(PretrainedEncoder(student, feature_extractor), splits, [seed], rates)
+    config = student.config
+    return {
+        "parameters": student.num_parameters(),
+        "sparsity_reached": 1 - student.num_parameters() / teacher.num_parameters(),
+        "train_loss": [line["distillation_loss"] for line in history if "distillation_loss" in line],
+        "distances": {measure: values.round(6).tolist() for measure, values in distances.items()},
+        "scores": {metric: probes[task][0][metric] for task, metric in zip(TASKS, METRICS, strict=True)},
+        "layer_weights": {task: np.round(probes[task][0]["layer_weights"], 4).tolist() for task in TASKS},
+        "architecture": {
+            "conv_dim": list(config.conv_dim),
+            "num_heads": [len(heads) for heads in config.remaining_heads],
+            "intermediate_sizes": list(config.intermediate_sizes),
+        },
+        "seconds": {"training": round(trained - start, 1), "probes": round(time.perf_counter() - trained, 1)},
+    }
+
+
+def run_key(method: Method, sparsity: float, seed: int) -> str:
+    """Methods that come to the same groups share a run."""
+    return json.dumps([method.fields(), sparsity, seed])
+
+
+def append(path: Path, row: dict) -> None:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with open(path, "a", encoding="utf-8") as file:
+        # A line that was being written when a worker stopped must not take this one along.
+        file.write(("" if text.endswith("\n") or not text else "\n") + json.dumps(row) + "\n")
+
+
+def finished(results: Path) -> set[str]:
+    """Keys of the students in `runs.*.jsonl`; a line that was being written when a worker stopped is passed over."""
+    keys = set()
+    for path in results.glob("runs.*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                keys.add(json.loads(line)["key"])
+            except json.JSONDecodeError:
+                logger.warning("%s has a line that is torn; it is passed over.", path)
+    return keys
+
+
+def main(args: StudyArguments) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    datasets.disable_progress_bars()
+    start = time.monotonic()
+    torch.set_num_threads(args.num_threads)
+    args.results.mkdir(parents=True, exist_ok=True)
+    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).eval()
+    feature_extractor = AutoFeatureExtractor.from_pretrained(args.teacher)
+    train, heldout = speech_to_distil(args.librispeech)
+    splits = probe_splits(args.librispeech, args.speech_commands)
+    found = references(args, teacher, feature_extractor, splits)
+    rates = {task: of[:1] for task, of in found["teacher"]["learning_rates"].items()}
+    settings = {
+        "max_steps": args.max_steps,
+        "batch_size": args.batch_size,
+        "max_seconds": args.max_seconds,
+        "learning_rates": rates,
+        **machine(),
+    }
+    mine = list(plan())[args.worker :: args.num_workers]
+    logger.info("%d students are planned, %d for this worker", len(list(plan())), len(mine))
+    trained = 0
+    for number, (name, sparsity, seed) in enumerate(mine, start=1):
+        if args.hours is not None and time.monotonic() - start > 3600 * args.hours or trained == args.max_runs:
+            logger.info("%d students are left for another time.", len(mine) - number + 1)
+            return
+        method = resolve(name, cluster(args, teacher, feature_extractor, train, seed), seed)
+        key = run_key(method, sparsity, seed)
+        if key in finished(args.results):
+            continue
+        result = run_one(args, teacher, feature_extractor, train, heldout, splits, rates, method, sparsity, seed)
+        row = {"key": key, **method.fields(), "sparsity": sparsity, "seed": seed, **result, "settings": settings}
+        append(args.results / f"runs.{args.worker}.jsonl", row)
+        trained += 1
+        logger.info("%d of %d: %s %s %s %s", number, len(mine), name, key, result["scores"], result["seconds"])
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(StudyArguments).parse_args_into_dataclasses()[0])

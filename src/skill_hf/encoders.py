@@ -1,0 +1,163 @@
+"""Hidden states of clips, from pretrained encoders and from filterbanks alike, each clip's as it has them alone."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from scipy.fft import dct
+from scipy.signal import savgol_filter
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers.audio_utils import mel_filter_bank
+
+from .data import samples_per_frame
+
+
+Name = TypeVar("Name")
+
+
+# In others, such as Conformers, convolutions between the layers see padding, whatever the norm.
+MASKED_FAMILIES = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm", "wavlm_skill_student")
+
+
+def ignores_padding(config) -> bool:
+    """Whether the network gives a clip the same hidden states alone and padded in a batch, with an attention mask."""
+    if config.model_type not in MASKED_FAMILIES or getattr(config, "conv_pos_batch_norm", False):
+        return False
+    return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)
+
+
+def make_batches(
+    clips: Iterator[tuple[Name, np.ndarray]], most_samples: int, buffer_clips: int, equal_lengths: bool
+) -> Iterator[list[tuple[Name, np.ndarray]]]:
+    """
+    Groups clips of similar length.
+
+    Args:
+        clips (`Iterator[tuple[Name, np.ndarray]]`): names of any kind, and waveforms.
+        most_samples (`int`): samples of a batch with its padding; a longer clip stands alone.
+        buffer_clips (`int`): clips that are read ahead and sorted.
+        equal_lengths (`bool`): whether all clips of a batch must have one length.
+    """
+    while buffer := list(islice(clips, buffer_clips)):
+        batch = []
+        for clip in sorted(buffer, key=lambda clip: len(clip[1])):  # so that the newest is the longest
+            length = len(clip[1])
+            if batch and (length * (len(batch) + 1) > most_samples or equal_lengths and length > len(batch[0][1])):
+                yield batch
+                batch = []
+            batch.append(clip)
+        yield batch
+
+
+class PretrainedEncoder:
+    """
+    All hidden states of a speech encoder, frozen.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): WavLM, HuBERT, wav2vec 2.0 and their like, or a student; it runs on
+            its device and in its dtype, in eval mode.
+        feature_extractor (`Wav2Vec2FeatureExtractor`): the model's own; it normalises.
+        layers (`Sequence[int]`, *optional*): hidden states to keep, 0 to the number of layers; by default all.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        feature_extractor: Wav2Vec2FeatureExtractor,
+        layers: Sequence[int] | None = None,
+    ):
+        self.model = model.eval()
+        self.feature_extractor = feature_extractor
+        self.layers = list(range(model.config.num_hidden_layers + 1)) if layers is None else list(layers)
+        self.equal_lengths = not ignores_padding(model.config)
+        self.num_layers, self.hidden_size = len(self.layers), model.config.hidden_size
+        self.sampling_rate = feature_extractor.sampling_rate
+        self.min_samples = samples_per_frame(model.config)
+        self.frame_seconds = math.prod(model.config.conv_stride) / self.sampling_rate
+
+    def prepare(self, samples: np.ndarray) -> np.ndarray:
+        """A waveform at the model's rate, normalised as the model expects it."""
+        return self.feature_extractor(samples, sampling_rate=self.sampling_rate)["input_values"][0]
+
+    def num_frames(self, num_samples: int) -> int:
+        return int(self.model._get_feat_extract_output_lengths(torch.tensor(num_samples)))
+
+    @torch.inference_mode()
+    def __call__(self, waveforms: list[np.ndarray]) -> list[torch.Tensor]:
+        """
+        Args:
+            waveforms (`list[np.ndarray]`): what `prepare` returns; all of one length if `equal_lengths`.
+
+        Returns:
+            `list[torch.Tensor]`, one for each clip, of shape `(frames, layers, hidden size)`, float32.
+        """
+        batch = self.feature_extractor.pad(
+            {"input_values": waveforms},
+            padding=True,
+            return_attention_mask=not self.equal_lengths,
+            return_tensors="pt",
+        ).to(self.model.device)
+        batch["input_values"] = batch["input_values"].to(self.model.dtype)
+        states = self.model(**batch, output_hidden_states=True).hidden_states
+        kept = torch.stack([states[layer] for layer in self.layers], dim=2).float()  # (batch, frames, layers, hidden)
+        return [clip[: self.num_frames(len(waveform))] for clip, waveform in zip(kept, waveforms, strict=True)]
+
+
+class FilterBank:
+    """
+    What speech recognition used before there were pretrained encoders, as a floor to compare them with: one "layer" of
+    log-mel filterbanks or their cepstra (MFCC), with first and second differences, from windows of 25 ms each 10 ms.
+
+    The differences are regressions over five frames. Filterbanks have 80 bands (240 features), as those of SUPERB
+    (arXiv 2105.01051); cepstra are 13 of 40 bands (39 features). Nothing is normalised by clip: a mean over time would
+    be zero.
+
+    Args:
+        kind (`str`): `"fbank"` or `"mfcc"`.
+
+    Raises:
+        `ValueError`: if there is no such kind.
+    """
+
+    KINDS = ("fbank", "mfcc")
+    sampling_rate = 16_000
+    window, hop = 400, 160
+    frame_seconds = hop / sampling_rate
+
+    def __init__(self, kind: str):
+        if kind not in self.KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(self.KINDS)}, but is {kind!r}.")
+        self.kind = kind
+        self.num_layers, self.hidden_size = 1, 240 if kind == "fbank" else 39
+        self.equal_lengths = False
+        self.min_samples = self.window + 4 * self.hop  # five frames, which the differences need
+
+    def prepare(self, samples: np.ndarray) -> np.ndarray:
+        return samples
+
+    def num_frames(self, num_samples: int) -> int:
+        return (num_samples - self.window) // self.hop + 1
+
+    def __call__(self, waveforms: list[np.ndarray]) -> list[torch.Tensor]:
+        """Waveforms of shape `(samples,)` -> tensors of shape `(frames, 1, features)`, float32."""
+        return [self._features(waveform) for waveform in waveforms]
+
+    def _features(self, waveform: np.ndarray) -> torch.Tensor:
+        bands = 80 if self.kind == "fbank" else 40
+        frames = torch.from_numpy(waveform).unfold(0, self.window, self.hop) * torch.hann_window(self.window)
+        power = torch.fft.rfft(frames, n=512).abs().square()
+        log_mel = (power @ _mel_filters(bands)).clamp_min(1e-6).log().numpy()
+        # About unit size, so that one range of learning rates serves these and hidden states.
+        features = log_mel / 4 if self.kind == "fbank" else dct(log_mel, norm="ortho")[:, :13] / 10
+        differences = [savgol_filter(features, 5, 2 if order == 2 else 1, deriv=order, axis=0) for order in (1, 2)]
+        return torch.from_numpy(np.concatenate([features, *differences], axis=1).astype(np.float32))[:, None]
+
+
+@functools.cache
+def _mel_filters(bands: int) -> torch.Tensor:
+    filters = mel_filter_bank(257, bands, 20.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney")
+    return torch.from_numpy(filters.astype(np.float32))

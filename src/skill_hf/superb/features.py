@@ -1,0 +1,219 @@
+"""Hidden states of a whole data set on disk, so that any number of heads can train on one pass of the encoder."""
+
+import csv
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from ..data import AudioError, read_audio
+from ..encoders import FilterBank, PretrainedEncoder, make_batches
+
+
+logger = logging.getLogger(__name__)
+
+STATES, INDEX, SETTINGS, LOCK = "hidden_states.bin", "index.csv", "settings.json", ".lock"
+
+
+class CachedHiddenStates(torch.utils.data.Dataset):
+    """
+    Hidden states that [`cache_hidden_states`] has written, read from disk as they are asked for.
+
+    Attributes:
+        rows (`list[int]`): the row of the data set that each item belongs to, ascending; those whose clip could not be
+            read are missing.
+        num_frames (`np.ndarray` of shape `(items,)`): frames of each item.
+
+    Args:
+        directory (`Path`): what [`cache_hidden_states`] made.
+    """
+
+    def __init__(self, directory: Path):
+        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        shape, dtype = (settings["num_layers"], settings["hidden_size"]), np.dtype(settings["dtype"])
+        index = np.array(sorted(_read_index(directory)), dtype=np.int64).reshape(-1, 3)
+        self.rows, self._starts, self.num_frames = index[:, 0].tolist(), index[:, 1], index[:, 2]
+        total = int(self.num_frames.sum())
+        self._states = np.memmap(directory / STATES, dtype, mode="r", shape=(total, *shape))
+        self._directory = directory
+
+    def __reduce__(self):
+        # A data loader's process that is spawned opens the file; what a memory map holds would be sent to it whole.
+        return CachedHiddenStates, (self._directory,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> np.ndarray:
+        """Array of shape `(frames, layers, hidden size)`, or of one "frame" if means over time were kept."""
+        start = self._starts[item]
+        return self._states[start : start + self.num_frames[item]]
+
+
+def cache_hidden_states(
+    encoder: PretrainedEncoder | FilterBank,
+    dataset: datasets.Dataset,
+    directory: str | os.PathLike,
+    mean_over_time: bool = False,
+    max_seconds: float | None = None,
+    dtype: str = "float16",
+    batch_seconds: float = 60.0,
+    settings: dict | None = None,
+) -> CachedHiddenStates:
+    """
+    Writes the hidden states of all clips, one after the other into one file. A clip counts once the index lists it, so
+    that a run that was stopped goes on where it was. Clips that cannot be read are left out, each with a warning.
+
+    Args:
+        encoder ([`PretrainedEncoder`] or [`FilterBank`]): frozen.
+        dataset (`datasets.Dataset`): rows with `audio`, not decoded.
+        directory (`str` or `PathLike`): made if missing.
+        mean_over_time (`bool`, *optional*, defaults to `False`): keep the mean over the frames of a clip: heads that
+            are linear up to a mean over time see nothing else.
+        max_seconds (`float`, *optional*): longer clips are cropped to their first seconds.
+        dtype (`str`, *optional*, defaults to `"float16"`): precision on disk.
+        batch_seconds (`float`, *optional*, defaults to 60): most audio in a batch in seconds.
+        settings (`dict`, *optional*): what else the hidden states depend on, such as the model's name.
+
+    Returns:
+        [`CachedHiddenStates`]
+
+    Raises:
+        [`AudioError`]: if no clip can be read.
+        `ValueError`: if there is no column `audio`, the directory holds hidden states of other settings, the disk is
+            too small for them, or they are NaN or too large for `dtype`.
+    """
+    if "audio" not in dataset.column_names:
+        raise ValueError(f"The data set has no column `audio`, but {', '.join(dataset.column_names)}; rename yours.")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {
+        **(settings or {}),
+        "num_layers": encoder.num_layers,
+        "hidden_size": encoder.hidden_size,
+        "mean_over_time": mean_over_time,
+        "max_seconds": max_seconds,
+        "dtype": dtype,
+        "num_rows": len(dataset),
+    }
+    # Of processes that want the same hidden states, one makes them; the others then find them done.
+    with FileLock(directory / LOCK):
+        check_settings(directory, settings, "hidden states")
+        bytes_per_frame = encoder.num_layers * encoder.hidden_size * np.dtype(dtype).itemsize
+        index = _read_written(directory, bytes_per_frame)
+        done = {row for row, _, _ in index}
+        total = sum(frames for _, _, frames in index)
+        failed = []
+        with (
+            open(directory / STATES, "ab") as states_file,
+            open(directory / INDEX, "a", newline="", encoding="utf-8") as index_file,
+            tqdm(total=len(dataset), initial=len(done), desc="Hidden states", unit="clip") as bar,
+        ):
+            states_file.truncate(total * bytes_per_frame)  # what a run was writing when it was stopped
+            writer = csv.writer(index_file, lineterminator="\n")
+            clips = _read_clips(encoder, dataset, max_seconds, done, failed)
+            most_samples = int(batch_seconds * encoder.sampling_rate)
+            new_clips = new_frames = 0
+            for batch in make_batches(clips, most_samples, 256, encoder.equal_lengths):
+                rows, waveforms = zip(*batch, strict=True)
+                for row, states in zip(rows, encoder(list(waveforms)), strict=True):
+                    states = states.mean(0, keepdim=True) if mean_over_time else states
+                    array = states.cpu().numpy().astype(dtype)
+                    if not np.isfinite(array).all():
+                        raise ValueError(
+                            f"The hidden states of row {row} are NaN or too large for {dtype}; keep them in float32"
+                            " (`cache_dtype`), and if that doesn't help, check the model's weights."
+                        )
+                    states_file.write(array.tobytes())
+                    states_file.flush()
+                    writer.writerow((row, total, len(array)))
+                    index_file.flush()
+                    total, new_frames = total + len(array), new_frames + len(array)
+                    done.add(row)
+                bar.update(len(batch))
+                new_clips += len(batch)
+                left = len(dataset) - len(done) - len(failed)
+                _check_disk(directory, new_frames / new_clips * bytes_per_frame * left)
+            bar.update(len(failed))
+        if not done:
+            raise AudioError(f"None of the {len(dataset)} clips can be read; the first: {failed[0]}")
+    return CachedHiddenStates(directory)
+
+
+def _read_clips(
+    encoder, dataset: datasets.Dataset, max_seconds: float | None, done: set[int], failed: list[AudioError]
+) -> Iterator[tuple[int, np.ndarray]]:
+    for row in range(len(dataset)):
+        if row in done:
+            continue
+        try:
+            samples = read_audio(
+                dataset[row]["audio"], encoder.sampling_rate, max_seconds, min_samples=encoder.min_samples
+            )
+        except AudioError as error:
+            logger.warning("Left out: %s", error)
+            failed.append(error)
+            continue
+        yield row, encoder.prepare(samples)
+
+
+def check_settings(directory: Path, settings: dict, what: str) -> None:
+    """
+    Writes `settings` into a directory, or compares them with those that are there.
+
+    Raises:
+        `ValueError`: if the directory holds `what` of other settings.
+    """
+    path = directory / SETTINGS
+    settings = json.loads(json.dumps(settings))  # as it is read back: a tuple is a list
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    for name in before | settings:
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"{directory} has {what} with `{name}` {before.get(name)!r}, not {settings.get(name)!r}; name"
+                " another directory."
+            )
+    if not path.is_file():
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        os.replace(part, path)
+
+
+def _read_index(directory: Path) -> list[tuple[int, int, int]]:
+    """Row, first frame and number of frames of every clip; a line that was being written when a run stopped is not."""
+    path = directory / INDEX
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    if len(complete) < len(text):
+        path.write_text(complete, encoding="utf-8")
+    return [tuple(map(int, line.split(","))) for line in complete.splitlines()]
+
+
+def _read_written(directory: Path, bytes_per_frame: int) -> list[tuple[int, int, int]]:
+    """The index without what never reached the disk: after a power cut it may be ahead of the states."""
+    index = _read_index(directory)
+    size = (directory / STATES).stat().st_size if index and (directory / STATES).is_file() else 0
+    written = [line for line in index if (line[1] + line[2]) * bytes_per_frame <= size]
+    if len(written) < len(index):
+        lines = "".join(f"{','.join(map(str, line))}\n" for line in written)
+        (directory / INDEX).write_text(lines, encoding="utf-8")
+    return written
+
+
+def _check_disk(directory: Path, needed: float) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ValueError(
+            f"The hidden states need another {needed / 1e9:.1f} GB, but the disk of {directory} has"
+            f" {free / 1e9:.1f} GB left; name another `cache_dir`, or take fewer clips or shorter ones."
+        )
