@@ -291,6 +291,17 @@ def make_class_folders(root):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_a_saved_dataset_are_joined(tmp_path, streaming):
+    make_saved(tmp_path / "part")
+    part = datasets.load_from_disk(tmp_path / "part")
+    datasets.DatasetDict({"one": part, "two": part.select([2])}).save_to_disk(tmp_path / "all")
+    joined = load_speech_dataset(tmp_path / "all", split="one+two", streaming=streaming)
+    assert [row["speaker"] for row in joined] == [1, 2, 3, 3]
+    with pytest.raises(AudioError, match="no split `three`; choose from one, two"):
+        load_speech_dataset(tmp_path / "all", split="one+three")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "make",
     [

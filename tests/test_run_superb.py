@@ -181,6 +181,16 @@ def test_held_out_clips_are_of_other_speakers(shared):
     assert len(validation) == 8 and set(validation["speaker"]) <= set(train["speaker"])
 
 
+def test_no_class_loses_its_last_clip_to_the_validation_set(shared):
+    labels = ["rare", *["often"] * 9, *[f"single {i}" for i in range(10)]]
+    dataset = datasets.Dataset.from_dict({"label": labels, "row": range(20)})
+    args = run_superb.SuperbArguments(model=str(shared / "student"), validation_share=0.4)
+    for seed in range(5):
+        train, validation = run_superb.hold_out(dataset, args, seed)
+        assert set(train["label"]) == set(labels) and set(validation["label"]) == {"often"}
+        assert len(validation) == 8 and sorted([*train["row"], *validation["row"]]) == list(range(20))
+
+
 def test_several_tasks_share_a_table(shared, tmp_path):
     evaluate(shared, tmp_path, task="sid")
     results = evaluate(shared, tmp_path, task="er")

@@ -355,6 +355,16 @@ def test_phonemes_of_a_column():
     assert head.lstm is None and head.projector.out_features == 256
 
 
+def test_phonemes_as_lists():
+    task = load_task("pr", table(phonemes=[["a"]]))
+    assert task.read(splits({"phonemes": [["HH", "AH0"], ["L"]]}))["train"] == ["HH AH0", "L"]
+
+
+def test_a_lexicon_that_is_named_turns_even_a_column_called_phonemes(lexicon):
+    task = load_task("pr", table(phonemes=["a"]), lexicon=lexicon)
+    assert task.read(splits({"phonemes": ["a cat"]}))["train"] == ["AH0 K AE1 T"]
+
+
 def test_phonemes_of_words(lexicon):
     task = load_task("pr", table(text=["a"]), lexicon=lexicon)
     targets = task.read(splits({"text": ["A cat", "read a dog"]}))
@@ -419,6 +429,7 @@ def test_texts_that_cannot_be_used(sets, message):
         ("a cat", "AH0 K AE1 T"),
         ("A, Cat!", "AH0 K AE1 T"),
         ("don't", "D OW1 N T"),
+        ("don\u2019t", "D OW1 N T"),
         ("'tis a cat", "T IH1 Z AH0 K AE1 T"),
         ("a-cat_read", "AH0 K AE1 T R EH1 D"),
         ("été", "EY0 T EY1"),

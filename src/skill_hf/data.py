@@ -520,8 +520,10 @@ def _load_split(
         loaded = datasets.load_from_disk(name)
         if isinstance(loaded, datasets.Dataset):
             loaded = {str(loaded.split or "train"): loaded}
-        _check_split(name, [split], list(loaded))
-        return loaded[split].to_iterable_dataset() if streaming else loaded[split]
+        parts = split.split("+")
+        _check_split(name, parts, list(loaded))
+        joined = datasets.concatenate_datasets([loaded[part] for part in parts]) if len(parts) > 1 else loaded[split]
+        return joined.to_iterable_dataset() if streaming else joined
 
     builder = datasets.load_dataset_builder(name, config_name)
     # Both would encode `datasets.Audio`; tar shards take their features from outside only.

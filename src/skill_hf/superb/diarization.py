@@ -41,7 +41,6 @@ class Diarization(Task):
     name = "sd"
     metric = "sd_der"
     greater_is_better = False
-    batch_size = 8
 
     def __init__(
         self,

@@ -130,8 +130,9 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """
     Trains a head with each learning rate, takes the one that is best on the validation set, and scores it on the test
-    set. As SUPERB does, the encoder stays frozen, the learning rate is constant, and the head that counts is the best
-    one on the validation set. What was finished before a run was stopped is not done again.
+    set. As SUPERB does, the encoder stays frozen, and the head that counts is the best one on the validation set; it
+    keeps the learning rate constant, too, which `args` decides. What was finished before a run was stopped is not done
+    again.
 
     Args:
         task ([`Task`]): after `read`.

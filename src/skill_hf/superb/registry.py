@@ -103,5 +103,5 @@ def load_task(
         return SlotFilling(column, "iob" if "iob" in dataset.column_names else None, lstm_size)
     if name == "sd":
         return Diarization(column, frame_seconds, time_unit, max_seconds, lstm_size or 512)
-    words = name == "pr" and column != "phonemes"
+    words = name == "pr" and (column != "phonemes" or lexicon is not None)
     return Transcription(name, column, Lexicon(lexicon, stress) if words else None, lstm_size)

@@ -29,14 +29,12 @@ class Task(ABC):
         metric (`str`): the metric that chooses learning rate and checkpoint on the validation set.
         greater_is_better (`bool`): whether a larger value of it is better.
         mean_over_time (`bool`): whether its head sees no more of a clip than the mean of its hidden states.
-        batch_size (`int`): SUPERB's.
     """
 
     name: str
     metric: str
     greater_is_better = True
     mean_over_time = False
-    batch_size = 32
 
     @abstractmethod
     def read(self, splits: Splits) -> dict[str, list]:
@@ -248,7 +246,8 @@ class Transcription(Task):
 
     def read_texts(self, dataset: datasets.Dataset, split: str) -> list[str]:
         check_column(dataset, self.column, split)
-        texts = [" ".join(str(text or "").split()) for text in dataset[self.column]]
+        joined = (" ".join(text) if isinstance(text, list) else str(text or "") for text in dataset[self.column])
+        texts = [" ".join(text.split()) for text in joined]
         if not all(texts):
             raise ValueError(
                 f"Row {texts.index('')} of the {split} set has nothing in `{self.column}`; leave out such rows."
@@ -334,7 +333,7 @@ class Lexicon:
 
     def __call__(self, text: str) -> list[str]:
         """Phonemes of a text, word by word; punctuation but the apostrophe is passed over."""
-        words = re.findall(r"[^\W_]+(?:'[^\W_]*)*|'[^\W_]+", text.upper())
+        words = re.findall(r"[^\W_]+(?:'[^\W_]*)*|'[^\W_]+", text.upper().replace("\u2019", "'"))
         return [phoneme for word in words for phoneme in self._words.get(word, [self.UNKNOWN])]
 
 
