@@ -253,9 +253,10 @@ def run(arguments: list[str], clock: StageClock) -> None:
     with clock.measure("set_up"):
         trainer = make_trainer(model_args, data_args, skill_config, training_args, clock)
     logger.info(
-        "Teacher %s: %s parameters, of which a share of %s shall go",
+        "Teacher %s: %s %s, of which a share of %s shall go",
         model_args.teacher_name_or_path,
-        f"{trainer.num_teacher_parameters:,}",
+        f"{trainer.teacher_cost:,}",
+        trainer.budget.noun,
         skill_config.target_sparsity,
     )
     resume = training_args.resume_from_checkpoint
@@ -267,10 +268,12 @@ def run(arguments: list[str], clock: StageClock) -> None:
     trainer.save_model(_internal_call=True)  # it is published below, with what is measured until then
     trainer.save_state()
 
-    teacher = model_args.teacher_name_or_path
+    teacher, budget = model_args.teacher_name_or_path, skill_config.budget
     results = {
         "teacher": Path(teacher).name if Path(teacher).exists() else teacher,  # published: no path of this machine
         "teacher_parameters": trainer.num_teacher_parameters,
+        f"teacher_{budget}": trainer.teacher_cost,
+        "budget": budget,
         "target_sparsity": skill_config.target_sparsity,
         "layer_groups": trainer.layer_groups,
         "seconds": clock.seconds,
@@ -280,13 +283,16 @@ def run(arguments: list[str], clock: StageClock) -> None:
             results |= trainer.evaluate()
     if main_process:
         results["student_parameters"] = count_saved_parameters(training_args.output_dir)
-        results["sparsity"] = 1 - results["student_parameters"] / trainer.num_teacher_parameters
+        if budget != "parameters":
+            results[f"student_{budget}"] = trainer.budget.total(trainer.model)
+        results["sparsity"] = 1 - results[f"student_{budget}"] / trainer.teacher_cost
         check_saved_student(trainer)
         logger.info("Groups of hidden states: %s", trainer.layer_groups)
         logger.info(
-            "Student of %s parameters (sparsity %.4f) in %s; it loads with AutoModel.from_pretrained",
+            "Student of %s parameters (sparsity %.4f, of %s) in %s; it loads with AutoModel.from_pretrained",
             f"{results['student_parameters']:,}",
             results["sparsity"],
+            trainer.budget.noun,
             training_args.output_dir,
         )
     if not arguments:

@@ -310,7 +310,7 @@ def test_card_tells_what_the_student_is(tmp_path, trainer, teacher, student):
     card = written(tmp_path, trainer)
     before, after = teacher.num_parameters(), student.num_parameters()
     assert f"| Parameters | {before:,} | {after:,} | {100 * after / before:.1f} % |" in card
-    assert f"was removed: {1 - after / before:.4f} (target: 0.5)" in card
+    assert f"the share of the teacher's parameters that was removed: {1 - after / before:.4f} (target: 0.5)" in card
     macs = [round(count_macs(model, seconds=10.0) / 1e6) for model in (teacher, student)]
     assert macs[1] < macs[0]
     share = 100 * macs[1] / macs[0]
@@ -326,6 +326,15 @@ def test_card_tells_what_the_student_is(tmp_path, trainer, teacher, student):
     assert f"| Attention heads | 6 | {sum(heads)} |" in card
     assert f"| Feed-forward units | 144 | {sum(units)} |" in card
     assert f"| Channels of the convolutions | 112 | {sum(student.config.conv_dim)} |" in card
+
+
+def test_card_tells_which_budget_the_target_is_of(tmp_path, trainer, teacher, student):
+    trainer.skill_config = SkillConfig(target_sparsity=0.5, budget="macs", budget_seconds=2.5)
+    card = written(tmp_path, trainer)
+    removed = 1 - count_macs(student, 2.5) / count_macs(teacher, 2.5)
+    assert "the teacher's multiply-accumulates for 2.5 seconds of audio that was removed: " in card
+    assert f"was removed: {removed:.4f} (target: 0.5)" in card
+    assert '| `budget` | `"macs"` |' in card
 
 
 def test_a_teacher_that_is_a_student_is_compared_layer_by_layer(tmp_path, trainer, student):

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -6,12 +8,15 @@ from conftest import padded_batch, tiny_teacher
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 
 from skill_hf import WavLMForSkillStudent
+from skill_hf.analysis import count_macs
+from skill_hf.budgets import MacBudget, ParameterBudget
 from skill_hf.families import build_student
 from skill_hf.pruning import (
     DROP_PROBABILITY,
+    cost_after_pruning,
+    expected_cost,
     fit_gates,
-    min_num_parameters,
-    num_parameters_after_pruning,
+    min_cost,
     seed_gates,
 )
 
@@ -22,6 +27,19 @@ UNIT_SETS = [[unit] for unit in ALL_UNITS] + [ALL_UNITS[:3], ALL_UNITS]
 
 def num_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_macs(model) -> int:
+    return count_macs(model, 0.7, sampling_rate=8_000)
+
+
+# A budget, and what counts the same of a model without gates.
+BUDGETS = {"parameters": (ParameterBudget(), num_parameters), "macs": (MacBudget(0.7, 8_000), num_macs)}
+
+
+@pytest.fixture(params=BUDGETS)
+def budget(request):
+    return BUDGETS[request.param]
 
 
 def gated_student(layout="base", units=ALL_UNITS, seed=0, **kwargs):
@@ -43,9 +61,10 @@ def test_pruned_equals_gated(layout, units, emptied):
             if name.startswith("encoder.layers.0."):
                 gate.log_alpha.data.fill_(-9)
     gated = copy.deepcopy(student)
-    expected = num_parameters_after_pruning(student)
+    expected = {name: cost_after_pruning(student, costs.unit_costs(student)) for name, (costs, _) in BUDGETS.items()}
     student.prune()
-    assert num_parameters(student) == expected < num_parameters(gated)
+    assert num_parameters(student) == expected["parameters"] < num_parameters(gated)
+    assert num_macs(student) == expected["macs"]
     assert not student.named_gates()
     assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
     if emptied and set(units) & {"attention_heads", "attention_blocks"}:
@@ -67,43 +86,82 @@ def test_prune_twice(layout):
     for _, gate in student.named_gates():
         gate.log_alpha.data = torch.linspace(-4, 4, gate.size)
     gated = copy.deepcopy(student)
+    expected = [cost_after_pruning(student, costs.unit_costs(student)) for costs, _ in BUDGETS.values()]
     student.prune()
+    assert [num_parameters(student), num_macs(student)] == expected
     assert num_parameters(student) < num_parameters(gated)
     assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
 
 
 @pytest.mark.parametrize("units", UNIT_SETS, ids="-".join)
-def test_expected_size_with_all_gates_open_is_the_number_of_parameters(layout, units):
-    student = build_student(tiny_teacher(layout))
-    whole = num_parameters(student)
-    assert student.num_expected_parameters().item() == whole
+def test_expected_cost_with_all_gates_open_is_that_of_the_teacher(layout, units, budget):
+    teacher = tiny_teacher(layout)
+    student, (budget, count) = build_student(teacher), budget
+    whole = count(teacher)
+    assert budget.total(teacher) == budget.total(student) == whole
+    assert expected_cost(student, budget.unit_costs(student)).item() == whole
     student.add_gates(units)
+    assert budget.total(student) == whole
     for _, gate in student.named_gates():
         gate.log_alpha.data.fill_(100.0)
-    assert student.num_expected_parameters().item() == pytest.approx(whole, rel=1e-9)
-    assert num_parameters_after_pruning(student) == whole
+    costs = budget.unit_costs(student)
+    assert expected_cost(student, costs).item() == pytest.approx(whole, rel=1e-9)
+    assert cost_after_pruning(student, costs) == whole
 
 
-def test_expected_size_is_the_mean_over_sampled_architectures(layout):
-    """Each unit is kept or not by its own coin; the pruned model's parameters are then counted for real."""
+def test_expected_parameters_without_and_with_gates(layout):
+    student = build_student(tiny_teacher(layout))
+    assert student.num_expected_parameters().item() == num_parameters(student)
     student = gated_student(layout)
+    expected = expected_cost(student, ParameterBudget().unit_costs(student))
+    assert torch.equal(student.num_expected_parameters(), expected)
+    assert expected.dtype == torch.float64
+
+
+def test_macs_of_wavlm_base_plus():
+    """Those of one second are 6.911 G in published tables (DiariZen's), and the gates of the position bias besides."""
+    with torch.device("meta"):
+        student = WavLMForSkillStudent(WavLMForSkillStudent.config_class())
+    costs = MacBudget(1.0).unit_costs(student)
+    assert costs.count(student, lambda gate: (gate.size, 1)) == 6_914_987_008
+    assert costs.channel_pairs == [3199 * 10, 1599 * 3, 799 * 3, 399 * 3, 199 * 3, 99 * 2, 49 * 2]
+    assert costs.attention_heads == [49 * 64 * (4 * 768 + 2 * 49 + 8)] * 12
+    assert costs.ffn_dims == [49 * 2 * 768] * 12
+    assert costs.fixed == 50 * 768 * 48 * 128  # the positional convolution, which no gate is on
+
+
+def test_what_stands_behind_the_encoder_is_counted(layout, budget):
+    budget, count = budget
+    student = build_student(tiny_teacher(layout, add_adapter=True, output_hidden_size=20))
+    without = build_student(tiny_teacher(layout))
+    more = count(student) - count(without)
+    assert more > 0
+    assert budget.unit_costs(student) == dataclasses.replace(
+        budget.unit_costs(without), fixed=budget.unit_costs(without).fixed + more
+    )
+
+
+def test_expected_cost_is_the_mean_over_sampled_architectures(layout, budget):
+    """Each unit is kept or not by its own coin; what the pruned model costs is then counted for real."""
+    student, (budget, _) = gated_student(layout), budget
+    costs = budget.unit_costs(student)
     generator = torch.Generator().manual_seed(0)
-    sizes = []
+    sampled_costs = []
     for _ in range(150):
         sampled = copy.deepcopy(student)
         for _, gate in sampled.named_gates():
             is_open = torch.rand(gate.size, generator=generator) < gate.open_probability()
             gate.min_open = 0
             gate.log_alpha.data = torch.where(is_open, 50.0, -50.0)
-        sizes.append(float(num_parameters_after_pruning(sampled)))
-    sizes = torch.tensor(sizes)
-    error = sizes.std() / len(sizes) ** 0.5
-    assert abs(sizes.mean() - student.num_expected_parameters()) < 4 * error
+        sampled_costs.append(float(cost_after_pruning(sampled, costs)))
+    sampled_costs = torch.tensor(sampled_costs)
+    error = sampled_costs.std() / len(sampled_costs) ** 0.5
+    assert abs(sampled_costs.mean() - expected_cost(student, costs)) < 4 * error
 
 
-def test_expected_size_pulls_every_gate():
-    student = gated_student()
-    student.num_expected_parameters().backward()
+def test_expected_cost_pulls_every_gate(budget):
+    student, (budget, _) = gated_student(), budget
+    expected_cost(student, budget.unit_costs(student)).backward()
     for name, gate in student.named_gates():
         assert (gate.log_alpha.grad > 0).all(), name
 
@@ -119,23 +177,65 @@ def test_fit_gates_meets_the_size(layout, sparsity):
     assert abs(num_parameters(student) - wanted) <= 65
 
 
-def test_fit_gates_where_feed_forward_units_are_gone(layout):
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seconds", [0.5, 10.0])
+def test_fit_gates_meets_the_macs(layout, sparsity, seconds):
+    student = gated_student(layout, ALL_UNITS[:3])
+    whole = count_macs(tiny_teacher(layout), seconds)
+    fit_gates(student, round((1 - sparsity) * whole), MacBudget(seconds).unit_costs(student))
+    student.prune()
+    assert abs(count_macs(student, seconds) / whole - (1 - sparsity)) < 0.005
+
+
+def test_fit_gates_where_feed_forward_units_are_gone(layout, budget):
     """Blocks are coarse, and with closed feed-forward blocks other units have to fill what is left."""
-    student = gated_student(layout)
-    whole = num_parameters(build_student(tiny_teacher(layout)))
+    student, (budget, count) = gated_student(layout), budget
+    whole = count(build_student(tiny_teacher(layout)))
     for name, gate in student.named_gates():
         gate.log_alpha.data += -8 if "feed_forward" in name else 2
-    fit_gates(student, whole // 4)
+    fit_gates(student, whole // 4, budget.unit_costs(student))
     student.prune()
     assert sum(student.config.intermediate_sizes) == 0
-    assert abs(num_parameters(student) / whole - 0.25) < 0.01
+    assert abs(count(student) / whole - 0.25) < 0.01
 
 
-def test_impossible_size(layout):
-    student = gated_student(layout, ["ffn_dims"])
-    least = min_num_parameters(student)
-    with pytest.raises(ValueError, match="pruning_units"):
-        fit_gates(student, least - 1)
+def test_macs_take_more_from_the_convolutions_than_parameters_do(layout):
+    """All gates alike to begin with, and nothing but the budget to pull at them, until half of the MACs is gone."""
+    of_convolutions, parameters = {}, {}
+    for name, (budget, _) in BUDGETS.items():
+        student = gated_student(layout, ALL_UNITS[:3])
+        gates = [gate for _, gate in student.named_gates()]
+        for gate in gates:
+            gate.log_alpha.data.fill_(2.0)
+        costs, whole, half = budget.unit_costs(student), budget.total(student), num_macs(tiny_teacher(layout)) / 2
+        macs = MacBudget(0.7, 8_000).unit_costs(student)
+        optimizer = torch.optim.SGD([gate.log_alpha for gate in gates], lr=20.0)
+        while expected_cost(student, macs) > half:
+            optimizer.zero_grad()
+            (expected_cost(student, costs) / whole).backward()
+            optimizer.step()
+        student.prune()
+        widths = student.config.conv_dim
+        of_convolutions[name] = sum(map(math.prod, zip(macs.channel_pairs, [1, *widths], widths, strict=False)))
+        parameters[name] = num_parameters(student)
+    assert of_convolutions["macs"] < 0.7 * of_convolutions["parameters"]
+    assert parameters["macs"] > 1.3 * parameters["parameters"]
+
+
+def test_impossible_cost(layout, budget):
+    student, (budget, _) = gated_student(layout, ["ffn_dims"]), budget
+    costs = budget.unit_costs(student)
+    with pytest.raises(ValueError, match=f"{budget.noun}: what has no gate.*pruning_units"):
+        fit_gates(student, min_cost(student, costs) - 1, costs)
+
+
+def test_least_cost_is_that_of_closed_gates(layout, budget):
+    student, (budget, count) = gated_student(layout), budget
+    costs = budget.unit_costs(student)
+    for _, gate in student.named_gates():
+        gate.log_alpha.data.fill_(-9.0)
+    student.prune()
+    assert count(student) == min_cost(gated_student(layout), costs)
 
 
 def test_gates_are_drawn_once_per_forward_and_seeded():

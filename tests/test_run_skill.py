@@ -24,6 +24,8 @@ sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "demo")]
 import demo_comparison  # noqa: E402
 import run_skill  # noqa: E402
 
+from skill_hf.analysis import count_macs  # noqa: E402
+
 
 RATE = 16_000
 # Six steps, four of them in stage 1, in a second or two.
@@ -143,10 +145,23 @@ def test_results_say_what_was_done(finished):
     assert results["sparsity"] == pytest.approx(1 - saved / results["teacher_parameters"])
     assert results["sparsity"] == pytest.approx(results["target_sparsity"], abs=0.02)
     assert results["target_sparsity"] == 0.3
+    assert results["budget"] == "parameters"
     assert sorted(sum(results["layer_groups"], [])) == [0, 1, 2]
     assert results["eval_distillation_loss"] == pytest.approx(results["eval_l1_loss"] + results["eval_cosine_loss"])
     assert set(results["seconds"]) == {"set_up", "calibration_and_cut", "stage_1", "stage_2", "evaluation"}
     assert all(seconds > 0 for seconds in results["seconds"].values())
+
+
+def test_results_of_another_budget(shared, tmp_path):
+    assert run_skill.main(command_line(on_folder(shared, tmp_path / "out", budget="macs", budget_seconds=2.0))) == 0
+    results = results_of(tmp_path / "out")
+    assert results["budget"] == "macs"
+    assert results["teacher_macs"] == count_macs(tiny_teacher(num_hidden_layers=2), 2.0)
+    assert results["student_macs"] == count_macs(AutoModel.from_pretrained(tmp_path / "out"), 2.0)
+    assert results["sparsity"] == 1 - results["student_macs"] / results["teacher_macs"]
+    assert results["sparsity"] == pytest.approx(0.3, abs=0.005)
+    assert results["teacher_parameters"] == tiny_teacher(num_hidden_layers=2).num_parameters()
+    assert results["student_parameters"] < results["teacher_parameters"]
 
 
 def test_saved_directory_loads_and_runs(finished):

@@ -28,6 +28,9 @@ from skill_hf import SkillConfig
         ({"layer_groups": [[0], [4]], "projection_groups": [[0]]}, ["projection_groups"]),
         ({"l1_weight": 0.0, "cosine_weight": 0.0}, ["l1_weight"]),
         ({"gate_learning_rate": -1.0}, ["gate_learning_rate"]),
+        ({"budget": "latency"}, ["budget", "parameters, macs", "latency"]),
+        ({"budget_seconds": 0.0}, ["budget_seconds", "0.0"]),
+        ({"budget_seconds": float("inf")}, ["budget_seconds", "inf"]),
         ({"calibration_samples": 0}, ["calibration_samples"]),
         ({"calibration_seconds": float("inf")}, ["calibration_seconds"]),
     ],
@@ -59,7 +62,7 @@ def test_steps_that_do_not_fit(fields):
 
 
 def test_save_and_load(tmp_path):
-    recipe = SkillConfig(layer_groups=[[0], [4, 5]], projection_groups=[[0, 1]], target_sparsity=0.5)
+    recipe = SkillConfig(layer_groups=[[0], [4, 5]], projection_groups=[[0, 1]], target_sparsity=0.5, budget="macs")
     recipe.save_pretrained(tmp_path)
     assert SkillConfig.from_pretrained(tmp_path) == recipe
     path = tmp_path / "skill_config.json"
@@ -67,9 +70,18 @@ def test_save_and_load(tmp_path):
     assert SkillConfig.from_pretrained(tmp_path) == recipe
 
 
+def test_recipes_of_before_there_were_budgets(tmp_path):
+    path = tmp_path / "skill_config.json"
+    fields = SkillConfig(target_sparsity=0.5).to_dict()
+    path.write_text(json.dumps({name: value for name, value in fields.items() if not name.startswith("budget")}))
+    assert SkillConfig.from_pretrained(tmp_path) == SkillConfig(target_sparsity=0.5, budget="parameters")
+
+
 def test_every_field_comes_from_a_command_line():
     line = "--layer_groups [[0],[4]] --num_clusters 2 --contiguous --pruning_units ffn_dims ffn_blocks --final_steps 3"
+    line += " --budget macs --budget_seconds 2.5"
     (recipe,) = HfArgumentParser(SkillConfig).parse_args_into_dataclasses(line.split())
     assert recipe.layer_groups == [[0], [4]]
     assert recipe.pruning_units == ["ffn_dims", "ffn_blocks"]
     assert (recipe.num_clusters, recipe.contiguous, recipe.final_steps) == (2, True, 3)
+    assert (recipe.budget, recipe.budget_seconds) == ("macs", 2.5)

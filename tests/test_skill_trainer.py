@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -8,9 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import padded_batch, tiny_config, tiny_teacher
-from transformers import AutoModel, HubertConfig, HubertModel, TrainerCallback, TrainingArguments, WavLMModel
+from transformers import (
+    AutoModel,
+    HubertConfig,
+    HubertModel,
+    TrainerCallback,
+    TrainingArguments,
+    Wav2Vec2FeatureExtractor,
+    WavLMModel,
+)
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
+from skill_hf.analysis import count_macs
 from skill_hf.families import build_student
 from skill_hf.pruning import add_gates, fit_gates, prune
 
@@ -260,6 +270,7 @@ def test_a_callback_that_stops_stage_1_leaves_the_student_uncut(uninterrupted, t
     ("recipe", "kwargs", "named"),
     [
         ({"target_sparsity": 0.5}, {}, "target_sparsity"),
+        ({"budget": "macs"}, {}, "budget"),
         ({"num_clusters": 3}, {}, "num_clusters"),
         ({}, {"max_steps": 12}, "steps"),
         ({}, {"teacher": tiny_teacher(intermediate_size=40)}, "teacher"),
@@ -407,6 +418,42 @@ def test_multipliers_drive_the_sparsity_past_the_target(tmp_path, clips):
     assert abs(left / trainer.num_teacher_parameters - 0.5) < 0.01
 
 
+@pytest.mark.parametrize("model", ["copy", "pruned"])
+def test_macs_as_the_budget(layout, tmp_path, clips, model, caplog):
+    """Killed in stage 1 and resumed; from an exact copy of the teacher, or from a student that was pruned before."""
+    teacher = tiny_teacher(layout)
+    whole, recipe = count_macs(teacher, 1.5), {"budget": "macs", "budget_seconds": 1.5, "target_sparsity": 0.6}
+    student = None
+    if model == "pruned":
+        student = build_student(teacher)
+        student.add_gates(["ffn_dims"])
+        fit_gates(student, round(0.8 * teacher.num_parameters()))
+        student.prune()
+    with pytest.raises(Kill):
+        make_trainer(tmp_path, clips, teacher, recipe, [KillAt(3)], copy.deepcopy(student)).train()
+    trainer = make_trainer(tmp_path, clips, teacher, recipe, model=student)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.teacher_cost == whole
+    share = count_macs(trainer.model, 1.5) / whole
+    assert abs(share - 0.4) < 0.005
+    assert "multiply-accumulates for 1.5 seconds of audio, the target is" in caplog.text
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert rows[-1]["sparsity"] == pytest.approx(1 - share, abs=1e-6)
+    assert rows[-1]["target_sparsity"] == 0.6
+    # The share of parameters is another one.
+    assert abs(trainer.model.num_parameters() / teacher.num_parameters() - share) > 0.01
+
+
+def test_macs_are_counted_at_the_rate_of_the_audio(tmp_path):
+    trainer = SkillDistillationTrainer(
+        tiny_teacher(),
+        SkillConfig(budget="macs", budget_seconds=3.0),
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+        processing_class=Wav2Vec2FeatureExtractor(sampling_rate=8_000),
+    )
+    assert trainer.teacher_cost == count_macs(tiny_teacher(), 3.0, sampling_rate=8_000)
+
+
 def test_epochs_count_for_both_stages(tmp_path, clips):
     trainer = make_trainer(tmp_path, clips, max_steps=-1, num_train_epochs=2, save_strategy="no")
     trainer.train()
@@ -420,7 +467,9 @@ def test_epochs_count_for_both_stages(tmp_path, clips):
         ({"num_clusters": 5}, "num_clusters.*4 layers"),
         ({"num_clusters": 4, "include_embeddings": False}, "num_clusters.*3 layers"),
         ({"num_clusters": None, "layer_groups": [[0], [99]]}, "layer 99"),
-        ({"pruning_units": ["ffn_dims"]}, "target_sparsity.*ffn_dims"),
+        ({"pruning_units": ["ffn_dims"]}, "target_sparsity.*ffn_dims.*teacher's parameters can"),
+        ({"pruning_units": ["ffn_dims"], "budget": "macs"}, "ffn_dims.*multiply-accumulates for 10 seconds of audio"),
+        ({"budget": "macs", "budget_seconds": 0.02}, "`budget_seconds` is 0.02, 320 samples.* 400 for one frame"),
         ({"projection_groups": [[0]]}, "projection_groups"),
     ],
 )
@@ -452,8 +501,6 @@ def test_teachers_that_cannot_be(tmp_path, clips):
 
 
 def test_teacher_from_a_directory_with_a_feature_extractor(tmp_path, clips):
-    from transformers import Wav2Vec2FeatureExtractor
-
     tiny_teacher().half().save_pretrained(tmp_path / "teacher")
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "teacher")
     rng = np.random.default_rng(0)

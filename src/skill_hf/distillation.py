@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .budgets import UnitCosts
 from .losses import distillation_sums, group_means, lagrangian
-from .pruning import named_gates, num_expected_parameters, seed_gates
+from .pruning import expected_cost, named_gates, seed_gates
 
 
 class SkillDistiller(nn.Module):
@@ -17,7 +18,8 @@ class SkillDistiller(nn.Module):
     Args:
         student (`PreTrainedModel`): with gates in the first stage, pruned in the second.
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
-        num_teacher_parameters (`int`): size that sparsity refers to.
+        costs ([`~skill_hf.budgets.UnitCosts`]): of the student's units, in what the budget counts.
+        teacher_cost (`int`): the teacher's cost in the same, which sparsity refers to.
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
         student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, what predicts a group.
         weights (`dict[str, float]`, *optional*): weights of the loss terms `l1`, `l2` and `cosine`.
@@ -28,7 +30,8 @@ class SkillDistiller(nn.Module):
         self,
         student: nn.Module,
         layer_groups: Sequence[Sequence[int]],
-        num_teacher_parameters: int,
+        costs: UnitCosts,
+        teacher_cost: int,
         projection_groups: Sequence[Sequence[int]] | None = None,
         student_layers: str = "group",
         weights: dict[str, float] | None = None,
@@ -37,7 +40,8 @@ class SkillDistiller(nn.Module):
         super().__init__()
         self.student = student
         self.layer_groups = layer_groups
-        self.num_teacher_parameters = num_teacher_parameters
+        self.costs = costs
+        self.teacher_cost = teacher_cost
         self.student_groups = layer_groups if student_layers == "group" else [[-1]] * len(layer_groups)
         self.weights = {"l1": 1.0, "l2": 0.0, "cosine": 1.0} | (weights or {})
         sharing = projection_groups or [[index] for index in range(len(layer_groups))]
@@ -61,8 +65,8 @@ class SkillDistiller(nn.Module):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def sparsity(self) -> torch.Tensor:
-        """Share of the teacher's parameters that is gone, in expectation where there are gates; a float scalar."""
-        return (1 - num_expected_parameters(self.student) / self.num_teacher_parameters).float()
+        """Share of the teacher's cost that is gone, in expectation where there are gates; a float scalar."""
+        return (1 - expected_cost(self.student, self.costs) / self.teacher_cost).float()
 
     def forward(
         self,

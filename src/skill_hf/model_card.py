@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .analysis import count_macs
+from .budgets import make_budget
 from .plots import plot_architecture, plot_layer_similarity, plot_training
 from .version import __version__
 
@@ -123,6 +124,8 @@ class TrainingContent:
     teacher_heads: list[int]  # of each layer
     teacher_units: list[int]
     printed: str | None  # by the snippet
+    budget: str  # what is counted for it
+    sparsity: float
     target_sparsity: float
     groups: list[list[int]] | None
     clustering: str | None  # how the groups were found; `None` if set by hand
@@ -311,6 +314,7 @@ def _student_content(model: PreTrainedModel, data: ModelCardData, repo_id, rate:
 def _training_content(trainer, datasets: list[DatasetContent], printed: str | None, figures: list[str]):
     config, args, steps, state = trainer.skill_config, trainer.args, trainer.steps, trainer.state
     teacher, default, terms = trainer.teacher.config, type(config)(), _weighted_terms(config)
+    budget = make_budget(config, _sampling_rate(trainer))
     heads = getattr(teacher, "remaining_heads", None)
     layers = teacher.num_hidden_layers
     return TrainingContent(
@@ -321,6 +325,8 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
         teacher_heads=[teacher.num_attention_heads] * layers if heads is None else [len(left) for left in heads],
         teacher_units=list(getattr(teacher, "intermediate_sizes", [teacher.intermediate_size] * layers)),
         printed=printed,
+        budget=budget.noun,
+        sparsity=1 - budget.total(trainer.student) / budget.total(trainer.teacher),
         target_sparsity=config.target_sparsity,
         groups=trainer.layer_groups,
         clustering=None if config.layer_groups else _clustering(config),

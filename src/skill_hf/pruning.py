@@ -1,5 +1,5 @@
 """
-From gates to a smaller model: where each prunable unit's gate acts, the exact expected size, and the cut.
+From gates to a smaller model: where each prunable unit's gate acts, the exact expected cost, and the cut.
 
 The gated model in eval mode and the pruned model give the same outputs. Two places where the peers break this:
 LayerNorm over gated channels (see [`~skill_hf.gates.KeptLayerNorm`]), and the relative position embedding, which here
@@ -7,11 +7,12 @@ belongs to no head and stays when layer 0 loses its attention.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from .budgets import ParameterBudget, UnitCosts
 from .gates import DrawHook, GateHook, HardConcreteGate, KeptLayerNorm
 
 
@@ -24,7 +25,7 @@ DROP_PROBABILITY = {
     "ffn_blocks": 0.01,
 }
 
-# Share of the size asked for within which `fit_gates` leaves it.
+# Share of the cost asked for within which `fit_gates` leaves it.
 FIT_TOLERANCE = 0.002
 
 
@@ -103,119 +104,81 @@ def num_expected_parameters(student) -> torch.Tensor:
     weights of a convolution, a closed block costs nothing, and all that has no gate is counted too. Without gates it
     is the number of parameters.
     """
+    return expected_cost(student, ParameterBudget().unit_costs(student))
+
+
+def expected_cost(student, costs: UnitCosts) -> torch.Tensor:
+    """Expected cost of the model that pruning would leave, as exact and as differentiable."""
 
     def expected(gate: HardConcreteGate) -> tuple[torch.Tensor, torch.Tensor]:
         probability = gate.open_probability()
         probability = probability if probability.device.type == "mps" else probability.double()
         return probability.sum(), 1 - (1 - probability).prod()
 
-    return torch.as_tensor(_count_parameters(student, expected))
+    cost = costs.count(student, expected)
+    return cost if isinstance(cost, torch.Tensor) else torch.tensor(cost, dtype=torch.float64)
 
 
-def num_parameters_after_pruning(student) -> int:
-    """Number of parameters that `prune` would leave now."""
-    return int(_count_parameters(student, lambda gate: (gate.num_open(), gate.num_open() > 0)))
+def cost_after_pruning(student, costs: UnitCosts) -> int:
+    """Cost of the model that `prune` would leave now."""
+    return costs.count(student, lambda gate: (gate.num_open(), gate.num_open() > 0))
 
 
-def min_num_parameters(student) -> int:
-    """Number of parameters that would be left with every gate closed: no sparsity beyond it can be reached."""
-    return int(_count_parameters(student, lambda gate: (gate.min_open, gate.min_open > 0)))
-
-
-def _count_parameters(student, measure: Callable):
-    """Parameters left if each gate leaves `measure(gate)`: the number of open units, and whether any is open."""
-
-    def left(owner: nn.Module, name: str, size: int):
-        gate = getattr(owner, name, None)
-        return (size, float(size > 0)) if gate is None else measure(gate)
-
-    def numel(module: nn.Module | None) -> int:
-        if module is None:
-            return 0
-        own = sum(parameter.numel() for parameter in module.parameters())
-        gates = (child for child in module.modules() if isinstance(child, HardConcreteGate))
-        return own - sum(gate.size for gate in gates)
-
-    projection = student.feature_projection
-    # What no gate changes; the parts below are taken out and then added as they will be.
-    total = numel(student) - numel(student.feature_extractor) - numel(projection)
-
-    channels = 1
-    for layer in student.feature_extractor.conv_layers:
-        before, (channels, _) = channels, left(layer, "channel_gate", layer.conv.out_channels)
-        norm = getattr(layer, "layer_norm", None)
-        per_channel = (layer.conv.bias is not None) + sum(parameter.dim() for parameter in _parameters(norm))
-        total = total + before * channels * layer.conv.kernel_size[0] + channels * per_channel
-    hidden_size = projection.projection.out_features
-    total = total + channels * (2 + hidden_size) + hidden_size
-
-    for layer in student.encoder.layers:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        embedding = numel(getattr(attention, "rel_attn_embed", None))
-        total = total - numel(attention) + embedding - numel(feed_forward)
-        if attention.output is not None:
-            block, _ = left(attention, "block_gate", 1)
-            heads, any_head = left(attention, "head_gate", len(attention.heads))
-            # Query, key, value (with bias), the columns of the output projection, the constant of the gate.
-            per_head = attention.head_dim * (4 * hidden_size + 3) + 1
-            shared = any_head * numel(getattr(attention, "gru_rel_pos_linear", None))
-            total = total + block * (heads * per_head + shared + hidden_size)
-        if feed_forward.output is not None:
-            block, _ = left(feed_forward, "block_gate", 1)
-            dense = feed_forward.intermediate_dense
-            units, _ = left(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
-            total = total + block * (units * (2 * hidden_size + 1) + hidden_size)
-    return total
-
-
-def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
-    return [] if module is None else list(module.parameters())
+def min_cost(student, costs: UnitCosts) -> int:
+    """Cost of what would be left with every gate closed: no sparsity beyond it can be reached."""
+    return costs.count(student, lambda gate: (gate.min_open, gate.min_open > 0))
 
 
 @torch.no_grad()
-def fit_gates(student, num_parameters: int) -> float:
+def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
     """
-    Shifts all `log_alpha` by one common number, found by bisection, so that `prune` leaves `num_parameters`; where
+    Shifts all `log_alpha` by one common number, found by bisection, so that `prune` leaves what was asked for; where
     whole units do not allow that, those of the finest kind of unit by a further one. Returns the common shift.
 
+    Args:
+        student (`WavLMForSkillStudent`): with gates.
+        wanted (`int`): what is to be left.
+        costs ([`~skill_hf.budgets.UnitCosts`], *optional*): in which it is counted; parameters by default.
+
     Raises:
-        `ValueError`: if even closing every gate leaves more than `num_parameters`.
+        `ValueError`: if even closing every gate leaves more than `wanted`.
     """
-    least = min_num_parameters(student)
-    if num_parameters < least:
+    costs = ParameterBudget().unit_costs(student) if costs is None else costs
+    least = min_cost(student, costs)
+    if wanted < least:
         raise ValueError(
-            f"No setting of the gates leaves {num_parameters:,} parameters: what has no gate is {least:,} already."
-            " Lower `target_sparsity` or add `pruning_units`."
+            f"No setting of the gates leaves {wanted:,} {costs.noun}: what has no gate is {least:,} already. Lower"
+            " `target_sparsity` or add `pruning_units`."
         )
     gates = [gate for _, gate in named_gates(student)]
-    # A shift moves whole heads, channels and blocks. It stops below the size that is asked for, and the finest units
+    # A shift moves whole heads, channels and blocks. It stops below the cost that is asked for, and the finest units
     # that can fill what is left.
-    shift = _bisect_shift(student, gates, num_parameters, below=True)
+    shift = _bisect_shift(student, gates, wanted, costs, below=True)
     for kind in (".dim_gate", ".channel_gate", ".head_gate", ".block_gate"):
-        if abs(num_parameters_after_pruning(student) - num_parameters) <= FIT_TOLERANCE * num_parameters:
+        if abs(cost_after_pruning(student, costs) - wanted) <= FIT_TOLERANCE * wanted:
             break
         of_kind = [gate for name, gate in named_gates(student) if name.endswith(kind)]
         if of_kind:
-            _bisect_shift(student, of_kind, num_parameters)
+            _bisect_shift(student, of_kind, wanted, costs)
     return shift
 
 
-def _bisect_shift(student, gates: list[HardConcreteGate], num_parameters: int, below: bool = False) -> float:
-    """Shifts `log_alpha` of `gates` to where `prune` leaves the number nearest to `num_parameters`, or just below."""
+def _bisect_shift(student, gates: list[HardConcreteGate], wanted: int, costs: UnitCosts, below: bool = False) -> float:
+    """Shifts `log_alpha` of `gates` to where `prune` leaves the cost nearest to `wanted`, or just below."""
     start = [gate.log_alpha.clone() for gate in gates]
 
-    def size_at(shift: float) -> int:
+    def cost_at(shift: float) -> int:
         for gate, log_alpha in zip(gates, start, strict=True):
             gate.log_alpha.copy_(log_alpha + shift)
-        return num_parameters_after_pruning(student)
+        return cost_after_pruning(student, costs)
 
     reach = 30.0 + max(log_alpha.abs().max().item() for log_alpha in start)
     low, high = -reach, reach
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if size_at(middle) < num_parameters else (low, middle)
-    shift = low if below else min((low, high), key=lambda shift: abs(size_at(shift) - num_parameters))
-    size_at(shift)
+        low, high = (middle, high) if cost_at(middle) < wanted else (low, middle)
+    shift = low if below else min((low, high), key=lambda shift: abs(cost_at(shift) - wanted))
+    cost_at(shift)
     return shift
 
 

@@ -6,19 +6,25 @@ import torch
 from transformers import PreTrainedModel
 
 from . import pruning
+from .budgets import make_budget
+from .data import samples_per_frame
 from .skill_config import SkillConfig
 
 
-def validate_recipe(config: SkillConfig, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+def validate_recipe(
+    config: SkillConfig, teacher: PreTrainedModel, student: PreTrainedModel, sampling_rate: int = 16_000
+) -> None:
     """
     Args:
         config ([`SkillConfig`]): the recipe.
         teacher (`PreTrainedModel`): the encoder to distil.
         student (`PreTrainedModel`): what training starts from, without gates.
+        sampling_rate (`int`, *optional*, defaults to 16000): of the audio that they take.
 
     Raises:
         `ValueError`: if there are more clusters than layers, groups that name a layer which the teacher does not have,
-            a student of another width or depth than the teacher's, or a sparsity that its gates cannot reach.
+            a student of another width or depth than the teacher's, a budget for clips too short for one frame, or a
+            sparsity that the gates cannot reach.
     """
     last = teacher.config.num_hidden_layers
     rows = last + int(config.include_embeddings)
@@ -40,13 +46,19 @@ def validate_recipe(config: SkillConfig, teacher: PreTrainedModel, student: PreT
                 f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
                 f" {getattr(teacher.config, name)}; a student must agree with its teacher."
             )
+    samples, least = round(config.budget_seconds * sampling_rate), samples_per_frame(teacher.config)
+    if config.budget == "macs" and samples < least:
+        raise ValueError(
+            f"`budget_seconds` is {config.budget_seconds}, {samples} samples, but the teacher needs {least} for one"
+            " frame."
+        )
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         gated = type(student)(copy.deepcopy(student.config))
     pruning.add_gates(gated, config.pruning_units)
-    num_teacher_parameters = sum(parameter.numel() for parameter in teacher.parameters())
-    most = 1 - pruning.min_num_parameters(gated) / num_teacher_parameters
+    budget = make_budget(config, sampling_rate)
+    most = 1 - pruning.min_cost(gated, budget.unit_costs(gated)) / budget.total(teacher)
     if config.target_sparsity > most:
         raise ValueError(
             f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"
-            f" more than {most:.3f} of this teacher can be removed."
+            f" more than {most:.3f} of this teacher's {budget.noun} can be removed."
         )

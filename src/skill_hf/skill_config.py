@@ -11,6 +11,7 @@ SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
 PRUNING_UNITS = ("conv_channels", "attention_heads", "ffn_dims", "attention_blocks", "ffn_blocks")
 STUDENT_LAYERS = ("group", "last")
+BUDGETS = ("parameters", "macs")
 
 SKILL_CONFIG_NAME = "skill_config.json"
 
@@ -76,7 +77,12 @@ class SkillConfig:
 
     Args:
         target_sparsity (`float`, *optional*, defaults to 0.75):
-            Share of the teacher's parameters to remove, between 0 and 1, both excluded.
+            Share of the teacher's parameters, or of what `budget` names, to remove, between 0 and 1, both excluded.
+        budget (`str`, *optional*, defaults to `"parameters"`):
+            What the target is a share of: `parameters`, or `macs`, the multiply-accumulates of one clip. Convolutions
+            run at a high frame rate, so they have few of the first and many of the second.
+        budget_seconds (`float`, *optional*, defaults to 10.0):
+            Length in seconds of the clip that `macs` are counted for; attention grows with its square.
         sparsity_warmup_steps (`int`, *optional*, defaults to 5000):
             Steps over which the target rises from 0; the default shrinks in proportion when a run is shorter than
             75000.
@@ -123,7 +129,11 @@ class SkillConfig:
     l1_weight: float = _help(1.0, "Weight of the mean absolute error.")
     l2_weight: float = _help(0.0, "Weight of the mean squared error.")
     cosine_weight: float = _help(1.0, "Weight of the negative cosine similarity.")
-    target_sparsity: float = _help(0.75, "Share of the teacher's parameters to remove, between 0 and 1.")
+    target_sparsity: float = _help(
+        0.75, "Share of the teacher's parameters, or of what budget names, to remove, between 0 and 1."
+    )
+    budget: str = _help("parameters", "What the target is a share of: parameters, or macs (multiply-accumulates).")
+    budget_seconds: float = _help(10.0, "Length in seconds of the clip that macs are counted for.")
     sparsity_warmup_steps: int = _help(
         FULL_WARMUP_STEPS, "Steps over which the target rises from 0; the default shrinks with shorter runs."
     )
@@ -144,6 +154,7 @@ class SkillConfig:
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("linkage", self.linkage, LINKAGES)
         _one_of("student_layers", self.student_layers, STUDENT_LAYERS)
+        _one_of("budget", self.budget, BUDGETS)
         if not self.pruning_units:
             raise ValueError(f"`pruning_units` is empty; name at least one of {', '.join(PRUNING_UNITS)}.")
         for unit in self.pruning_units:
@@ -165,7 +176,7 @@ class SkillConfig:
             _at_least(name, getattr(self, name), 0)
         if self.l1_weight + self.l2_weight + self.cosine_weight == 0:
             raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
-        for name in ("distance_threshold", "calibration_seconds"):
+        for name in ("distance_threshold", "calibration_seconds", "budget_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be above 0 and finite, but is {value}.")

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from . import pruning, publishing
+from .budgets import make_budget
 from .checkpointing import TRAINER_STATE_NAME, find_checkpoint, read_same_recipe, write_skill_state
 from .clustering import cluster_layers, layer_tree
 from .data import SpeechCollator, calibration_waveforms, disable_audio_decoding, samples_per_frame
@@ -41,8 +42,8 @@ from .skill_training_args import SkillTrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# A cut whose size is off by more than this share of the teacher has its gates shifted to the target first.
-SIZE_TOLERANCE = 0.005
+# A cut whose cost is off by more than this share of the teacher's has its gates shifted to the target first.
+COST_TOLERANCE = 0.005
 
 
 class SkillDistillationTrainer(Trainer):
@@ -142,14 +143,17 @@ class SkillDistillationTrainer(Trainer):
                 f"`model` must be a {student_class.__name__} without gates, but is a {type(student).__name__}"
                 f"{' with gates' if isinstance(student, student_class) else ''}."
             )
-        validate_recipe(self.skill_config, self.teacher, student)
+        processing_class = self._load_feature_extractor() if processing_class is None else processing_class
+        sampling_rate = getattr(processing_class, "sampling_rate", 16_000)
+        validate_recipe(self.skill_config, self.teacher, student, sampling_rate)
+        self.budget = make_budget(self.skill_config, sampling_rate)
+        self.teacher_cost = self.budget.total(self.teacher)
         # LayerDrop and SpecAugment would shorten and mask the student's hidden states. What the student is later
         # fine-tuned with is the teacher's setting again.
         self._apply_spec_augment = student.config.apply_spec_augment
         student.config.layerdrop = 0.0
         student.config.base_model = hub_id_of(self.teacher_name) or student.config.base_model
 
-        processing_class = self._load_feature_extractor() if processing_class is None else processing_class
         min_samples = samples_per_frame(student.config)
         if data_collator is None:
             shared = {"min_samples": min_samples, "seed": args.seed}
@@ -261,7 +265,8 @@ class SkillDistillationTrainer(Trainer):
         return SkillDistiller(
             self.student,
             self.layer_groups,
-            self.num_teacher_parameters,
+            self.budget.unit_costs(self.student),
+            self.teacher_cost,
             projection_groups=config.projection_groups,
             student_layers=config.student_layers,
             weights={"l1": config.l1_weight, "l2": config.l2_weight, "cosine": config.cosine_weight},
@@ -352,14 +357,16 @@ class SkillDistillationTrainer(Trainer):
 
     def _cut(self) -> str:
         """Prunes the student and writes the checkpoint that stage 2 starts from; returns its directory."""
-        wanted = round((1 - self.skill_config.target_sparsity) * self.num_teacher_parameters)
-        left = pruning.num_parameters_after_pruning(self.student)
-        if abs(left - wanted) > SIZE_TOLERANCE * self.num_teacher_parameters:
-            shift = pruning.fit_gates(self.student, wanted)
+        costs = self.distiller.costs
+        wanted = round((1 - self.skill_config.target_sparsity) * self.teacher_cost)
+        left = pruning.cost_after_pruning(self.student, costs)
+        if abs(left - wanted) > COST_TOLERANCE * self.teacher_cost:
+            shift = pruning.fit_gates(self.student, wanted, costs)
             logger.warning(
-                "At the end of stage 1 the gates leave %s parameters, the target is %s; all log_alpha were shifted by"
-                " %.3f. More steps or a larger `gate_learning_rate` let stage 1 get there by itself.",
+                "At the end of stage 1 the gates leave %s %s, the target is %s; all log_alpha were shifted by %.3f."
+                " More steps or a larger `gate_learning_rate` let stage 1 get there by itself.",
                 f"{left:,}",
+                costs.noun,
                 f"{wanted:,}",
                 shift,
             )
