@@ -261,7 +261,7 @@ def hold_out_clips(
     """Clips by chance, but never the last one of a class."""
     columns = args.label_column or [name for name in Columns.USUAL.get(args.task, ()) if name in dataset.column_names]
     classified = args.task in ("ks", "sid", "er") and columns and columns[0] in dataset.column_names
-    classes = dataset[columns[0]] if classified else [None] * len(dataset)
+    classes = list(dataset[columns[0]]) if classified else [None] * len(dataset)
     left, chosen = Counter(classes), []
     for row in rng.permutation(len(dataset)):
         if len(chosen) < max(1, round(args.validation_share * len(dataset))) and left[classes[row]] > 1:
