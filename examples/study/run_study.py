@@ -31,6 +31,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, set_seed
 
@@ -270,7 +271,8 @@ def main(args: StudyArguments) -> None:
     feature_extractor = AutoFeatureExtractor.from_pretrained(args.teacher)
     train, heldout = speech_to_distil(args.librispeech)
     splits = probe_splits(args.librispeech, args.speech_commands)
-    found = references(args, teacher, feature_extractor, splits)
+    with FileLock(args.results / "references.lock"):  # else workers that start together would all encode all of it
+        found = references(args, teacher, feature_extractor, splits)
     rates = {task: of[:1] for task, of in found["teacher"]["learning_rates"].items()}
     settings = {
         "max_steps": args.max_steps,
