@@ -18,7 +18,6 @@ groups by calibration size), `references.json` (teacher, untrained network and f
 
 import json
 import logging
-import os
 import platform
 import sys
 import tempfile
@@ -56,6 +55,7 @@ from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
 from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
+from skill_hf.superb.features import write_json  # noqa: E402
 
 
 logger = logging.getLogger("run_study")
@@ -97,12 +97,6 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def write(path: Path, content: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 @torch.no_grad()
 def compute_similarities(teacher, feature_extractor, train, seed: int) -> dict[str, dict[int, np.ndarray]]:
     """Measure -> number of calibration clips -> matrix; one pass of the teacher serves all."""
@@ -141,7 +135,7 @@ def cluster(args: StudyArguments, teacher, feature_extractor, train, seed: int) 
             for measure, of in found.items()
         }
         similarity = {measure: of[CALIBRATION_SAMPLES].round(6).tolist() for measure, of in found.items()}
-        write(path, {"similarity": similarity, "groups": groups})
+        write_json(path, {"similarity": similarity, "groups": groups})
     stored = json.loads(path.read_text(encoding="utf-8"))["similarity"]
     return {measure: np.array(matrix) for measure, matrix in stored.items()}
 
@@ -175,7 +169,7 @@ def references(args: StudyArguments, teacher, feature_extractor, splits) -> dict
                 scores[metric] += [run[metric] for run in runs[task]]
                 rates.setdefault(task, []).extend(run["learning_rate"] for run in runs[task])
         found[name] = {"scores": scores, "learning_rates": rates}
-        write(path, found)
+        write_json(path, found)
     return found
 
 
@@ -281,8 +275,9 @@ def main(args: StudyArguments) -> None:
         "learning_rates": rates,
         **machine(),
     }
-    mine = list(plan())[args.worker :: args.num_workers]
-    logger.info("%d students are planned, %d for this worker", len(list(plan())), len(mine))
+    planned = list(plan())
+    mine = planned[args.worker :: args.num_workers]
+    logger.info("%d students are planned, %d for this worker", len(planned), len(mine))
     trained = 0
     for number, (name, sparsity, seed) in enumerate(mine, start=1):
         if args.hours is not None and time.monotonic() - start > 3600 * args.hours or trained == args.max_runs:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..checkpointing import last_complete_checkpoint
 from ..encoders import FilterBank, PretrainedEncoder
-from .features import CachedHiddenStates, cache_hidden_states, check_settings
+from .features import CachedHiddenStates, cache_hidden_states, check_settings, write_json
 from .tasks import Splits, Task
 
 
@@ -170,9 +170,7 @@ def evaluate_task(
             set_seed(args.seed)
             head = task.build_head(first.shape[1], first.shape[2])
             result = _train_head(task, head, examples, args, learning_rate, patience, directory)
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
-            part.write_text(json.dumps(result, indent=1), encoding="utf-8")
-            os.replace(part, path)
+            write_json(path, result)
         results[learning_rate] = result
         logger.info(
             "%s: learning rate %g, %s on the validation set %.2f",

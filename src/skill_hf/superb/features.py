@@ -165,6 +165,13 @@ def _read_clips(
         yield row, encoder.prepare(samples)
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file at once: a process that is stopped, or another one that writes it too, leaves no half of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
 def check_settings(directory: Path, settings: dict, what: str) -> None:
     """
     Writes `settings` into a directory, or compares them with those that are there.
@@ -182,9 +189,7 @@ def check_settings(directory: Path, settings: dict, what: str) -> None:
                 " another directory."
             )
     if not path.is_file():
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        os.replace(part, path)
+        write_json(path, settings)
 
 
 def _read_index(directory: Path) -> list[tuple[int, int, int]]:
