@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from skill_hf.gates import HardConcreteGate, KeptLayerNorm
+from skill_hf.gates import GatedForward, HardConcreteGate, KeptLayerNorm
 
 
 def gate_with(log_alpha, min_open=0) -> HardConcreteGate:
@@ -75,6 +75,38 @@ def test_kept_layer_norm_equals_a_narrow_one():
     hidden_states = torch.randn(2, 5, 6) + 3
     narrow = torch.nn.functional.layer_norm(hidden_states[..., kept], (4,), norm.weight[kept], norm.bias[kept])
     torch.testing.assert_close(KeptLayerNorm(norm, gate)(hidden_states)[..., kept], narrow)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "repeats"),
+    [(torch.nn.Linear(6, 5), (2, 7, 6), 2), (torch.nn.Conv1d(3, 5, 3, stride=2), (2, 3, 9), 1)],
+)
+def test_gated_weight_is_gated_inputs(module, shape, repeats):
+    gate = gate_with([0.3, -0.2, 0.5]).eval()  # none of whose values is at an end, where it has no gradient
+    inputs, found = torch.randn(shape, requires_grad=True), []
+    gated = copy.deepcopy(module)
+    gated.forward = GatedForward(gated, gate, repeats)
+    for run in (gated, module):
+        gate.zero_grad()
+        inputs.grad = None
+        gate.draw()
+        value = gate.value.repeat_interleave(repeats)
+        scale = 1 if run is gated else value if inputs.shape[-1] == 6 else value[:, None]
+        output = run(inputs * scale)
+        output.square().sum().backward()
+        found.append([output.detach(), inputs.grad, gate.log_alpha.grad, run.weight.grad, run.bias.grad])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert found[0][2].all()
+
+
+def test_a_copy_of_a_gated_module_has_a_gate_of_its_own():
+    owner = torch.nn.Module()
+    owner.gate, owner.linear = gate_with([0.3, -0.2]), torch.nn.Linear(2, 2)
+    owner.linear.forward = GatedForward(owner.linear, owner.gate)
+    other = copy.deepcopy(owner)
+    assert other.linear.forward.module is other.linear
+    assert other.linear.forward.gate is other.gate is not owner.gate
 
 
 def test_a_drawn_gate_can_be_copied():

@@ -122,6 +122,27 @@ def test_parameters_changed(uninterrupted):
     assert torch.equal(before, tiny_teacher().state_dict()[name])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_targets_are_the_stock_teacher_s_means(layout, padded, tmp_path, clips):
+    groups = [[0], [1, 3], [0, 2, 3]]
+    teacher = tiny_teacher(layout)
+    trainer = make_trainer(tmp_path, clips, teacher=teacher, recipe={"layer_groups": groups, "num_clusters": None})
+    trainer.layer_groups = groups
+    inputs = padded_batch()
+    if not padded:
+        del inputs["attention_mask"]
+    with torch.no_grad():
+        states = teacher(**inputs, output_hidden_states=True).hidden_states
+    expected = torch.stack([torch.stack([states[index] for index in group]).mean(0) for group in groups])
+    targets = trainer.teacher_targets(**inputs)
+    torch.testing.assert_close(targets, expected, atol=1e-5, rtol=0)
+    assert not targets.requires_grad
+    # One copy of the weights serves the teacher that users see and the one that runs.
+    with torch.no_grad():
+        teacher.feature_projection.projection.weight.zero_()
+    assert not torch.allclose(trainer.teacher_targets(**inputs), expected, atol=1e-3)
+
+
 def test_evaluate_before_and_after(uninterrupted, tmp_path):
     trainer, clips = uninterrupted
     metrics = trainer.evaluate()

@@ -121,6 +121,38 @@ class SkillDistiller(nn.Module):
         return {"loss": loss, **outputs, "num_frames": torch.as_tensor(frames, device=loss.device)}
 
 
+@torch.no_grad()
+def target_means(
+    teacher: nn.Module,
+    groups: Sequence[Sequence[int]],
+    input_values: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    What the student is to predict, [`~skill_hf.losses.group_means`] of the teacher's hidden states, `(groups, batch,
+    frames, hidden_size)`, float32, without gradient. No hidden state is kept: each is added to its groups' means as
+    the layers go by.
+    """
+    means: dict[int, torch.Tensor] = {}
+
+    def add(index: int, hidden_state: torch.Tensor) -> None:
+        for number, group in enumerate(groups):
+            if index in group:
+                share = hidden_state.float() / len(group)
+                means[number] = means[number].add_(share) if number in means else share
+
+    layers = teacher.encoder.layers
+    hooks = [layers[0].register_forward_pre_hook(lambda module, args: add(0, args[0]))]
+    for index, layer in enumerate(layers, start=1):
+        hooks.append(layer.register_forward_hook(lambda module, args, output, index=index: add(index, output[0])))
+    try:
+        teacher(input_values, attention_mask=attention_mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([means[number] for number in range(len(groups))])
+
+
 def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """`(batch, frames)`, True where a frame is no padding, from a mask over samples; `None` without padding."""
     return None if attention_mask is None else model._get_feature_vector_attention_mask(frames, attention_mask)

@@ -99,32 +99,43 @@ class KeptLayerNorm(nn.LayerNorm):
         return (centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(self.weight.dtype)
 
 
-class GateHook:
+class GatedForward:
     """
-    Multiplies what a module takes (as forward pre-hook) or gives (as forward hook) by a gate's drawn value.
+    The forward of a linear map or convolution whose inputs have gates, in place of the module's own. Their drawn
+    values scale the columns of the weight, as they will after the cut: the same product as with scaled inputs, but a
+    weight is smaller than a batch of features, and no scaled copy of these is kept for the gradient.
 
     A class, not a closure, so that a deep copy of the model refers to its own gates.
 
     Args:
-        gate (`HardConcreteGate`): whose value counts.
-        repeats (`int`, *optional*, defaults to 1): neighbouring features that belong to one unit (a head's dims).
-        dim (`int`, *optional*, defaults to -1): dimension of the units.
+        module (`nn.Linear` or `nn.Conv1d`): whose weight is scaled.
+        gate (`HardConcreteGate`): whose values count.
+        repeats (`int`, *optional*, defaults to 1): neighbouring inputs that belong to one unit (a head's dims).
     """
 
-    def __init__(self, gate: HardConcreteGate, repeats: int = 1, dim: int = -1):
-        self.gate, self.repeats, self.dim = gate, repeats, dim
+    def __init__(self, module: nn.Module, gate: HardConcreteGate, repeats: int = 1):
+        self.module, self.gate, self.repeats = module, gate, repeats
 
-    def scale(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value = self.gate.value.to(hidden_states.dtype)
-        if self.repeats > 1:
-            value = value.repeat_interleave(self.repeats)
-        return hidden_states * value.reshape(-1, *[1] * (-1 - self.dim))
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        value = self.gate.value.to(weight.dtype).repeat_interleave(self.repeats)
+        weight = weight * value.reshape(-1, *[1] * (weight.dim() - 2))
+        if isinstance(self.module, nn.Linear):
+            return nn.functional.linear(hidden_states, weight, bias)
+        return self.module._conv_forward(hidden_states, weight, bias)
 
-    def pre(self, module, args):
-        return (self.scale(args[0]), *args[1:])
 
-    def post(self, module, args, output):
-        return self.scale(output)
+class GateHook:
+    """
+    Forward hook that multiplies what a module gives by the drawn value of a gate of one unit. A class for the reason
+    that [`GatedForward`] is one.
+    """
+
+    def __init__(self, gate: HardConcreteGate):
+        self.gate = gate
+
+    def __call__(self, module, args, output: torch.Tensor) -> torch.Tensor:
+        return output * self.gate.value.to(output.dtype)
 
 
 class DrawHook:

@@ -18,6 +18,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import (
     WavLMForAudioFrameClassification,
     WavLMForCTC,
@@ -25,9 +26,10 @@ from transformers import (
     WavLMForXVector,
     WavLMModel,
 )
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMGroupNormConvLayer
+from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 from transformers.utils import logging
 
 from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
@@ -36,44 +38,195 @@ from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
 logger = logging.get_logger(__name__)
 
 
-class WavLMSkillStudentGroupNormConvLayer(WavLMGroupNormConvLayer):
-    """The first convolution of group-norm models, whose norm can leave padding out of its statistics."""
+def _is_traced():
+    """Whether a graph is being made of this, which must not hang on the values of tensors."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
-    def __init__(self, config):
-        super().__init__(config, layer_id=0)
+
+def _is_exported():
+    # torch 2.6 cannot tell an export from a compilation.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)() or torch.jit.is_tracing()
+
+
+class _StridedConv(torch.autograd.Function):
+    """
+    1-D convolution of features that are `(batch, channels, frames)` and channels-last in memory, whose gradients are
+    plain matrix products: `stride` neighbouring frames are one row of a matrix that lies in memory already, so the
+    taps of a kernel are taken `stride` at a time, and nothing is copied. Kernels are no narrower than the stride.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, stride):
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.stride = stride
+        return _channels_last_conv(hidden_states, weight, bias, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden_states, weight = ctx.saved_tensors
+        to_inputs, to_weight, to_bias, _ = ctx.needs_input_grad
+        grad, inputs = grad.mT.contiguous(), hidden_states.mT.contiguous()  # (B, T', C'), (B, T, C)
+        frames, channels, kernel = grad.shape[1], weight.shape[1], weight.shape[2]
+        taps = weight.mT.contiguous()  # (C', K, C)
+        grad_inputs = torch.empty_like(inputs) if to_inputs else None
+        if to_inputs:
+            grad_inputs[:, frames * ctx.stride :] = 0  # what only later taps reach, or none
+        grad_taps = torch.zeros_like(taps) if to_weight else None
+        for first in range(0, kernel, ctx.stride):
+            width = min(ctx.stride, kernel - first)
+            rows = (frames, width * channels), (ctx.stride * channels, 1)  # size and stride of the matrix
+            offsets = [clip * inputs.stride(0) + first * channels for clip in range(len(inputs))]
+            if to_weight:
+                part = grad_taps.new_zeros(len(taps), width * channels)
+                for clip, offset in enumerate(offsets):
+                    part.addmm_(grad[clip].T, inputs.as_strided(*rows, inputs.storage_offset() + offset))
+                grad_taps[:, first : first + width] = part.unflatten(1, (width, channels))
+            if to_inputs:
+                part = taps[:, first : first + width].flatten(1)
+                for clip, offset in enumerate(offsets):
+                    grad_inputs.as_strided(*rows, offset).addmm_(grad[clip], part, beta=int(first > 0))
+        return (
+            grad_inputs.mT if to_inputs else None,
+            grad_taps.mT if to_weight else None,
+            grad.sum((0, 1)) if to_bias else None,
+            None,
+        )
+
+
+def _channels_last_conv(hidden_states, weight, bias, stride, padding=0, groups=1):
+    layout = {"memory_format": torch.channels_last}
+    return nn.functional.conv2d(
+        hidden_states.unsqueeze(2).contiguous(**layout),
+        weight.unsqueeze(2).contiguous(**layout),
+        bias,
+        stride=(1, stride),
+        padding=(0, padding),
+        groups=groups,
+    ).squeeze(2)
+
+
+class WavLMSkillStudentConv1d(nn.Conv1d):
+    """
+    [`~torch.nn.Conv1d`], on the CPU by the kernel for channels-last memory: it is faster, and leaves features in the
+    order that norms and linear maps behind it read. Shapes are those of the stock layer.
+    """
+
+    def _conv_forward(self, hidden_states, weight, bias):
+        if hidden_states.device.type != "cpu" or _is_exported():
+            return super()._conv_forward(hidden_states, weight, bias)
+        gaps = self.kernel_size < self.stride  # between the windows
+        if gaps or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return _channels_last_conv(hidden_states, weight, bias, self.stride[0])
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return _StridedConv.apply(hidden_states, weight, bias, self.stride[0])
+
+
+def _activate(activation, hidden_states):
+    """`activation(hidden_states)`, which may overwrite its input where no gradient needs it."""
+    if isinstance(activation, GELUActivation) and not torch.is_grad_enabled():
+        return torch.ops.aten.gelu_(hidden_states)
+    return activation(hidden_states)
+
+
+class WavLMSkillStudentConvLayer(GradientCheckpointingLayer):
+    """
+    One of the stock model's three kinds of convolutional layer: with group norm (the first one of Base models), with
+    layer norm (all of Large models), or without a norm.
+
+    Args:
+        config (`WavLMSkillStudentConfig`): `conv_dim` holds the channels that are left.
+        layer_index (`int`): which layer this is.
+    """
+
+    def __init__(self, config, layer_index):
+        super().__init__()
+        channels = config.conv_dim[layer_index]
+        self.conv = WavLMSkillStudentConv1d(
+            config.conv_dim[layer_index - 1] if layer_index else 1,
+            channels,
+            kernel_size=config.conv_kernel[layer_index],
+            stride=config.conv_stride[layer_index],
+            bias=config.conv_bias,
+        )
+        self.activation = ACT2FN[config.feat_extract_activation]
+        if config.feat_extract_norm == "layer":
+            self.layer_norm = nn.LayerNorm(channels)
+        elif layer_index == 0:
+            self.layer_norm = nn.GroupNorm(num_groups=channels, num_channels=channels)
+        else:
+            self.layer_norm = None
 
     def forward(self, hidden_states, num_samples=None):
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, 1, samples)`): waveforms.
-            num_samples (`torch.LongTensor` of shape `(batch,)`, *optional*): valid samples of each; all by default.
+            hidden_states (`torch.Tensor` of shape `(batch, channels, frames)`): one channel of samples for layer 0.
+            num_samples (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Valid samples of each clip, for a group norm to take its statistics over; all by default.
 
         Returns:
             `torch.Tensor` of shape `(batch, channels, frames)`.
         """
-        if num_samples is None:
-            return super().forward(hidden_states)
+        if isinstance(self.layer_norm, nn.GroupNorm) and (num_samples is not None or self._can_fold()):
+            return _activate(self.activation, self._convolve_and_normalise(hidden_states[:, 0], num_samples))
         hidden_states = self.conv(hidden_states)
-        num_frames = (num_samples - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
-        frames = torch.arange(hidden_states.shape[-1], device=hidden_states.device)
-        valid = (frames < num_frames[:, None])[:, None]  # (B, 1, T)
-        number = num_frames.clamp(min=1)[:, None, None]
-        # Each channel is a group of its own.
-        features = hidden_states.float()
-        mean = (features * valid).sum(-1, keepdim=True) / number
-        variance = ((features - mean) * valid).square().sum(-1, keepdim=True) / number
-        features = (features - mean) * torch.rsqrt(variance + self.layer_norm.eps)
-        features = features * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
-        return self.activation(features.to(hidden_states.dtype))
+        if isinstance(self.layer_norm, nn.LayerNorm):
+            hidden_states = self.layer_norm(hidden_states.mT).mT
+        elif self.layer_norm is not None:
+            hidden_states = self.layer_norm(hidden_states)
+        return _activate(self.activation, hidden_states)
+
+    def _can_fold(self):
+        """Not for an export, to count operations, or where a wrapper or DeepSpeed (`ds_id`) has the weight."""
+        weight = self.conv.weight if type(self.conv) is WavLMSkillStudentConv1d else None
+        return weight is not None and not (weight.is_meta or hasattr(weight, "ds_id") or _is_exported())
+
+    def _convolve_and_normalise(self, samples, num_samples):
+        """
+        Convolution and group norm as one linear map. Each channel is a group of its own and reads a window of
+        `kernel_size` samples, so its mean and variance follow from those of the windows: `w . mean` and `w' Cov w`.
+        The norm then only scales the kernel, and neither its input nor its statistics are ever formed.
+        """
+        windows = samples.unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (B, T, K)
+        # MPS has no float64, which keeps the variance of a quiet clip exact.
+        exact = torch.float32 if samples.device.type == "mps" else torch.float64
+        with torch.autocast(samples.device.type, enabled=False):
+            centred, weight = windows.to(exact), self.conv.weight[:, 0].to(exact)  # (C, K)
+            if num_samples is None:
+                centred = centred - centred.mean(1, keepdim=True)
+                covariance = centred.mT @ centred / centred.shape[1]
+            else:
+                num_frames = (num_samples - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
+                frames = torch.arange(centred.shape[1], device=samples.device)
+                valid = (frames < num_frames[:, None])[..., None]  # (B, T, 1)
+                number = num_frames.clamp(min=1)[:, None, None]
+                centred = centred - (centred * valid).sum(1, keepdim=True) / number
+                covariance = (centred * valid).mT @ centred / number  # (B, K, K)
+            variance = ((weight @ covariance) * weight).sum(-1)  # (B, C)
+            scale = self.layer_norm.weight.to(exact) * torch.rsqrt(variance + self.layer_norm.eps)
+            kernels = (scale[..., None] * weight).to(samples.dtype)  # (B, C, K)
+            centred = centred.to(samples.dtype)
+        bias = self.layer_norm.bias.to(samples.dtype)
+        if samples.device.type == "cpu":
+            return torch.baddbmm(bias, centred, kernels.mT).transpose(1, 2)  # channels last in memory
+        return torch.baddbmm(bias[:, None], kernels, centred.mT)
 
 
 class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
     """The stock convolutions, with `masked_group_norm`."""
 
+    # Values that the widest activation may have at once without gradients: with what stays in the caches, and in
+    # memory that the allocator keeps, a batch runs faster clip by clip.
+    max_values = 2**22
+
     def __init__(self, config):
         super().__init__(config)
-        if config.feat_extract_norm == "group":
-            self.conv_layers[0] = WavLMSkillStudentGroupNormConvLayer(config)
+        self.conv_layers = nn.ModuleList(
+            WavLMSkillStudentConvLayer(config, index) for index in range(config.num_feat_extract_layers)
+        )
 
     def forward(self, input_values, num_samples=None):
         """
@@ -82,15 +235,36 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
         """
         if input_values.dim() == 3:
             return input_values
-        if num_samples is None:
-            return super().forward(input_values)
+        if input_values.device.type != "cpu" or torch.is_grad_enabled() or _is_traced():
+            return self._encode(input_values, num_samples)
+        conv = self.conv_layers[0].conv
+        values = self.conv_layers[0].conv.out_channels * input_values.shape[1] // conv.stride[0]
+        clips = max(1, self.max_values // max(1, values))
+        lengths = [None] * len(input_values) if num_samples is None else num_samples.split(clips)
+        return torch.cat([self._encode(*part) for part in zip(input_values.split(clips), lengths, strict=False)])
+
+    def _encode(self, input_values, num_samples):
         hidden_states = input_values[:, None]
-        if self._requires_grad and self.training:  # as in the stock encoder, for gradient checkpointing
-            hidden_states.requires_grad = True
+        if self._requires_grad and self.training and self.conv_layers[0].gradient_checkpointing:
+            hidden_states.requires_grad = True  # as in the stock encoder, for checkpoints that are reentrant
         hidden_states = self.conv_layers[0](hidden_states, num_samples)
         for conv_layer in self.conv_layers[1:]:
             hidden_states = conv_layer(hidden_states)
         return hidden_states
+
+
+class WavLMSkillStudentPositionalConvEmbedding(WavLMPositionalConvEmbedding):
+    """The stock positional convolution, on the CPU by the kernel for channels-last memory."""
+
+    def forward(self, hidden_states):
+        """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
+        if hidden_states.device.type != "cpu" or _is_exported():
+            return super().forward(hidden_states)
+        conv = self.conv
+        hidden_states = _channels_last_conv(
+            hidden_states.mT, conv.weight, conv.bias, conv.stride[0], conv.padding[0], conv.groups
+        )
+        return _activate(self.activation, self.padding(hidden_states)).mT
 
 
 class OutputBias(nn.Module):
@@ -176,7 +350,7 @@ class WavLMSkillStudentAttention(nn.Module):
         )
         bias = bias.to(query.dtype)
         if attention_mask is not None:
-            bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], torch.finfo(bias.dtype).min)
+            bias = bias.masked_fill_(~attention_mask.bool()[:, None, None, :], torch.finfo(bias.dtype).min)
         attention = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -260,7 +434,7 @@ class WavLMSkillStudentFeedForward(nn.Module):
         if self.output is None:
             return torch.zeros_like(hidden_states)
         if self.intermediate_dense is not None:
-            hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
+            hidden_states = _activate(self.intermediate_act_fn, self.intermediate_dense(hidden_states))
             hidden_states = self.intermediate_dropout(hidden_states)
         return self.output_dropout(self.output(hidden_states))
 
@@ -401,6 +575,7 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     def __init__(self, config):
         super().__init__(config)
         self.feature_extractor = WavLMSkillStudentFeatureEncoder(config)
+        self.encoder.pos_conv_embed = WavLMSkillStudentPositionalConvEmbedding(config)
         for index, layer in enumerate(self.encoder.layers):
             layer.attention = WavLMSkillStudentAttention(config, index)
             layer.feed_forward = WavLMSkillStudentFeedForward(config, index)
@@ -419,6 +594,9 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         As [`~transformers.WavLMModel`], with `config.masked_group_norm`, for which padding must be on the right, where
         feature extractors put it.
         """
+        # To look at values costs nothing on the CPU alone.
+        if getattr(attention_mask, "is_cpu", False) and not _is_traced() and attention_mask.all():
+            attention_mask = None  # nothing is padded
         group_norm = self.config.feat_extract_norm == "group"
         if self.config.masked_group_norm and group_norm and attention_mask is not None:
             input_values = self.feature_extractor(input_values, attention_mask.long().sum(-1))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .budgets import ParameterBudget, UnitCosts
-from .gates import DrawHook, GateHook, HardConcreteGate, KeptLayerNorm
+from .gates import DrawHook, GatedForward, GateHook, HardConcreteGate, KeptLayerNorm
 
 
 # Probability that a unit is closed to begin with (DPHuBERT, arXiv 2305.17651).
@@ -55,6 +55,9 @@ def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads
         setattr(owner, name, gate)
         return gate
 
+    def act_on_inputs(module: nn.Module, gate: HardConcreteGate, repeats: int = 1) -> None:
+        module.forward = GatedForward(module, gate, repeats)
+
     if "conv_channels" in units:
         conv_layers = student.feature_extractor.conv_layers
         for index, layer in enumerate(conv_layers):
@@ -63,26 +66,26 @@ def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads
             if isinstance(getattr(layer, "layer_norm", None), nn.LayerNorm):
                 layer.layer_norm = KeptLayerNorm(layer.layer_norm, gate)
             if index + 1 < len(conv_layers):
-                layer.register_forward_hook(GateHook(gate, dim=-2).post)
+                act_on_inputs(conv_layers[index + 1].conv, gate)
         # The last gate acts behind the projection's norm: before it, a value between 0 and 1 could be folded into
         # nothing. There it scales the columns of the projection, and the cut convolutions stay stock ones.
         projection = student.feature_projection
         projection.layer_norm = KeptLayerNorm(projection.layer_norm, gate)
-        projection.projection.register_forward_pre_hook(GateHook(gate).pre)
+        act_on_inputs(projection.projection, gate)
     for layer in student.encoder.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
         if "attention_heads" in units and attention.heads:
             gate = new_gate(attention, "head_gate", "attention_heads", len(attention.heads))
-            attention.out_proj.register_forward_pre_hook(GateHook(gate, repeats=attention.head_dim).pre)
+            act_on_inputs(attention.out_proj, gate, attention.head_dim)
         if "attention_blocks" in units and attention.output is not None:
             gate = new_gate(attention, "block_gate", "attention_blocks", 1)
-            attention.output.register_forward_hook(GateHook(gate).post)
+            attention.output.register_forward_hook(GateHook(gate))
         if "ffn_dims" in units and feed_forward.intermediate_dense is not None:
             gate = new_gate(feed_forward, "dim_gate", "ffn_dims", feed_forward.intermediate_dense.out_features)
-            feed_forward.output_dense.register_forward_pre_hook(GateHook(gate).pre)
+            act_on_inputs(feed_forward.output_dense, gate)
         if "ffn_blocks" in units and feed_forward.output is not None:
             gate = new_gate(feed_forward, "block_gate", "ffn_blocks", 1)
-            feed_forward.output.register_forward_hook(GateHook(gate).post)
+            feed_forward.output.register_forward_hook(GateHook(gate))
     student._gate_draw = DrawHook([gate for _, gate in named_gates(student)])
     student._gate_draw_handle = student.register_forward_pre_hook(student._gate_draw)
 

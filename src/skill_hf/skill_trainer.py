@@ -30,9 +30,9 @@ from .budgets import make_budget
 from .checkpointing import TRAINER_STATE_NAME, find_checkpoint, read_same_recipe, write_skill_state
 from .clustering import cluster_layers, layer_tree
 from .data import SpeechCollator, calibration_waveforms, disable_audio_decoding, samples_per_frame
-from .distillation import SkillDistiller
-from .families import STUDENT_CLASSES, build_student, load_teacher
-from .losses import group_means, sparsity_at
+from .distillation import SkillDistiller, target_means
+from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
+from .losses import sparsity_at
 from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe
 from .similarity import layer_similarity
@@ -179,6 +179,7 @@ class SkillDistillationTrainer(Trainer):
         self.label_names = []
         self._signature_columns = ["audio", "input_values", "attention_mask", self.args.length_column_name]
         self.teacher.to(self.args.device)
+        self._fast_teacher = fast_teacher(self.teacher)
 
         self.student = student
         self.distiller: SkillDistiller | None = None
@@ -237,7 +238,7 @@ class SkillDistillationTrainer(Trainer):
         if self.accelerator.is_main_process:
             shared = [
                 layer_similarity(
-                    self.teacher,
+                    self._fast_teacher,
                     waveforms,
                     similarity=config.similarity,
                     include_embeddings=config.include_embeddings,
@@ -591,9 +592,8 @@ class SkillDistillationTrainer(Trainer):
 
     def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
         """Mean hidden state of the teacher in each group, `(groups, batch, frames, hidden_size)`, without gradient."""
-        with torch.no_grad(), self.accelerator.autocast():
-            output = self.teacher(input_values, attention_mask=attention_mask, output_hidden_states=True)
-        return group_means(output.hidden_states, self.layer_groups)
+        with self.accelerator.autocast():
+            return target_means(self._fast_teacher, self.layer_groups, input_values, attention_mask)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}

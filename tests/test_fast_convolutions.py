@@ -1,0 +1,173 @@
+"""The student computes its convolutions in ways of its own, with the outputs and gradients of the stock model."""
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_config, tiny_teacher
+from torch import nn
+from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
+
+from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf.families import build_student
+from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
+
+
+def run(module, inputs, grad, **kwargs):
+    """Output, and gradients of the input and of all weights that ask for one."""
+    inputs = inputs.clone(memory_format=torch.preserve_format).requires_grad_(inputs.is_leaf)
+    output = module(inputs, **kwargs)
+    output.backward(grad)
+    return {"output": output.detach(), "input": inputs.grad} | {
+        name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
+
+
+def assert_same(actual, expected, rtol=1e-5):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(
+            actual[name], value, atol=rtol * scale, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "frames"),
+    [(3, 2, 40), (3, 2, 41), (2, 2, 41), (10, 5, 52), (5, 2, 30), (3, 3, 31), (2, 3, 31)],
+)
+def test_convolution_is_the_stock_one(kernel, stride, frames, channels_last):
+    torch.manual_seed(0)
+    stock = nn.Conv1d(6, 5, kernel, stride)
+    ours = WavLMSkillStudentConv1d(6, 5, kernel, stride)
+    ours.load_state_dict(stock.state_dict())
+    inputs = torch.randn(3, frames, 6).mT if channels_last else torch.randn(3, 6, frames)
+    grad = torch.randn_like(stock(inputs))
+    assert_same(run(ours, inputs.detach(), grad), run(stock, inputs.detach(), grad))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+def test_convolution_with_something_frozen(frozen):
+    torch.manual_seed(0)
+    stock, ours = (
+        nn.Conv1d(4, 5, 3, 2, bias=frozen != "bias"),
+        WavLMSkillStudentConv1d(4, 5, 3, 2, bias=frozen != "bias"),
+    )
+    ours.load_state_dict(stock.state_dict())
+    inputs = torch.randn(2, 4, 21)
+    for conv in (stock, ours):
+        conv.weight.requires_grad_(frozen != "weight")
+        inputs.grad = None
+        output = conv(inputs.requires_grad_(frozen != "input"))
+        output.square().sum().backward()
+        conv.found = {
+            name: tensor.grad.clone()
+            for name, tensor in (("input", inputs), ("weight", conv.weight))
+            if tensor.requires_grad
+        }
+        inputs = inputs.detach()
+    assert (ours.found.keys() == stock.found.keys()) and frozen not in ours.found
+    assert_same(ours.found, stock.found)
+
+
+def group_norm_layers(channels=8):
+    torch.manual_seed(0)
+    config = WavLMSkillStudentConfig(**tiny_config(conv_dim=(channels,) * 7).to_dict())
+    stock, ours = WavLMGroupNormConvLayer(config), WavLMSkillStudentConvLayer(config, 0)
+    nn.init.normal_(stock.layer_norm.weight)
+    nn.init.normal_(stock.layer_norm.bias)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+# A microphone's offset, which a mean has to take out, and a clip so quiet that the norm's epsilon counts.
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (5.0, 1.0), (0.0, 1e-3), (0.5, 1e-3)])
+def test_group_norm_folded_into_the_convolution_is_the_stock_one(offset, scale):
+    stock, ours = group_norm_layers()
+    samples = (offset + scale * torch.randn(3, 1, 4000)).double()
+    grad = torch.randn_like(stock(samples.float()))
+    # Against the stock layer in double precision: its own float32 suffers from the offset more than ours.
+    expected = {name: value.float() for name, value in run(stock.double(), samples, grad.double()).items()}
+    actual = run(ours, samples.float(), grad)
+    del expected["input"], actual["input"]  # float32 rounds an offset of 5 by more than the noise's gradient
+    assert_same(actual, expected, rtol=1e-5 if offset < 1 else 1e-4)
+
+
+def test_gradient_reaches_the_samples_through_the_folded_norm():
+    stock, ours = group_norm_layers()
+    samples = torch.randn(2, 1, 1000)
+    grad = torch.randn_like(stock(samples))
+    assert_same(run(ours, samples, grad), run(stock, samples, grad))
+
+
+def test_a_layer_in_another_s_wrapper_is_called_as_it_stands():
+    student = build_student(tiny_teacher()).eval()
+    inputs = torch.randn(2, 4000)
+    expected = student(inputs).last_hidden_state
+    calls = []
+
+    class Wrapper(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.base = conv
+
+        def forward(self, hidden_states):
+            calls.append(hidden_states.shape)
+            return self.base(hidden_states)
+
+    conv_layer = student.feature_extractor.conv_layers[0]
+    conv_layer.conv = Wrapper(conv_layer.conv)
+    torch.testing.assert_close(student(inputs).last_hidden_state, expected, atol=1e-5, rtol=0)
+    assert calls == [(2, 1, 4000)]
+
+
+@pytest.mark.parametrize("masked_group_norm", [False, True])
+def test_a_batch_in_parts_gives_the_same_outputs(monkeypatch, masked_group_norm):
+    student = build_student(tiny_teacher()).eval()
+    student.config.masked_group_norm = masked_group_norm
+    inputs = {name: tensor.repeat(3, 1)[:5] for name, tensor in padded_batch().items()}
+    encoder = student.feature_extractor
+    sizes = []
+    encode = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda *args: sizes.append(len(args[0])) or encode(*args))
+    with torch.no_grad():
+        expected = student(**inputs).last_hidden_state
+        encoder.max_values = 2 * 16 * 8000 // 5  # two clips
+        actual = student(**inputs).last_hidden_state
+    assert sizes == [5, 2, 2, 1]
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+
+
+def test_a_mask_without_padding_changes_nothing(layout):
+    student = build_student(tiny_teacher(layout)).eval()
+    inputs = torch.randn(2, 4000)
+    outputs = student(inputs, attention_mask=torch.ones(2, 4000)).last_hidden_state
+    assert torch.equal(outputs, student(inputs).last_hidden_state)
+
+
+def test_bfloat16_autocast_trains_near_float32(layout):
+    student = build_student(tiny_teacher(layout))
+    student.config.apply_spec_augment, student.config.layerdrop = False, 0.0
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    inputs, grads = torch.randn(2, 4000), []
+    for enabled in (False, True):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = student(inputs).last_hidden_state.float().square().mean()
+        loss.backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in student.feature_extractor.parameters()]))
+    assert torch.cosine_similarity(*grads, dim=0) > 0.98
+
+
+def test_outputs_do_not_share_memory_with_what_was_given():
+    # Activations overwrite their inputs where no gradient is asked for; the caller's are none of these.
+    student = WavLMForSkillStudent(WavLMSkillStudentConfig(**tiny_config().to_dict())).eval()
+    samples = torch.randn(1, 4000)
+    before = samples.clone()
+    with torch.no_grad():
+        first = student(samples, output_hidden_states=True).hidden_states
+        kept = [state.clone() for state in first]
+        student(samples)
+    assert torch.equal(samples, before)
+    assert all(map(torch.equal, first, kept))
