@@ -1,0 +1,63 @@
+"""Which operators take the time of a forward pass."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+# The first group that one of these words leads to; what is left are sums, products and masks.
+GROUPS = {
+    "convolutions": ("conv",),
+    "attention": ("attention", "softmax"),
+    "matrix products": ("mm", "linear", "matmul", "einsum", "dot"),
+    "activations": ("gelu", "sigmoid", "relu", "tanh"),
+    "norms": ("norm", "var_mean", "rsqrt", "native_batch"),
+    "copies": (
+        "copy",
+        "clone",
+        "contiguous",
+        "cat",
+        "stack",
+        "index",
+        "gather",
+        "select",
+        "reorder",
+        "to_dense",
+        "repeat",
+    ),
+}
+
+
+def group_of(name: str) -> str:
+    name = name.removeprefix("aten::").lower()
+    return next((group for group, words in GROUPS.items() if any(word in name for word in words)), "other")
+
+
+def profile_call(call: Callable, device: torch.device, top: int = 12) -> dict:
+    """
+    Seconds of each group of operators in one `call`, after one that does not count, and of the `top` operators that
+    take the most.
+    """
+    call()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    seconds, counts = Counter(), Counter()
+    for event in profiler.key_averages():
+        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        seconds[event.key] += taken / 1e6
+        counts[event.key] += event.count
+    groups = Counter()
+    for name, taken in seconds.items():
+        groups[group_of(name)] += taken
+    return {
+        "groups": dict(groups.most_common()),
+        "operators": [
+            {"name": name, "group": group_of(name), "calls": counts[name], "seconds": taken}
+            for name, taken in seconds.most_common(top)
+        ],
+    }

@@ -1,0 +1,214 @@
+"""`benchmarks/run_benchmarks.py`: the real command on tiny models, and the pruned shapes. No time is asserted."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from conftest import tiny_teacher
+from transformers import WavLMConfig, WavLMModel
+
+from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf.analysis import count_macs
+from skill_hf.families import build_student
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import compared_models  # noqa: E402
+import operators  # noqa: E402
+import run_benchmarks  # noqa: E402
+import training_step  # noqa: E402
+from machine import memory_traffic  # noqa: E402
+
+
+TINY_PEAKS = ["--gemm_sizes", "64", "--copied_megabytes", "1", "--threads", "1", "--runs", "3", "--warmup", "1"]
+
+
+def save_models(directory, layers=3) -> dict[str, str]:
+    """A tiny teacher and a pruned student, whose layer 1 has no attention and layer 2 no feed-forward block."""
+    teacher = tiny_teacher(num_hidden_layers=layers)
+    teacher.save_pretrained(directory / "teacher")
+    left = {
+        "conv_dim": [5, 16, 6, 7, 16, 8, 11],
+        "remaining_heads": [[1, 3], [], [0, 1, 2, 3]][:layers],
+        "intermediate_sizes": [5, 48, 0][:layers],
+        "removed_attention_blocks": [1] if layers > 1 else [],
+        "removed_ffn_blocks": [2] if layers > 2 else [],
+    }
+    fields = build_student(teacher).config.to_dict()
+    WavLMForSkillStudent(WavLMSkillStudentConfig(**fields | left)).save_pretrained(directory / "pruned")
+    return {"teacher": str(directory / "teacher"), "pruned": str(directory / "pruned")}
+
+
+@pytest.fixture
+def directories(tmp_path) -> dict[str, str]:
+    return save_models(tmp_path)
+
+
+def run(directories, tmp_path, *arguments) -> dict:
+    """Results as the file has them."""
+    output = tmp_path / "benchmarks.json"
+    models = ["--teacher", directories["teacher"], "--models", directories["pruned"], "--pruned", "none"]
+    returned = run_benchmarks.main([*models, *TINY_PEAKS, "--output", str(output), *arguments])
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert results == json.loads(json.dumps(returned))
+    return results
+
+
+def test_inference_and_clustering(directories, tmp_path, capsys):
+    arguments = ["--cases", "1x0.5", "2x1", "--modes", "eager", "--clustering_case", "3x0.5", "--profile"]
+    results = run(directories, tmp_path, "--parts", "inference", "clustering", *arguments)
+
+    assert [row["name"] for row in results["models"]] == ["stock", "student", "pruned"]
+    assert (
+        results["models"][0]["parameters"] == results["models"][1]["parameters"] > results["models"][2]["parameters"]
+    )
+    rows = {(row["case"], row["model"], row["precision"]): row for row in results["inference"]}
+    assert set(rows) == {
+        (case, model, precision)
+        for case in ("1x0.5", "2x1")
+        for model in ("stock", "student", "pruned")
+        for precision in ("fp32", "bf16")
+    }
+    for (case, _, precision), row in rows.items():
+        assert len(row["seconds"]) == 3 and row["median"] == median(row["seconds"])
+        assert row["ratio"] == rows[case, "stock", "fp32"]["median"] / row["median"]
+        assert row["bound"] == 2 * row["macs"] / results["peaks"]["flops"][precision]
+        assert row["share_of_flops"] == pytest.approx(row["bound"] / row["median"])
+        assert row["traffic_bytes"] > 0
+    model = WavLMModel.from_pretrained(directories["teacher"])
+    assert rows["2x1", "stock", "fp32"]["macs"] == 2 * count_macs(model, 1.0)
+
+    bare, cka = results["clustering"]
+    assert (bare["measure"], bare["ratio"], cka["measure"]) == ("forward", 1, "cka")
+    assert cka["ratio"] == median(cka["seconds"]) / median(bare["seconds"])
+
+    assert len(results["profiles"]) == 6
+    assert {"convolutions", "matrix products", "norms"} <= set(results["profiles"][0]["groups"])
+    assert results["machine"]["threads"] == 1 and results["settings"]["seed"] == 0
+    printed = capsys.readouterr().out
+    for title in ("Models", "Inference", "Clustering", "Profile of stock, bf16 eager, 1x0.5"):
+        assert f"### {title}" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("| 2x1 | ")]) == 6
+
+
+@pytest.mark.slow
+def test_compiled_and_int8(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    directories = save_models(tmp_path, layers=1)
+    arguments = ["--cases", "1x0.5", "--precisions", "fp32", "int8", "--modes", "compiled", "onnx", "--only", "pruned"]
+    results = run(directories, tmp_path, "--parts", "inference", *arguments)
+    forms = [(row["model"], row["precision"], row["mode"]) for row in results["inference"]]
+    assert forms == [
+        ("stock", "fp32", "eager"),
+        ("pruned", "fp32", "compiled"),
+        ("pruned", "fp32", "onnx"),
+        ("pruned", "int8", "onnx"),
+    ]
+    *_, onnx, int8 = results["inference"]
+    assert onnx["bound"] > 0 and int8["bound"] is None and int8["traffic_bytes"] is None
+
+
+@pytest.mark.slow
+def test_training_step(directories, tmp_path, capsys):
+    arguments = ["--training_case", "2x0.5", "--training_rivals", "skill, pruned"]
+    results = run(directories, tmp_path, "--parts", "training", "--training_precisions", "fp32", *arguments)
+    rows = {row["rival"]: row for row in results["training"]}
+    assert list(rows) == ["plain peer", "skill, pruned"]
+    peer = rows["plain peer"]
+    for row in rows.values():
+        assert len(row["seconds"]) == 3
+        assert row["ratio"] == median(row["seconds"]) / median(peer["seconds"])
+        assert row["memory_ratio"] == row["peak_bytes"] / peer["peak_bytes"]
+        assert 0 < row["start_bytes"] < row["peak_bytes"]
+    teacher, pruned = (peer["teacher_parameters"], rows["skill, pruned"]["student_parameters"])
+    assert pruned == compared_models.num_parameters(WavLMForSkillStudent.from_pretrained(directories["pruned"]))
+    assert peer["student_parameters"] == teacher > pruned
+    assert "| 2x0.5 | skill, pruned | fp32 |" in capsys.readouterr().out
+
+
+def test_pruned_shapes():
+    config = WavLMConfig(**compared_models.BASE_PLUS)
+    sizes = {}
+    with torch.device("meta"):
+        teacher_macs = count_macs(WavLMModel(config), 10.0)
+        for name in compared_models.PRUNED_SHAPES:
+            model = WavLMForSkillStudent(compared_models.pruned_config(name, config))
+            sizes[name] = (compared_models.num_parameters(model), count_macs(model, 1.0), count_macs(model, 10.0))
+    # DPWavLM has 23 586 325 parameters and 2.8 times fewer MACs; DiariZen's paper gives its own.
+    assert sizes["parameters-75"][0] == pytest.approx(23_586_325, rel=1e-4)
+    assert sizes["parameters-75"][1] == pytest.approx(6.915e9 / 2.8, rel=1e-3)
+    assert sizes["diarizen-s80"][0] == pytest.approx(18.87e6, rel=1e-3)
+    assert sizes["diarizen-s80"][1] == pytest.approx(1.134e9, rel=1e-3)
+    assert sizes["macs-75"][2] / teacher_macs == pytest.approx(0.25, abs=5e-4)
+
+
+def test_halfway_is_in_the_middle():
+    config = WavLMConfig(**compared_models.BASE_PLUS)
+    pruned = compared_models.pruned_config("diarizen-s80", config)
+    halfway = compared_models.halfway_config(config, pruned)
+    assert halfway.conv_dim[0] == (90 + 512) // 2
+    assert [len(heads) for heads in halfway.remaining_heads][:2] + halfway.intermediate_sizes[:1] == [7, 7, 1869]
+    assert (pruned.removed_attention_blocks, halfway.removed_attention_blocks) == ([8, 9], [])
+
+
+def test_average_over_a_stage():
+    rows = [
+        {"teacher_parameters": 100, "student_parameters": size, "median": seconds}
+        for size, seconds in ((100, 4.0), (50, 3.0), (25, 1.0))
+    ]
+    average = training_step.average_over_stage
+    assert average(rows, [(0, 1), (1, 1)]) == 4
+    assert average(rows, [(0, 0.1), (1, 0.1)]) == 1  # smaller than any that was measured
+    # Half of the stage from 4 to 3 seconds, half from there to 1.
+    assert average(rows, [(0, 1), (0.5, 0.5), (1, 0.25)]) == pytest.approx((3.5 + 2) / 2)
+
+
+def test_memory_traffic_counts_what_is_read_and_written():
+    left, right = torch.ones(10, 20), torch.ones(20, 30)
+    assert memory_traffic(lambda: left @ right) == 4 * (200 + 600 + 300)
+    assert memory_traffic(lambda: left.t().unsqueeze(0)) == 0
+    assert memory_traffic(lambda: left + left) == 4 * (200 + 200)  # read once
+
+
+@pytest.mark.parametrize(
+    "name, group",
+    [
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::addmm", "matrix products"),
+        ("aten::gelu", "activations"),
+        ("aten::native_group_norm", "norms"),
+        ("aten::copy_", "copies"),
+        ("aten::add", "other"),
+    ],
+)
+def test_groups_of_operators(name, group):
+    assert operators.group_of(name) == group
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--cases", "4-10"], "clips x seconds such as 4x10, but is `4-10`"),
+        (["--parts", "speed"], "`--parts` must be some of inference, training, clustering, but holds `speed`"),
+        (["--runs", "0"], "`--runs` must be at least 1, but is 0"),
+        (["--schedule", "0:2"], "`--schedule` must be pairs of shares"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_benchmarks.main(arguments)
+
+
+def test_unknown_names(directories, tmp_path):
+    with pytest.raises(ValueError, match="`--only` names other; there are stock, student, pruned"):
+        run(directories, tmp_path, "--parts", "inference", "--only", "other")
+    with pytest.raises(ValueError, match="`--dphubert`"):
+        run(directories, tmp_path, "--parts", "inference", "--dphubert", str(tmp_path))
+    with pytest.raises(ValueError, match="is one of WavLM Base\\+, and the teacher is not"):
+        run(directories, tmp_path, "--parts", "inference", "--pruned", "macs-75")
