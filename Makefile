@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.skill-hf-installed
-PATHS := src tests examples
+PATHS := src tests examples benchmarks
 
 help:
 	@echo "make demo       distil and prune the small WavLM of examples/demo"
