@@ -50,6 +50,7 @@ LAYERS = {
     "pruning": {"budgets", "gates"},
     "publishing": {"model_card", "pruning", "skill_config", "version"},
     "recipe_validation": {"budgets", "data", "pruning", "skill_config"},
+    "shrinking": {"pruning"},
     "distillation": {"budgets", "losses", "pruning"},
     "families": {"modeling_wavlm_skill_student"},
     "skill_trainer": {
@@ -64,6 +65,7 @@ LAYERS = {
         "pruning",
         "publishing",
         "recipe_validation",
+        "shrinking",
         "similarity",
         "skill_config",
         "skill_training_args",

@@ -6,7 +6,9 @@ LayerNorm over gated channels (see [`~skill_hf.gates.KeptLayerNorm`]), and the r
 belongs to no head and stays when layer 0 loses its attention.
 """
 
+import bisect
 import copy
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -24,6 +26,11 @@ DROP_PROBABILITY = {
     "attention_blocks": 0.01,
     "ffn_blocks": 0.01,
 }
+
+# A unit that is open in fewer than 1 of 100 steps counts as closed for good. Its weights hardly learn any more and the
+# others have learnt to do without it; back to even odds are 4.6 of `log_alpha`, 230 steps all in one direction at the
+# recipe's rate of 0.02.
+CLOSED_PROBABILITY = 0.01
 
 # Share of the cost asked for within which `fit_gates` leaves it.
 FIT_TOLERANCE = 0.002
@@ -86,6 +93,7 @@ def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads
         if "ffn_blocks" in units and feed_forward.output is not None:
             gate = new_gate(feed_forward, "block_gate", "ffn_blocks", 1)
             feed_forward.output.register_forward_hook(GateHook(gate))
+    student._gated_units = units
     student._gate_draw = DrawHook([gate for _, gate in named_gates(student)])
     student._gate_draw_handle = student.register_forward_pre_hook(student._gate_draw)
 
@@ -98,6 +106,11 @@ def named_gates(student) -> list[tuple[str, HardConcreteGate]]:
 def seed_gates(student, seed: int | None) -> None:
     """Makes the noise of the next forwards a function of `seed` alone; `None` returns to torch's global generator."""
     student._gate_draw.seed = seed
+
+
+def num_parameters(student) -> int:
+    """Number of parameters of the student as it stands, with all of its units; gates don't count."""
+    return ParameterBudget().total(student)
 
 
 def num_expected_parameters(student) -> torch.Tensor:
@@ -196,109 +209,209 @@ def prune(student) -> None:
     """
     if not named_gates(student):
         raise ValueError("The student has no gates to prune by; call `add_gates()` first.")
-    trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
-    gate_names = tuple(f"{name}." for name, _ in named_gates(student))
-    state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(gate_names)}
-    config = copy.deepcopy(student.config)
+    cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
+    _rebuild(student, cut.config, cut(_folded(student)))
+    student._gate_draw_handle.remove()
+    del student._gate_draw, student._gate_draw_handle, student._gated_units
 
-    def open_units(owner: nn.Module, name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the open units and their values."""
-        gate = getattr(owner, name, None)
-        if gate is None:
-            return torch.arange(size, device=student.device), torch.ones(size, device=student.device)
-        value = gate.deterministic()
-        indices = value.nonzero().flatten()
-        return indices, value[indices]
 
-    def take(name: str, dim: int, indices: torch.Tensor) -> None:
+@torch.no_grad()
+def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
+    """
+    Cuts the units that are closed for good, in place, and keeps the gates of the others with their values.
+
+    Closed for good are units that are open with a probability below `CLOSED_PROBABILITY` and closed out of training.
+    Where all of them are more than the target asks for, those most likely to open stay. The outputs in eval mode
+    remain what they are as long as the probabilities of the units that go, which are counted no more, do not sum up to
+    another whole unit that is open. In training the noise of the gates is drawn for the units that there are, so that
+    the draws of one seed are others than before.
+
+    Args:
+        student (`WavLMForSkillStudent`): with gates.
+        wanted (`int`): cost that `prune` shall leave in the end; no less is left now.
+        costs ([`~skill_hf.budgets.UnitCosts`]): in which it is counted.
+
+    Returns:
+        [`Cut`] to be applied to whatever else belongs to the parameters; `None` if nothing was cut.
+    """
+    gates = named_gates(student)
+    probabilities = {gate: gate.open_probability().cpu() for _, gate in gates}
+    closed = {gate: (gate.deterministic() == 0).cpu() for _, gate in gates}
+
+    def kept_at(threshold: float) -> dict[HardConcreteGate, torch.Tensor]:
+        return {gate: ~(closed[gate] & (probabilities[gate] < threshold)) for _, gate in gates}
+
+    def cost_at(threshold: float) -> int:
+        left = {gate: int(kept.sum()) for gate, kept in kept_at(threshold).items()}
+        return costs.count(student, lambda gate: (left[gate], int(left[gate] > 0)))
+
+    candidates = torch.cat([probabilities[gate][closed[gate]] for _, gate in gates]).unique()
+    candidates = [*candidates[candidates < CLOSED_PROBABILITY].tolist(), CLOSED_PROBABILITY]
+    number = bisect.bisect_right(candidates, -wanted, key=lambda threshold: -cost_at(threshold))
+    kept = kept_at(candidates[max(number - 1, 0)])
+    if all(of_gate.all() for of_gate in kept.values()):
+        return None
+    cut = Cut(student, {name: kept[gate].nonzero().flatten().to(gate.log_alpha.device) for name, gate in gates})
+    _rebuild(student, cut.config, cut(student.state_dict()), student._gated_units)
+    student._gate_draw.gates = [gate for _, gate in named_gates(student)]
+    return cut
+
+
+class Cut:
+    """
+    What is left of a student if some of its units go: a plan that is applied to its weights, and to any other tensors
+    that belong to its parameters, such as the moments of an optimizer.
+
+    Args:
+        student (`WavLMForSkillStudent`): with gates.
+        kept (`dict[str, torch.LongTensor]`): ascending indices of the units that stay, by the name of their gate.
+
+    Attributes:
+        config (`WavLMSkillStudentConfig`): of the student that is left.
+    """
+
+    def __init__(self, student, kept: dict[str, torch.Tensor]):
+        self.config = config = copy.deepcopy(student.config)
+        self._places: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        self._gone: set[str] = set()
+        self._renamed: dict[str, str] = {}
+        names = list(student.state_dict())
+
+        def units_left(gate: str, size: int) -> torch.Tensor:
+            return kept[gate] if gate in kept else torch.arange(size, device=student.device)
+
+        def take(name: str, dim: int, indices: torch.Tensor) -> None:
+            self._places[name].append((dim, indices))
+
+        def drop(prefix: str, *, but: tuple[str, ...] = ()) -> None:
+            but = tuple(prefix + name for name in but)
+            self._gone.update(name for name in names if name.startswith(prefix) and not name.startswith(but))
+
+        def leave_bias(block: str, projection: str) -> None:
+            """A projection without inputs leaves its bias, if it has not done so already."""
+            self._renamed[f"{block}{projection}.bias"] = f"{block}output_bias.bias"
+
+        config.conv_dim = []
+        indices = None
+        for index, layer in enumerate(student.feature_extractor.conv_layers):
+            prefix = f"feature_extractor.conv_layers.{index}."
+            if indices is not None:
+                take(f"{prefix}conv.weight", 1, indices)
+            indices = units_left(f"{prefix}channel_gate", layer.conv.out_channels)
+            for name in ("conv.weight", "conv.bias", "layer_norm.weight", "layer_norm.bias", "channel_gate.log_alpha"):
+                take(prefix + name, 0, indices)
+            config.conv_dim.append(len(indices))
+        for name in ("layer_norm.weight", "layer_norm.bias"):
+            take(f"feature_projection.{name}", 0, indices)
+        take("feature_projection.projection.weight", 1, indices)
+
+        for index, layer in enumerate(student.encoder.layers):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            prefix = f"encoder.layers.{index}.attention."
+            block = units_left(f"{prefix}block_gate", int(attention.output is not None))
+            heads = units_left(f"{prefix}head_gate", len(attention.heads))
+            if not len(block):
+                heads = heads[:0]
+                drop(prefix, but=("rel_attn_embed",))
+            elif not len(heads):
+                leave_bias(prefix, "out_proj")
+                drop(prefix, but=("rel_attn_embed", "out_proj.bias", "output_bias", "block_gate"))
+            else:
+                dims = torch.arange(attention.head_dim, device=heads.device)
+                rows = (heads[:, None] * attention.head_dim + dims).flatten()
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    take(f"{prefix}{name}.weight", 0, rows)
+                    take(f"{prefix}{name}.bias", 0, rows)
+                take(f"{prefix}gru_rel_pos_const", 1, heads)
+                take(f"{prefix}out_proj.weight", 1, rows)
+                take(f"{prefix}head_gate.log_alpha", 0, heads)
+            config.remaining_heads[index] = [attention.heads[head] for head in heads.tolist()]
+            _record_removed(config.removed_attention_blocks, index, not len(block))
+
+            prefix = f"encoder.layers.{index}.feed_forward."
+            dense = feed_forward.intermediate_dense
+            block = units_left(f"{prefix}block_gate", int(feed_forward.output is not None))
+            units = units_left(f"{prefix}dim_gate", 0 if dense is None else dense.out_features)
+            if not len(block):
+                units = units[:0]
+                drop(prefix)
+            elif not len(units):
+                leave_bias(prefix, "output_dense")
+                drop(prefix, but=("output_dense.bias", "output_bias", "block_gate"))
+            else:
+                take(f"{prefix}intermediate_dense.weight", 0, units)
+                take(f"{prefix}intermediate_dense.bias", 0, units)
+                take(f"{prefix}output_dense.weight", 1, units)
+                take(f"{prefix}dim_gate.log_alpha", 0, units)
+            config.intermediate_sizes[index] = len(units)
+            _record_removed(config.removed_ffn_blocks, index, not len(block))
+
+    def name_of(self, name: str) -> str | None:
+        """What the parameter `name` is called in the student that is left; `None` if it is gone."""
+        return None if name in self._gone else self._renamed.get(name, name)
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is left of `tensor`, which has the shape of the parameter `name`."""
+        for dim, indices in self._places.get(name, ()):
+            tensor = tensor.index_select(dim, indices)
+        return tensor
+
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is left of `tensors`, by the names of before, under their new names."""
+        left = {name: tensor for name, tensor in tensors.items() if name not in self._gone}
+        return {self.name_of(name): self.tensor(name, tensor) for name, tensor in left.items()}
+
+
+def _folded(student) -> dict[str, torch.Tensor]:
+    """The state dict without gates, whose values out of training are multiplied into the linear map behind each."""
+    gates = dict(named_gates(student))
+    prefixes = tuple(f"{name}." for name in gates)
+    state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(prefixes)}
+
+    def value(name: str, size: int) -> torch.Tensor:
+        return gates[name].deterministic() if name in gates else torch.ones(size, device=student.device)
+
+    def scale(name: str, by: torch.Tensor) -> None:
         if name in state:
-            state[name] = state[name].index_select(dim, indices)
+            state[name] = state[name] * by.to(state[name].dtype)
 
-    def scale(name: str, value: torch.Tensor) -> None:
-        if name in state:
-            state[name] = state[name] * value.to(state[name].dtype)
-
-    def drop(prefix: str, *, but: tuple[str, ...] = ()) -> None:
-        for name in [name for name in state if name.startswith(prefix) and not name.startswith(but)]:
-            del state[name]
-
-    def leave_bias(name: str) -> None:
-        """A projection without inputs leaves its bias, if it has not done so already."""
-        if name in state:
-            state[f"{name.rsplit('.', 2)[0]}.output_bias.bias"] = state.pop(name)
-
-    config.conv_dim = []
-    indices = value = None
-    for index, layer in enumerate(student.feature_extractor.conv_layers):
-        prefix = f"feature_extractor.conv_layers.{index}."
-        if indices is not None:
-            take(f"{prefix}conv.weight", 1, indices)
-            scale(f"{prefix}conv.weight", value[:, None])
-        indices, value = open_units(layer, "channel_gate", layer.conv.out_channels)
-        for name in ("conv.weight", "conv.bias", "layer_norm.weight", "layer_norm.bias"):
-            take(prefix + name, 0, indices)
-        config.conv_dim.append(len(indices))
-    for name in ("layer_norm.weight", "layer_norm.bias"):
-        take(f"feature_projection.{name}", 0, indices)
-    take("feature_projection.projection.weight", 1, indices)
-    scale("feature_projection.projection.weight", value)
-
-    for index, layer in enumerate(student.encoder.layers):
-        attention, feed_forward = layer.attention, layer.feed_forward
-        prefix = f"encoder.layers.{index}.attention."
-        block_open, block = open_units(attention, "block_gate", int(attention.output is not None))
-        heads, value = open_units(attention, "head_gate", len(attention.heads))
-        if not len(block_open):
-            heads = heads[:0]
-            drop(prefix, but=(f"{prefix}rel_attn_embed",))
-        elif not len(heads):
-            leave_bias(f"{prefix}out_proj.bias")
-            drop(prefix, but=(f"{prefix}rel_attn_embed", f"{prefix}output_bias.bias"))
+    conv_layers = student.feature_extractor.conv_layers
+    for index, layer in enumerate(conv_layers):
+        channels = value(f"feature_extractor.conv_layers.{index}.channel_gate", layer.conv.out_channels)
+        if index + 1 < len(conv_layers):
+            scale(f"feature_extractor.conv_layers.{index + 1}.conv.weight", channels[:, None])
         else:
-            rows = (
-                heads[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=heads.device)
-            ).flatten()
-            for name in ("q_proj", "k_proj", "v_proj"):
-                take(f"{prefix}{name}.weight", 0, rows)
-                take(f"{prefix}{name}.bias", 0, rows)
-            take(f"{prefix}gru_rel_pos_const", 1, heads)
-            take(f"{prefix}out_proj.weight", 1, rows)
-            scale(f"{prefix}out_proj.weight", value.repeat_interleave(attention.head_dim) * block)
+            scale("feature_projection.projection.weight", channels)
+    for index, layer in enumerate(student.encoder.layers):
+        attention, dense = layer.attention, layer.feed_forward.intermediate_dense
+        prefix = f"encoder.layers.{index}.attention."
+        block, heads = value(f"{prefix}block_gate", 1), value(f"{prefix}head_gate", len(attention.heads))
+        scale(f"{prefix}out_proj.weight", heads.repeat_interleave(attention.head_dim) * block)
         for name in ("out_proj.bias", "output_bias.bias"):
             scale(prefix + name, block)
-        config.remaining_heads[index] = [attention.heads[head] for head in heads.tolist()]
-        _record_removed(config.removed_attention_blocks, index, not len(block_open))
-
         prefix = f"encoder.layers.{index}.feed_forward."
-        dense = feed_forward.intermediate_dense
-        block_open, block = open_units(feed_forward, "block_gate", int(feed_forward.output is not None))
-        units, value = open_units(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
-        if not len(block_open):
-            units = units[:0]
-            drop(prefix)
-        elif not len(units):
-            leave_bias(f"{prefix}output_dense.bias")
-            drop(prefix, but=(f"{prefix}output_bias.bias",))
-        else:
-            take(f"{prefix}intermediate_dense.weight", 0, units)
-            take(f"{prefix}intermediate_dense.bias", 0, units)
-            take(f"{prefix}output_dense.weight", 1, units)
-            scale(f"{prefix}output_dense.weight", value * block)
+        block = value(f"{prefix}block_gate", 1)
+        units = value(f"{prefix}dim_gate", 0 if dense is None else dense.out_features)
+        scale(f"{prefix}output_dense.weight", units * block)
         for name in ("output_dense.bias", "output_bias.bias"):
             scale(prefix + name, block)
-        config.intermediate_sizes[index] = len(units)
-        _record_removed(config.removed_ffn_blocks, index, not len(block_open))
+    return state
 
+
+def _rebuild(student, config, state: dict[str, torch.Tensor], units: Iterable[str] = ()) -> None:
+    """Gives the student, in place, the layers of `config` with gates on `units`, and the tensors of `state`."""
+    trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        pruned = type(student)(config)
-    pruned.load_state_dict(state, assign=True)
-    pruned.train(student.training)
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            rebuilt = type(student)(config)
+        if units:
+            add_gates(rebuilt, units)
+    rebuilt.load_state_dict(state, assign=True)
+    rebuilt.train(student.training)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
-    student._gate_draw_handle.remove()
-    del student._gate_draw, student._gate_draw_handle
-    pruned.feature_extractor._requires_grad = student.feature_extractor._requires_grad
-    for name, child in pruned.named_children():
+    rebuilt.feature_extractor._requires_grad = student.feature_extractor._requires_grad
+    for name, child in rebuilt.named_children():
         setattr(student, name, child)
     set_trainable(student, trainable)
     student.config = config

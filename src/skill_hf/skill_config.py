@@ -90,6 +90,10 @@ class SkillConfig:
             What may be removed; `attention_blocks` and `ffn_blocks` as well.
         gate_learning_rate (`float`, *optional*, defaults to 0.02):
             Learning rate of the gates and of the Lagrange multipliers.
+        shrink_steps (`int`, *optional*, defaults to 0):
+            Every so many optimizer steps the first stage cuts the units that are closed for good and goes on with a
+            smaller student, which takes less time and memory; 0 for never. Needs an optimizer whose state has the
+            shapes of the parameters, such as AdamW, and no FSDP or DeepSpeed.
         final_steps (`int`, *optional*):
             Steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*, defaults to 1e-4):
@@ -142,6 +146,9 @@ class SkillConfig:
         "What may be removed: conv_channels, attention_heads, ffn_dims, attention_blocks, ffn_blocks.",
     )
     gate_learning_rate: float = _help(0.02, "Learning rate of the gates and of the Lagrange multipliers.")
+    shrink_steps: int = _help(
+        0, "Every so many steps the first stage cuts the units that are closed for good; 0 for never."
+    )
     final_steps: int | None = _help(None, "Steps of the second stage, after the cut; a third of all steps by default.")
     final_learning_rate: float = _help(1e-4, "Peak learning rate of the second stage.")
     final_warmup_steps: int = _help(
@@ -170,7 +177,7 @@ class SkillConfig:
             )
         for name in ("num_clusters", "calibration_samples"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("sparsity_warmup_steps", "final_steps", "final_warmup_steps"):
+        for name in ("sparsity_warmup_steps", "shrink_steps", "final_steps", "final_warmup_steps"):
             _at_least(name, getattr(self, name), 0)
         for name in ("l1_weight", "l2_weight", "cosine_weight", "gate_learning_rate", "final_learning_rate"):
             _at_least(name, getattr(self, name), 0)

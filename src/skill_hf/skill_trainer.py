@@ -35,6 +35,7 @@ from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .losses import sparsity_at
 from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe
+from .shrinking import ShrinkCallback
 from .similarity import layer_similarity
 from .skill_config import SkillConfig, StageSteps
 from .skill_training_args import SkillTrainingArguments
@@ -53,7 +54,8 @@ class SkillDistillationTrainer(Trainer):
     One `train()` runs a few hundred training clips through the teacher, clusters its layers by similarity, distils and
     prunes a copy of it at once (stage 1), cuts the tensors, and distils once more (stage 2). Steps count on through
     both stages, and so do checkpoints: a run that was killed in either ends with the same weights after
-    `train(resume_from_checkpoint=True)`. The loop of [`~transformers.Trainer`] is left as it is.
+    `train(resume_from_checkpoint=True)`. The loop of [`~transformers.Trainer`] is left as it is. With `shrink_steps`
+    in the recipe, stage 1 cuts on its way what is closed for good (see [`~skill_hf.shrinking.ShrinkCallback`]).
 
     Args:
         teacher (`str` or `PreTrainedModel`):
@@ -189,6 +191,8 @@ class SkillDistillationTrainer(Trainer):
         self.layer_similarity: np.ndarray | None = None
         self._train_sums: dict[str, torch.Tensor] = {}
         self._eval_sums: dict[str, torch.Tensor] = {}
+        if self.skill_config.shrink_steps:
+            self.add_callback(ShrinkCallback(self))
 
     # ---- Checks and set-up ----
 
@@ -356,10 +360,14 @@ class SkillDistillationTrainer(Trainer):
                 return TrainOutput(self.state.global_step, 0.0, {})
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
+    @property
+    def wanted_cost(self) -> int:
+        """What the cut shall leave of the teacher's cost."""
+        return round((1 - self.skill_config.target_sparsity) * self.teacher_cost)
+
     def _cut(self) -> str:
         """Prunes the student and writes the checkpoint that stage 2 starts from; returns its directory."""
-        costs = self.distiller.costs
-        wanted = round((1 - self.skill_config.target_sparsity) * self.teacher_cost)
+        costs, wanted = self.distiller.costs, self.wanted_cost
         left = pruning.cost_after_pruning(self.student, costs)
         if abs(left - wanted) > COST_TOLERANCE * self.teacher_cost:
             shift = pruning.fit_gates(self.student, wanted, costs)
@@ -687,6 +695,7 @@ class SkillDistillationTrainer(Trainer):
                     "target_sparsity": self._target_sparsity(self.state.global_step),
                     "lambda_1": self.distiller.lambda_1.item() if gates else 0.0,
                     "lambda_2": self.distiller.lambda_2.item() if gates else 0.0,
+                    "num_parameters": pruning.num_parameters(self.student),
                     "stage": self.stage,
                 }
             )

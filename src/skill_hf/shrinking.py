@@ -1,0 +1,127 @@
+"""
+Shrinking while training: from time to time stage 1 cuts the units that are closed for good out of the student, its
+gates and the state of the optimizer, and goes on with what is left.
+
+All of that happens in place, between two steps of the Trainer's loop, and hangs on nothing but the gates: the loop is
+not left, no data is read again, and a run that resumes from a checkpoint before or behind it takes the same way.
+"""
+
+import logging
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from . import pruning
+
+
+logger = logging.getLogger(__name__)
+
+# Of the parameter that an optimizer is tried on: 8-bit ones keep small parameters in 32 bit.
+TRIED_SHAPE = (96, 96)
+
+
+class ShrinkCallback(TrainerCallback):
+    """
+    Shrinks the student of `trainer` every `shrink_steps` optimizer steps of stage 1.
+
+    Args:
+        trainer ([`SkillDistillationTrainer`]): whose recipe has `shrink_steps`.
+
+    Raises:
+        `ValueError`: if its optimizer, or the way that it is distributed, does not allow it.
+    """
+
+    def __init__(self, trainer):
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "`shrink_steps` needs whole parameters on every process, which FSDP and DeepSpeed divide: use data"
+                " parallelism alone, or set it to 0."
+            )
+        cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
+            trainer.args, trainer.student
+        )
+        check_optimizer(cls, kwargs, trainer.args.device)
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # At the last step of stage 1 the cut itself follows.
+        within = self.trainer.stage == 1 and state.global_step < self.trainer.steps.joint
+        if within and state.global_step % self.trainer.skill_config.shrink_steps == 0:
+            shrink(self.trainer)
+
+
+def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torch.device) -> None:
+    """
+    Takes one step on a parameter of its own and looks at the state.
+
+    Raises:
+        `ValueError`: if the optimizer keeps anything but single numbers and tensors of the parameter's shape.
+    """
+    if kwargs.keys() & {"params", "model", "optimizer_dict"}:
+        return  # refused when it is made for real
+    parameter = nn.Parameter(torch.zeros(TRIED_SHAPE, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = cls([parameter], **kwargs)
+    optimizer.step()
+    for name, value in optimizer.state[parameter].items():
+        if isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+            raise ValueError(
+                f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` is not of the"
+                " parameter's shape and cannot be cut like it. Use another one, such as `adamw_torch`, or set"
+                " `shrink_steps` to 0."
+            )
+
+
+def cut_optimizer_state(
+    optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], student: nn.Module, cut: pruning.Cut
+) -> None:
+    """
+    Puts the parameters that are left, and what is left of their state, in the place of those before.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): of parameters of the student and others, which stay as they are.
+        before (`dict[str, nn.Parameter]`): named parameters of the student before `cut`.
+        student (`nn.Module`): after it.
+        cut ([`~skill_hf.pruning.Cut`]): what `shrink` returned.
+    """
+    after = dict(student.named_parameters())
+    successors = {parameter: after.get(cut.name_of(name)) for name, parameter in before.items()}
+    for name, parameter in before.items():
+        state, successor = optimizer.state.pop(parameter, None), successors[parameter]
+        if state is not None and successor is not None:
+            optimizer.state[successor] = {
+                key: cut.tensor(name, value) if getattr(value, "shape", None) == parameter.shape else value
+                for key, value in state.items()
+            }
+    for group in optimizer.param_groups:
+        left = [successors.get(parameter, parameter) for parameter in group["params"]]
+        group["params"] = [parameter for parameter in left if parameter is not None]
+
+
+def shrink(trainer) -> None:
+    """Cuts what is closed for good out of all that `trainer` holds of the student, in place, between two steps."""
+    student, budget, step = trainer.student, trainer.budget, trainer.state.global_step
+    before, size = dict(student.named_parameters()), pruning.num_parameters(student)
+    cut = pruning.shrink(student, trainer.wanted_cost, trainer.distiller.costs)
+    if cut is None:
+        return
+    trainer.distiller.costs = budget.unit_costs(student)
+    # accelerate wraps the optimizer
+    cut_optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer), before, student, cut)
+    for module in trainer.model_wrapped.modules():
+        if isinstance(module, DistributedDataParallel):
+            # The loop holds this very wrapper, so it begins anew in place, with its reducer on the new parameters.
+            handler = trainer.accelerator.ddp_handler
+            kwargs = {} if handler is None else handler.to_kwargs()
+            module.__init__(module.module, device_ids=module.device_ids, output_device=module.output_device, **kwargs)
+            if handler is not None:
+                handler.register_comm_hook(module)
+            break
+    logger.info(
+        "Step %d: units that are closed for good are cut, %s parameters become %s",
+        step,
+        f"{size:,}",
+        f"{pruning.num_parameters(student):,}",
+    )
