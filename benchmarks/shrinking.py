@@ -1,0 +1,165 @@
+"""
+Shrinking while training, on the demo's teacher and audio: the same recipe with and without `shrink_steps`, for a few
+seeds. Prints time of stage 1 and the held-out distillation loss of the finished student, and writes them as JSON.
+
+    python benchmarks/shrinking.py --output shrinking.json
+
+The runs of a seed differ in `shrink_steps` alone. They have more and smaller steps than the demo, since gates need a
+few hundred to close. Time is that of the processor (of the clock on a GPU), on one thread unless `--threads` says
+otherwise; it holds the teacher's forward, which does not shrink.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import TrainerCallback, set_seed
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+import run_skill  # noqa: E402
+
+
+class StepClock(TrainerCallback):
+    """Seconds of processor time of each step of stage 1; other programs on the machine hardly change them."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = self._now()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if model.has_gates:
+            self.seconds.append(self._now() - self._start)
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+
+def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str) -> dict:
+    """Trains once; seconds of stage 1, its parameters step by step, and the loss of the finished student."""
+    settings = json.loads(run_skill.DEMO_SETTINGS.read_text(encoding="utf-8"))
+    for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir"):
+        settings[name] = str(REPOSITORY / settings[name])
+    settings |= {
+        "output_dir": output_dir,
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": args.batch_size,
+        "max_seconds": args.seconds,
+        "min_seconds": args.seconds,
+        "gate_learning_rate": args.gate_learning_rate,
+        "sparsity_warmup_steps": args.sparsity_warmup_steps,
+        "shrink_steps": shrink_steps,
+        "seed": seed,
+        "eval_on_start": False,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    classes = (
+        run_skill.ModelArguments, run_skill.DataArguments, run_skill.SkillConfig, run_skill.SkillTrainingArguments,
+    )  # fmt: skip
+    parsed = run_skill.ArgumentParser(classes).parse_dict(settings)
+    set_seed(seed)
+    clock = StepClock()
+    trainer = run_skill.make_trainer(*parsed, run_skill.StageClock())
+    trainer.callback_handler.callbacks.insert(0, clock)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if line.get("stage") == 1]
+    return {
+        "seed": seed,
+        "shrink_steps": shrink_steps,
+        "stage_1_seconds": sum(clock.seconds),
+        "first_step_seconds": statistics.median(clock.seconds[:10]),
+        "last_step_seconds": statistics.median(clock.seconds[-10:]),
+        "eval_distillation_loss": trainer.evaluate()["eval_distillation_loss"],
+        "parameters": trainer.model.num_parameters(),
+        "stage_1": [
+            {name: line[name] for name in ("step", "num_parameters", "sparsity", "distillation_loss")}
+            for line in lines
+        ],
+    }
+
+
+def mean_and_spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def summarise(runs: list[dict]) -> dict:
+    """`shrink_steps` -> mean and standard deviation over seeds; and those of the differences within a seed."""
+    measures = ("eval_distillation_loss", "stage_1_seconds")
+    plain = {of["seed"]: of for of in runs if of["shrink_steps"] == 0}
+    summary = {}
+    for steps in sorted({of["shrink_steps"] for of in runs}):
+        those = [of for of in runs if of["shrink_steps"] == steps and of["seed"] in plain]
+        summary[steps] = {measure: mean_and_spread([of[measure] for of in those]) for measure in measures}
+        summary[steps]["time_ratio"] = mean_and_spread(
+            [of["stage_1_seconds"] / plain[of["seed"]]["stage_1_seconds"] for of in those]
+        )
+        summary[steps]["loss_difference"] = mean_and_spread(
+            [of["eval_distillation_loss"] - plain[of["seed"]]["eval_distillation_loss"] for of in those]
+        )
+    return summary
+
+
+def print_table(summary: dict) -> None:
+    print(f"{'shrink_steps':>12}  {'stage 1 (s)':>15}  {'time ratio':>13}  {'held-out loss':>16}  {'difference':>16}")
+    for steps, row in summary.items():
+        cells = [
+            f"{row[name]['mean']:.{digits}f} ± {row[name]['std']:.{digits}f}"
+            for name, digits in (
+                ("stage_1_seconds", 1), ("time_ratio", 3), ("eval_distillation_loss", 4), ("loss_difference", 4),
+            )
+        ]  # fmt: skip
+        print(f"{steps:>12}  {cells[0]:>15}  {cells[1]:>13}  {cells[2]:>16}  {cells[3]:>16}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shrink_steps", type=int, nargs="+", default=[0, 20], help="0: never")
+    parser.add_argument("--max_steps", type=int, default=390, help="of both stages")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of the clips")
+    parser.add_argument("--gate_learning_rate", type=float, default=0.2)
+    parser.add_argument("--sparsity_warmup_steps", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", default="shrinking.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("skill_hf.shrinking").setLevel(logging.INFO)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    if 0 not in args.shrink_steps:
+        parser.error("0 is what the others are compared with: name it in --shrink_steps")
+    result = {"settings": vars(args), "versions": versions, "device": device, "runs": []}
+    for seed in args.seeds:
+        for shrink_steps in args.shrink_steps:
+            with tempfile.TemporaryDirectory() as output_dir:
+                result["runs"].append(run(seed, shrink_steps, args, output_dir))
+            result["summary"] = summarise(result["runs"])
+            Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{device}, {args.threads} threads, {versions}, seeds {args.seeds}, {args.max_steps} steps\n")
+    print_table(result["summary"])
+
+
+if __name__ == "__main__":
+    main()
