@@ -28,7 +28,7 @@ from skill_hf import SkillConfig
         ({"layer_groups": [[0], [4]], "projection_groups": [[0]]}, ["projection_groups"]),
         ({"l1_weight": 0.0, "cosine_weight": 0.0}, ["l1_weight"]),
         ({"gate_learning_rate": -1.0}, ["gate_learning_rate"]),
-        ({"budget": "latency"}, ["budget", "parameters, macs", "latency"]),
+        ({"budget": "joules"}, ["budget", "parameters, macs, latency", "joules"]),
         ({"budget_seconds": 0.0}, ["budget_seconds", "0.0"]),
         ({"budget_seconds": float("inf")}, ["budget_seconds", "inf"]),
         ({"calibration_samples": 0}, ["calibration_samples"]),

@@ -1,18 +1,17 @@
 """
-What a target can be set on: parameters or multiply-accumulates. Each is a polynomial of the numbers of units that are
-left, so that one count serves the gates' expectation, the cut and the floor, whatever is counted.
+What a target can be set on: parameters, multiply-accumulates or time. Each is a polynomial of the numbers of units
+that are left, so that one count serves the gates' expectation, the cut and the floor, whatever is counted.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .analysis import count_macs
+from .families import empty_student
 from .gates import HardConcreteGate
 from .skill_config import SkillConfig
 
@@ -147,8 +146,7 @@ class MacBudget(Budget):
 
     def total(self, model: PreTrainedModel) -> int:
         if _gates(model):
-            with torch.device("meta"), torch.random.fork_rng(devices=[]):
-                model = type(model)(copy.deepcopy(model.config))
+            model = empty_student(model.config)
         return count_macs(model, self.seconds, self.sampling_rate)
 
     def of_units(self, student: PreTrainedModel) -> UnitCosts:
@@ -178,8 +176,80 @@ class MacBudget(Budget):
         )
 
 
+# What time depends on besides the numbers of units.
+ARCHITECTURE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "conv_kernel",
+    "conv_stride",
+    "conv_bias",
+    "feat_extract_norm",
+    "feat_extract_activation",
+    "do_stable_layer_norm",
+    "hidden_act",
+    "num_conv_pos_embeddings",
+    "num_conv_pos_embedding_groups",
+    "add_adapter",
+)
+
+
+def architecture_of(config: PreTrainedConfig, sampling_rate: int = 16_000) -> dict:
+    """What a teacher must have in common with the one whose latency was measured, for audio of `sampling_rate`."""
+    values = {name: getattr(config, name) for name in ARCHITECTURE} | {"sampling_rate": sampling_rate}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class LatencyBudget(Budget):
+    """
+    Time of one forward on a device, as predicted by the costs that [`~skill_hf.latency.fit_latency`] has fitted to
+    measurements there. Heads and feed-forward units cost the same in every layer.
+
+    Args:
+        picoseconds (`dict`): what `fit_latency` returns under this name.
+        seconds (`float`, *optional*, defaults to 10.0): length of the clips that were measured.
+        batch_size (`int`, *optional*, defaults to 1): number of clips.
+    """
+
+    picoseconds: dict
+    seconds: float = 10.0
+    batch_size: int = 1
+
+    @property
+    def noun(self) -> str:
+        clips = "" if self.batch_size == 1 else f"{self.batch_size} clips of "
+        return f"predicted picoseconds for {clips}{self.seconds:g} seconds of audio"
+
+    def total(self, model: PreTrainedModel) -> int:
+        return self.total_of(model.config)
+
+    def total_of(self, config: PreTrainedConfig) -> int:
+        """Time of a teacher or student with this configuration."""
+        student = empty_student(config)
+        # There are no gates to be measured.
+        return self.picoseconds["fixed"] + self.of_units(student).count(student, lambda gate: (gate.size, 1))
+
+    def of_units(self, student: PreTrainedModel) -> UnitCosts:
+        costs, layers = self.picoseconds, len(student.encoder.layers)
+        return UnitCosts(
+            noun=self.noun,
+            channel_pairs=costs["channel_pairs"],
+            conv_channels=costs["conv_channels"],
+            projection=costs["projection"],
+            attention_heads=[costs["attention_heads"]] * layers,
+            any_head=[costs["any_head"]] * layers,
+            attention_blocks=[0] * layers,  # a block without heads adds a bias
+            ffn_dims=[costs["ffn_dims"]] * layers,
+            ffn_blocks=[costs["ffn_blocks"]] * layers,
+        )
+
+
 def make_budget(config: SkillConfig, sampling_rate: int = 16_000) -> Budget:
     """What the recipe sets its target on, for audio of `sampling_rate`."""
+    if config.budget == "latency":
+        measured_on = config.latency_costs["measured_on"]
+        return LatencyBudget(config.latency_costs["picoseconds"], measured_on["seconds"], measured_on["batch_size"])
     return MacBudget(config.budget_seconds, sampling_rate) if config.budget == "macs" else ParameterBudget()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import textwrap
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -57,10 +58,19 @@ def read_same_recipe(checkpoint: str, skill_config: SkillConfig, present: dict) 
     state = json.loads((Path(checkpoint) / SKILL_STATE_NAME).read_text(encoding="utf-8"))
     pairs = [(name, stored[name], value) for name, value in skill_config.to_dict().items()]
     pairs += [(name, state[name], present[name]) for name in ("steps", "teacher")]
-    differing = [f"{name} ({there} there, {here} here)" for name, there, here in pairs if there != here]
+    differing = [difference for pair in pairs for difference in _differences(*pair)]
     if differing:
         raise ValueError(f"`{checkpoint}` is of another recipe: {'; '.join(differing)}.")
     return state
+
+
+def _differences(name: str, there, here) -> list[str]:
+    """What differs between two values, entry by entry where both are dicts."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        entries = [(f"{name}.{key}", there.get(key), here.get(key)) for key in there | here]
+        return [difference for entry in entries for difference in _differences(*entry)]
+    short = [textwrap.shorten(str(value), 100, placeholder=" ...") for value in (there, here)]
+    return [] if there == here else [f"{name} ({short[0]} there, {short[1]} here)"]
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .modeling_wavlm_skill_student import WavLMForSkillStudent
 
@@ -57,26 +57,39 @@ def _check_family(model_type: str, name) -> None:
         raise ValueError(f"Teacher `{name}` is of the family `{model_type}`; teachers can be of: {known}.")
 
 
+def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    The configuration of an unpruned copy of a teacher with `config`, as its family's student.
+
+    Raises:
+        `ValueError`: if the family has no student class.
+    """
+    _check_family(config.model_type, config.name_or_path or type(config).__name__)
+    fields = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("model_type", "architectures", "auto_map")
+    }
+    return STUDENT_CLASSES[config.model_type].config_class(**fields)
+
+
+def empty_student(config: PreTrainedConfig) -> PreTrainedModel:
+    """An unpruned copy of a teacher with `config`, as its family's student, with shapes alone (on the meta device)."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return STUDENT_CLASSES[config.model_type](student_config(config))
+
+
 def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
     """An exact, unpruned copy of `teacher` as its family's student, in train mode."""
+    # The weights are replaced at once: no memory for them, and no draw from the random generator.
+    student = empty_student(teacher.config)
     weights = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items()}
-    return _as_student(teacher, weights).requires_grad_(True).train()
+    student.load_state_dict(weights, assign=True)
+    return student.requires_grad_(True).train()
 
 
 def fast_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
     """`teacher` with the faster forward that its family's student has; the weights are shared."""
-    return _as_student(teacher, teacher.state_dict()).requires_grad_(False).eval()
-
-
-def _as_student(teacher: PreTrainedModel, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    student_class = STUDENT_CLASSES[teacher.config.model_type]
-    fields = {
-        name: value
-        for name, value in teacher.config.to_dict().items()
-        if name not in ("model_type", "architectures", "auto_map")
-    }
-    # The weights are replaced at once: no memory for them, and no draw from the random generator.
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        student = student_class(student_class.config_class(**fields))
-    student.load_state_dict(weights, assign=True)
-    return student
+    student = empty_student(teacher.config)
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    return student.requires_grad_(False).eval()

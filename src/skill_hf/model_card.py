@@ -336,7 +336,10 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
         datasets=datasets,
         calibration=(config.calibration_samples, config.calibration_seconds),
         recipe={
-            name: json.dumps(value) for name, value in config.to_dict().items() if value != getattr(default, name)
+            # Of dozens of costs, it's enough to tell where they were measured.
+            name: _plain(json.dumps(value["measured_on"])) if name == "latency_costs" else json.dumps(value)
+            for name, value in config.to_dict().items()
+            if value != getattr(default, name)
         },
         stages=steps and [(steps.joint, args.learning_rate), (steps.final, config.final_learning_rate)],
         num_steps_done=state.global_step,

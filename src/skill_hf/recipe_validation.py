@@ -1,13 +1,11 @@
 """What a recipe, a teacher and a student must agree on, checked before hours are spent."""
 
-import copy
-
-import torch
 from transformers import PreTrainedModel
 
 from . import pruning
-from .budgets import make_budget
+from .budgets import architecture_of, make_budget
 from .data import samples_per_frame
+from .families import empty_student
 from .skill_config import SkillConfig
 
 
@@ -23,8 +21,8 @@ def validate_recipe(
 
     Raises:
         `ValueError`: if there are more clusters than layers, groups that name a layer which the teacher does not have,
-            a student of another width or depth than the teacher's, a budget for clips too short for one frame, or a
-            sparsity that the gates cannot reach.
+            a student of another width or depth than the teacher's, a budget for clips too short for one frame, latency
+            that was measured for another architecture, or a sparsity that the gates cannot reach.
     """
     last = teacher.config.num_hidden_layers
     rows = last + int(config.include_embeddings)
@@ -52,8 +50,19 @@ def validate_recipe(
             f"`budget_seconds` is {config.budget_seconds}, {samples} samples, but the teacher needs {least} for one"
             " frame."
         )
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        gated = type(student)(copy.deepcopy(student.config))
+    if config.budget == "latency":
+        measured, own = config.latency_costs["architecture"], architecture_of(teacher.config, sampling_rate)
+        differing = [
+            f"`{name}` is {measured.get(name)!r} there and {value!r} here"
+            for name, value in own.items()
+            if measured.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"`latency_costs` were measured for another teacher: {'; '.join(differing)}. Measure this one with"
+                " examples/calibrate_latency.py."
+            )
+    gated = empty_student(student.config)
     pruning.add_gates(gated, config.pruning_units)
     budget = make_budget(config, sampling_rate)
     most = 1 - pruning.min_cost(gated, budget.unit_costs(gated)) / budget.total(teacher)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,11 @@ SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
 PRUNING_UNITS = ("conv_channels", "attention_heads", "ffn_dims", "attention_blocks", "ffn_blocks")
 STUDENT_LAYERS = ("group", "last")
-BUDGETS = ("parameters", "macs")
+BUDGETS = ("parameters", "macs", "latency")
+# What `latency_costs` must hold; a cost is a number, of convolutions one for each.
+COSTS_OF_CONVOLUTIONS = ("channel_pairs", "conv_channels")
+COSTS = (*COSTS_OF_CONVOLUTIONS, "projection", "attention_heads", "any_head", "ffn_dims", "ffn_blocks", "fixed")
+LATENCY_ENTRIES = {"picoseconds": COSTS, "architecture": ("conv_kernel",), "measured_on": ("batch_size", "seconds")}
 
 SKILL_CONFIG_NAME = "skill_config.json"
 
@@ -79,10 +84,16 @@ class SkillConfig:
         target_sparsity (`float`, *optional*, defaults to 0.75):
             Share of the teacher's parameters, or of what `budget` names, to remove, between 0 and 1, both excluded.
         budget (`str`, *optional*, defaults to `"parameters"`):
-            What the target is a share of: `parameters`, or `macs`, the multiply-accumulates of one clip. Convolutions
-            run at a high frame rate, so they have few of the first and many of the second.
+            What the target is a share of: `parameters`; `macs`, the multiply-accumulates of one clip; or `latency`,
+            the time of one forward where `latency_costs` were measured. Convolutions run at a high frame rate, so they
+            have few of the first and many of the others.
         budget_seconds (`float`, *optional*, defaults to 10.0):
-            Length in seconds of the clip that `macs` are counted for; attention grows with its square.
+            Length in seconds of the clip that `macs` are counted for; attention grows with its square. `latency` is
+            that of clips of the length that was measured.
+        latency_costs (`dict` or `str`, *optional*):
+            What each unit costs in time, as [`~skill_hf.latency.fit_latency`] returns it, or the JSON file that
+            `examples/calibrate_latency.py` has written, whose content becomes part of the recipe. Goes with
+            `budget="latency"` and with no other.
         sparsity_warmup_steps (`int`, *optional*, defaults to 5000):
             Steps over which the target rises from 0; the default shrinks in proportion when a run is shorter than
             75000.
@@ -136,8 +147,13 @@ class SkillConfig:
     target_sparsity: float = _help(
         0.75, "Share of the teacher's parameters, or of what budget names, to remove, between 0 and 1."
     )
-    budget: str = _help("parameters", "What the target is a share of: parameters, or macs (multiply-accumulates).")
+    budget: str = _help(
+        "parameters", "What the target is a share of: parameters, macs (multiply-accumulates) or latency (time)."
+    )
     budget_seconds: float = _help(10.0, "Length in seconds of the clip that macs are counted for.")
+    latency_costs: dict | str | None = _help(
+        None, "JSON file of examples/calibrate_latency.py: what each unit costs in time. Goes with latency as budget."
+    )
     sparsity_warmup_steps: int = _help(
         FULL_WARMUP_STEPS, "Steps over which the target rises from 0; the default shrinks with shorter runs."
     )
@@ -158,10 +174,16 @@ class SkillConfig:
     def __post_init__(self):
         self.layer_groups = _index_groups("layer_groups", self.layer_groups)
         self.projection_groups = _index_groups("projection_groups", self.projection_groups)
+        self.latency_costs = _latency_costs(self.latency_costs)
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("linkage", self.linkage, LINKAGES)
         _one_of("student_layers", self.student_layers, STUDENT_LAYERS)
         _one_of("budget", self.budget, BUDGETS)
+        if (self.budget == "latency") != (self.latency_costs is not None):
+            raise ValueError(
+                f"`budget` is {self.budget}, but there are {'no ' * (self.latency_costs is None)}`latency_costs`: they"
+                " go with `latency` and with no other budget. examples/calibrate_latency.py measures them."
+            )
         if not self.pruning_units:
             raise ValueError(f"`pruning_units` is empty; name at least one of {', '.join(PRUNING_UNITS)}.")
         for unit in self.pruning_units:
@@ -291,3 +313,46 @@ def _index_groups(name: str, value) -> list[list[int]] | None:
     if any(len(set(group)) < len(group) for group in value):
         raise ValueError(f"`{name}` names an index twice in one group: {value!r}.")
     return [list(group) for group in value]
+
+
+def _latency_costs(value) -> dict | None:
+    """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
+    if value is None:
+        return None
+    try:
+        # As it will be read back from skill_config.json: a tuple is a list.
+        value = json.loads(Path(value).read_text(encoding="utf-8") if isinstance(value, str) else json.dumps(value))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"
+            f" ({error})."
+        ) from None
+
+    def refuse(name: str, what: str, found):
+        raise ValueError(
+            f"`{name}` in `latency_costs` must be {what}, but is {reprlib.repr(found)}. Take what"
+            " examples/calibrate_latency.py has written, as it is."
+        )
+
+    for group, entries in LATENCY_ENTRIES.items():
+        found = value.get(group) if isinstance(value, dict) else None
+        if not isinstance(found, dict) or not set(found) >= set(entries):
+            refuse(group, f"a dict with {', '.join(entries)}", found)
+    for name in ("batch_size", "seconds"):
+        number = value["measured_on"][name]
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            refuse(name, "a number above 0", number)
+    convolutions = value["architecture"]["conv_kernel"]
+    if not isinstance(convolutions, list):
+        refuse("conv_kernel", "a list", convolutions)
+    for name in LATENCY_ENTRIES["picoseconds"]:
+        costs = value["picoseconds"][name]
+        of_convolutions = name in COSTS_OF_CONVOLUTIONS
+        listed = costs if of_convolutions else [costs]
+        if not isinstance(listed, list) or (of_convolutions and len(listed) != len(convolutions)):
+            refuse(name, f"a list with a cost of each of {len(convolutions)} convolutions", costs)
+        if not all(type(cost) is int and cost >= 0 for cost in listed):
+            refuse(name, "whole and at least 0", costs)
+    if not any(cost if type(cost) is int else any(cost) for cost in value["picoseconds"].values()):
+        refuse("picoseconds", "above 0 somewhere", value["picoseconds"])
+    return value

@@ -1,0 +1,109 @@
+"""
+Measures on this machine how long each unit of a student takes, for recipes whose target is a share of the time.
+
+A teacher's shape, one clip of 10 seconds at a time, on two threads of the CPU; some minutes for WavLM Base:
+
+    python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
+        --num_threads 2 --output latency.json
+
+Batches in half precision on a GPU:
+
+    python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
+        --device cuda --dtype float16 --batch_size 16 --output latency.json
+
+Then a student that takes a quarter of the teacher's time there:
+
+    python examples/run_skill.py --teacher_name_or_path microsoft/wavlm-base-plus --budget latency \\
+        --latency_costs latency.json --target_sparsity 0.75 --audio_dir recordings/train --output_dir wavlm-fast
+
+Only the teacher's config is read. Random students of its family are timed part by part, and costs are fitted to that;
+others that the fit has not seen tell by how much it errs. Let nothing else run meanwhile.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from example_utils import DEMO_DATA, REPOSITORY, complain, load_config, parse
+
+from skill_hf.latency import DTYPES, fit_latency
+from skill_hf.superb.features import write_json
+
+
+logger = logging.getLogger("calibrate_latency")
+
+# Mean error on held-out architectures, in percent, above which costs are not to be trusted.
+LARGE_ERROR = 10
+
+
+@dataclass
+class CalibrationArguments:
+    teacher_name_or_path: str = field(
+        default=str(DEMO_DATA / "teacher"), metadata={"help": "Hub id or directory; by default the demo's teacher."}
+    )
+    seconds: float = field(default=10.0, metadata={"help": "Length in seconds of the clips."})
+    batch_size: int = field(default=1, metadata={"help": "Clips in a forward."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "Of weights and audio.", "choices": list(DTYPES)})
+    num_threads: int | None = field(default=None, metadata={"help": "Threads of the CPU; by default all cores."})
+    num_architectures: int = field(default=24, metadata={"help": "Architectures to fit to."})
+    num_heldout: int = field(default=8, metadata={"help": "More architectures, to measure the error on."})
+    num_runs: int = field(default=5, metadata={"help": "Forwards of each architecture, of which the median counts."})
+    sampling_rate: int = field(default=16_000, metadata={"help": "Samples in a second."})
+    seed: int = field(default=0, metadata={"help": "Of the architectures that are drawn."})
+    output: str = field(default=str(REPOSITORY / "outputs" / "latency.json"), metadata={"help": "File to write."})
+
+
+def print_costs(costs: dict) -> None:
+    """What each unit costs, in microseconds."""
+    of = costs["picoseconds"]
+    rows = []
+    for index, (pair, channel) in enumerate(zip(of["channel_pairs"], of["conv_channels"], strict=True), start=1):
+        rows.append((f"convolution {index}, a channel in with a channel out", pair))
+        rows.append((f"convolution {index}, a channel out besides", channel))
+    rows += [
+        ("projection, a channel in", of["projection"]),
+        ("a head", of["attention_heads"]),
+        ("what the heads of a layer share", of["any_head"]),
+        ("100 feed-forward units", 100 * of["ffn_dims"]),
+        ("a feed-forward block besides", of["ffn_blocks"]),
+        ("all the rest", of["fixed"]),
+    ]
+    cells = [(name, f"{picoseconds / 1e6:,.3f}") for name, picoseconds in rows]
+    cells.insert(0, ("what", "microseconds"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for name, number in cells:
+        print(f"{name.ljust(widths[0])}  {number.rjust(widths[1])}")
+
+
+def run(arguments: list[str] | None) -> None:
+    (args,) = parse(arguments, (CalibrationArguments,))
+    settings = {name: value for name, value in vars(args).items() if name not in ("teacher_name_or_path", "output")}
+    costs = fit_latency(load_config(args.teacher_name_or_path), **settings)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, costs)
+    print_costs(costs)
+    heldout, unpruned = costs["errors"]["heldout"], costs["errors"]["unpruned"]
+    print(
+        f"the time of a forward is predicted {heldout['mean']:.1f} % off (mean; {heldout['worst']:.1f} % at worst) for"
+        f" {args.num_heldout} architectures that were held out, {unpruned:.1f} % off for the unpruned one"
+    )
+    if heldout["mean"] > LARGE_ERROR:
+        logger.warning("That is much: was the machine busy? Measure again, with more `num_runs`, when it is not.")
+    logger.info("Written to %s; for `--budget latency --latency_costs %s`", output, output)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logger.setLevel(logging.INFO)
+    try:
+        run(arguments)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

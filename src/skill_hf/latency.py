@@ -1,0 +1,289 @@
+"""
+How long each unit of a student takes on a device: random architectures are measured part by part, and the costs of
+[`~skill_hf.budgets.LatencyBudget`] are fitted to that by least squares.
+"""
+
+import copy
+import importlib.metadata
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .budgets import LatencyBudget, architecture_of
+from .data import samples_per_frame
+from .families import STUDENT_CLASSES, student_config
+from .version import __version__
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+NUM_WARMUPS = 2  # forwards that don't count: kernels are chosen and memory is taken in the first ones
+PICOSECONDS = 10**12  # in a second
+LEAST_SHARE = 0.1  # of the teacher's units in the smallest architectures that are drawn
+
+
+def fit_latency(
+    config: PreTrainedConfig,
+    seconds: float = 10.0,
+    batch_size: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    num_threads: int | None = None,
+    num_architectures: int = 24,
+    num_heldout: int = 8,
+    num_runs: int = 5,
+    sampling_rate: int = 16_000,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    r"""
+    Measures random students of a teacher and fits what each of their units costs. Their weights are random, too: time
+    depends on shapes alone.
+
+    The model of costs is that of [`~skill_hf.budgets.UnitCosts`], linear in the numbers of units and in the products
+    of the channels of neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths
+    of all sorts are drawn, and architectures that the fit hasn't seen tell how far it is off.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Of the teacher, or of a student.
+        seconds (`float`, *optional*, defaults to 10.0):
+            Length in seconds of the clips.
+        batch_size (`int`, *optional*, defaults to 1):
+            Clips in a forward.
+        device (`str`, *optional*, defaults to `"cpu"`):
+            `cpu`, or `cuda` with or without a number.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of weights and audio: `float32`, `bfloat16` or `float16`.
+        num_threads (`int`, *optional*):
+            Threads of the CPU; by default as many as PyTorch uses now.
+        num_architectures (`int`, *optional*, defaults to 24):
+            How many to fit to; the unpruned one is the first of them.
+        num_heldout (`int`, *optional*, defaults to 8):
+            How many more to measure the error on.
+        num_runs (`int`, *optional*, defaults to 5):
+            Forwards of each, of which the median counts.
+        sampling_rate (`int`, *optional*, defaults to 16000):
+            Samples in a second.
+        seed (`int`, *optional*, defaults to 0):
+            Of the architectures that are drawn.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `dict`: what `latency_costs` of [`SkillConfig`] takes and a JSON file can hold. `picoseconds` are the costs,
+        `architecture` what a teacher must agree with, `measured_on` the device and the batch. `errors` are the mean
+        and the worst absolute difference between predicted and measured time of a whole forward, in percent of the
+        measured one, over the architectures that were `fitted` and over those `heldout`, and that of the `unpruned`
+        one. Besides: `seed`, `num_architectures`, `num_heldout`, `num_runs` and `versions`.
+
+    Raises:
+        `ValueError`: if an argument is impossible, the device isn't there, or there is no student class for the
+            teacher.
+    """
+    config = student_config(config)
+    samples, least = round(seconds * sampling_rate), samples_per_frame(config)
+    if samples < least:
+        raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
+    for name, value, minimum in (
+        ("batch_size", batch_size, 1),
+        ("num_threads", num_threads, 1),
+        ("num_architectures", num_architectures, 5),
+        ("num_heldout", num_heldout, 1),
+        ("num_runs", num_runs, 1),
+    ):
+        if value is not None and value < minimum:
+            raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+    device = _checked_device(device)
+    rng = np.random.default_rng(seed)
+    drawn = [draw_architecture(config, rng) for _ in range(num_architectures - 1 + num_heldout)]
+    architectures, timings = [config, *drawn], []
+    with _threads(num_threads), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        num_threads = torch.get_num_threads()
+        clips = torch.randn(batch_size, samples).to(device, getattr(torch, dtype))
+        for architecture in tqdm(architectures, desc="Measuring", unit="architecture", disable=not progress):
+            with device:
+                student = STUDENT_CLASSES[config.model_type](architecture)
+            timings.append(measure_parts(student.to(clips.dtype).eval(), clips, num_runs))
+    measured_on = {
+        "device": _device_name(device),
+        "dtype": dtype,
+        "num_threads": num_threads,
+        "batch_size": batch_size,
+        "seconds": seconds,
+    }
+    costs = {
+        "picoseconds": fit_costs(architectures[:num_architectures], timings[:num_architectures]),
+        "architecture": architecture_of(config, sampling_rate),
+        "measured_on": measured_on,
+    }
+    budget = LatencyBudget(costs["picoseconds"])
+    measured = np.array([timing["whole"] for timing in timings])
+    predicted = np.array([budget.total_of(architecture) for architecture in architectures]) / PICOSECONDS
+    percent = 100 * np.abs(predicted / measured - 1)
+    fitted, heldout = percent[:num_architectures], percent[num_architectures:]
+    return costs | {
+        "errors": {
+            "fitted": {"mean": fitted.mean().item(), "worst": fitted.max().item()},
+            "heldout": {"mean": heldout.mean().item(), "worst": heldout.max().item()},
+            "unpruned": percent[0].item(),
+        },
+        "seed": seed,
+        "num_architectures": num_architectures,
+        "num_heldout": num_heldout,
+        "num_runs": num_runs,
+        "versions": {"skill-hf": __version__}
+        | {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def draw_architecture(config: PreTrainedConfig, rng: np.random.Generator) -> PreTrainedConfig:
+    """The configuration of a student that has lost its own share of each part, about a common one."""
+    config, common = copy.deepcopy(config), rng.uniform(LEAST_SHARE, 1)
+
+    def left(size: int) -> int:
+        return int(np.clip(round(size * common * rng.uniform(0.5, 1.5)), min(1, size), size))
+
+    config.conv_dim = [left(size) for size in config.conv_dim]
+    config.remaining_heads = [
+        sorted(rng.choice(heads, left(len(heads)), replace=False).tolist()) for heads in config.remaining_heads
+    ]
+    config.intermediate_sizes = [left(size) for size in config.intermediate_sizes]
+    return config
+
+
+def measure_parts(student: PreTrainedModel, clips: torch.Tensor, num_runs: int = 5) -> dict[str, float]:
+    """
+    Seconds of a forward and of its parts, each the median of `num_runs`: `whole`, `projection`, and of each layer
+    `convolution.0`, `attention.0`, `feed_forward.0`.
+
+    Args:
+        student (`PreTrainedModel`): on its device, in eval mode.
+        clips (`torch.Tensor` of shape `(batch, samples)`): on the same device, in the student's dtype.
+        num_runs (`int`, *optional*, defaults to 5): forwards after the first ones, which don't count.
+    """
+    parts = {"whole": student, "projection": student.feature_projection}
+    parts |= {f"convolution.{index}": layer for index, layer in enumerate(student.feature_extractor.conv_layers)}
+    for index, layer in enumerate(student.encoder.layers):
+        parts |= {f"attention.{index}": layer.attention, f"feed_forward.{index}": layer.feed_forward}
+    on_gpu = clips.device.type == "cuda"
+
+    def now():
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    times = {name: [] for name in parts}
+    handles = []
+    for name, module in parts.items():
+        handles.append(module.register_forward_pre_hook(lambda *_, times=times[name]: times.append(now())))
+        handles.append(module.register_forward_hook(lambda *_, times=times[name]: times.append(now())))
+    for _ in range(NUM_WARMUPS + num_runs):
+        student(clips)
+    for handle in handles:
+        handle.remove()
+    if on_gpu:
+        torch.cuda.synchronize(clips.device)
+
+    def seconds(start, end) -> float:
+        return start.elapsed_time(end) / 1e3 if on_gpu else end - start
+
+    runs = {name: [seconds(*pair) for pair in zip(of[::2], of[1::2], strict=True)] for name, of in times.items()}
+    return {name: float(np.median(of[NUM_WARMUPS:])) for name, of in runs.items()}
+
+
+def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[str, float]]) -> dict:
+    """
+    Non-negative costs, in whole picoseconds, that come nearest to what was measured. Each part of a forward is fitted
+    by itself, attention and feed-forward blocks of all layers together; what the parts leave of the whole is constant.
+    Differences count as shares of the whole forward that they are part of.
+
+    A convolution's time also grows with the channels that it reads; that is put down to the convolution that makes
+    them.
+
+    Args:
+        architectures (`Sequence[PreTrainedConfig]`): configurations of students.
+        timings (`Sequence[dict[str, float]]`): seconds of the parts of each, as from [`measure_parts`].
+    """
+    whole = np.array([timing["whole"] for timing in timings])
+    channels = np.array([[1, *config.conv_dim] for config in architectures])
+    heads = np.array([[len(left) for left in config.remaining_heads] for config in architectures])
+    units = np.array([config.intermediate_sizes for config in architectures])
+
+    one = np.ones(len(whole))
+
+    def fit(measured: np.ndarray, *columns: np.ndarray) -> list[int]:
+        """Cost of each column, that has a value for each architecture or for each layer of each."""
+        weight = 1 / whole.reshape(-1, *[1] * (measured.ndim - 1))
+        matrix = np.stack([(column * weight).flatten() for column in columns], axis=1)
+        scale = matrix.max(axis=0)  # a pair of channels costs some millionth of a block
+        values = nnls(matrix / scale, (measured * weight).flatten())[0] / scale
+        return [round(value * PICOSECONDS) for value in values]
+
+    def measured(part: str, layers: Sequence[int] = ()) -> np.ndarray:
+        names = [f"{part}.{layer}" for layer in layers]
+        return np.array([[timing[name] for name in names] if names else timing[part] for timing in timings])
+
+    # The constants of convolutions and projection are among what is left of the whole.
+    pair, _ = fit(measured("convolution.0"), channels[:, 1], one)
+    costs = {"channel_pairs": [pair], "conv_channels": [0]}
+    for index in range(1, channels.shape[1] - 1):
+        before, after = channels[:, index], channels[:, index + 1]
+        pair, own, read, _ = fit(measured(f"convolution.{index}"), before * after, after, before, one)
+        costs["conv_channels"][-1] += read
+        costs["channel_pairs"].append(pair)
+        costs["conv_channels"].append(own)
+    costs["projection"], _ = fit(measured("projection"), channels[:, -1], one)
+    # The first layer also makes the position bias of all layers, which no gate changes.
+    first = min(1, heads.shape[1] - 1)
+    attention = measured("attention", range(first, heads.shape[1]))
+    costs["attention_heads"], costs["any_head"] = fit(attention, heads[:, first:], heads[:, first:] > 0)
+    feed_forward = measured("feed_forward", range(units.shape[1]))
+    costs["ffn_dims"], costs["ffn_blocks"] = fit(feed_forward, units, units > 0)
+    parts = LatencyBudget(costs | {"fixed": 0})
+    rest = whole - np.array([parts.total_of(config) for config in architectures]) / PICOSECONDS
+    (costs["fixed"],) = fit(rest, one)
+    return costs
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`device` must be cpu or cuda, but is {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"`device` is {name}, but PyTorch sees {torch.cuda.device_count()} such devices here.")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")  # `platform` doesn't know the name on Linux
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+@contextmanager
+def _threads(number: int | None):
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
