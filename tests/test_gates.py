@@ -52,6 +52,25 @@ def test_min_open():
     assert gate.deterministic().nonzero().flatten().tolist() == [1]
 
 
+@pytest.mark.parametrize(
+    ("size", "multiple_of", "min_open", "probability", "expected"),
+    [
+        (32, 8, 0, 0.45, 16),  # 14.4
+        (32, 8, 0, 0.1, 0),
+        (32, 8, 1, 0.1, 8),
+        (30, 8, 0, 0.99, 24),  # the largest multiple that there is
+        (6, 8, 1, 0.1, 1),  # fewer than one multiple
+    ],
+)
+def test_open_units_are_a_multiple(size, multiple_of, min_open, probability, expected):
+    gate = HardConcreteGate(size, 0.5, min_open, multiple_of)
+    shift = 2 / 3 * math.log(0.1 / 1.1)
+    gate.log_alpha.data.fill_(math.log(probability / (1 - probability)) + shift)
+    gate.log_alpha.data += 1e-3 * torch.randn(size)
+    assert gate.num_open() == expected
+    assert int((gate.deterministic() > 0).sum()) == expected
+
+
 def test_sample_has_gradients_and_obeys_its_generator():
     gate = gate_with([0.0] * 50)
     one = gate.sample(torch.Generator().manual_seed(3))

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -121,8 +122,6 @@ def test_time_is_that_of_the_part_that_takes_it(monkeypatch):
     forward = slow.forward
 
     def wait(hidden_states):
-        import time
-
         time.sleep(0.05)
         return forward(hidden_states)
 
@@ -139,6 +138,21 @@ def test_time_is_that_of_the_part_that_takes_it(monkeypatch):
     assert seconds["whole"] > sum(seconds.values()) - seconds["whole"]
     assert all(0 < value < 0.05 for name, value in seconds.items() if name not in ("whole", "feed_forward.1"))
     assert not student._forward_hooks and not slow._forward_hooks and not slow._forward_pre_hooks
+
+
+def test_a_batch_that_the_convolutions_take_in_parts_is_measured_whole(monkeypatch):
+    student = build_student(tiny_teacher()).eval()
+    student.feature_extractor.max_values = 1
+    slow = student.feature_extractor.conv_layers[2]
+    forward = slow.forward
+
+    def wait(*args, **kwargs):
+        time.sleep(0.02)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(slow, "forward", wait)
+    with torch.no_grad():
+        assert measure_parts(student, torch.randn(3, 4000), num_runs=2)["convolution.2"] > 0.06
 
 
 def test_measured_costs_make_a_recipe():

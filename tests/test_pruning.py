@@ -187,6 +187,25 @@ def test_fit_gates_meets_the_macs(layout, sparsity, seconds):
     assert abs(count_macs(student, seconds) / whole - (1 - sparsity)) < 0.005
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_widths_are_multiples_of_what_hardware_likes(layout, sparsity):
+    student = build_student(tiny_teacher(layout, intermediate_size=52)).eval()  # of which 48 are a multiple of 8
+    student.add_gates(ALL_UNITS[:3], width_multiple=8)
+    generator = torch.Generator().manual_seed(0)
+    for _, gate in student.named_gates():
+        gate.log_alpha.data = 2 * torch.randn(gate.size, generator=generator)
+    costs = ParameterBudget().unit_costs(student)
+    wanted = max(round((1 - sparsity) * num_parameters(build_student(tiny_teacher(layout)))), min_cost(student, costs))
+    fit_gates(student, wanted)
+    expected, left = student(**padded_batch()).last_hidden_state, cost_after_pruning(student, costs)
+    student.prune()
+    torch.testing.assert_close(student(**padded_batch()).last_hidden_state, expected, atol=1e-4, rtol=0)
+    assert num_parameters(student) == left
+    assert abs(left - wanted) <= 8 * 65 / 2 + 8  # half of eight feed-forward units
+    widths = student.config.conv_dim + student.config.intermediate_sizes
+    assert all(width % 8 == 0 for width in widths), widths
+
+
 def test_fit_gates_where_feed_forward_units_are_gone(layout, budget):
     """Blocks are coarse, and with closed feed-forward blocks other units have to fill what is left."""
     student, (budget, count) = gated_student(layout), budget

@@ -29,13 +29,17 @@ class HardConcreteGate(nn.Module):
         size (`int`): number of units.
         drop_probability (`float`): share of units that is closed in a concrete sample to begin with.
         min_open (`int`, *optional*, defaults to 0): units that stay open out of training whatever `log_alpha` says.
+        multiple_of (`int`, *optional*, defaults to 1):
+            What the number of units that are open out of training is rounded to a multiple of, where there are as
+            many; then `min_open` is one such multiple, if it is anything.
     """
 
-    def __init__(self, size: int, drop_probability: float, min_open: int = 0):
+    def __init__(self, size: int, drop_probability: float, min_open: int = 0, multiple_of: int = 1):
         super().__init__()
         mean = math.log((1 - drop_probability) / drop_probability)
         self.log_alpha = nn.Parameter(torch.empty(size).normal_(mean, 0.01))
-        self.min_open = min_open
+        self.multiple_of = multiple_of if multiple_of <= size else 1
+        self.min_open = max(min_open, self.multiple_of) if min_open else 0
         self.value: torch.Tensor | None = None  # drawn once per forward of the model, read wherever the unit acts
 
     def __getstate__(self):
@@ -52,7 +56,8 @@ class HardConcreteGate(nn.Module):
 
     def num_open(self) -> int:
         """Units that are open out of training: the expected number, rounded."""
-        return max(round(self.open_probability().sum().item()), self.min_open)
+        multiples = round(self.open_probability().sum().item() / self.multiple_of)
+        return max(min(multiples, self.size // self.multiple_of) * self.multiple_of, self.min_open)
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """A differentiable sample, `(size,)`. Noise is drawn on the CPU so that it is the same on every device."""

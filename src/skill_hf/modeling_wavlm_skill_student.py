@@ -647,9 +647,9 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     # Like `add_adapter` of transformers, these work where the package that does it is installed: a student loaded from
     # the Hub has no use for them, and the file that describes it holds no training code.
 
-    def add_gates(self, units=("conv_channels", "attention_heads", "ffn_dims")):
+    def add_gates(self, units=("conv_channels", "attention_heads", "ffn_dims"), width_multiple=1):
         """Puts a trainable gate on each of `units`; see [`skill_hf.pruning.add_gates`]."""
-        _pruning().add_gates(self, units)
+        _pruning().add_gates(self, units, width_multiple)
 
     def named_gates(self):
         """Pairs of name and gate, in the order of the layers; see [`skill_hf.pruning.named_gates`]."""

@@ -36,15 +36,20 @@ CLOSED_PROBABILITY = 0.01
 FIT_TOLERANCE = 0.002
 
 
-def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads", "ffn_dims")) -> None:
+def add_gates(
+    student, units: Iterable[str] = ("conv_channels", "attention_heads", "ffn_dims"), width_multiple: int = 1
+) -> None:
     """
     Puts a [`~skill_hf.gates.HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws
     the gates at random, once per forward; in eval mode their deterministic values count.
 
     Args:
         student (`WavLMForSkillStudent`): may be pruned already; what was cut stays cut.
-        units (`Iterable[str]`): any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
-        `ffn_blocks`.
+        units (`Iterable[str]`):
+            Any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`, `ffn_blocks`.
+        width_multiple (`int`, *optional*, defaults to 1):
+            What `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of,
+            where there are as many. Heads have a width of their own.
 
     Raises:
         `ValueError`: if the student has gates already, or a unit is unknown.
@@ -57,7 +62,8 @@ def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads
         raise ValueError("The student has gates already; call `prune()` before adding new ones.")
 
     def new_gate(owner: nn.Module, name: str, unit: str, size: int, min_open: int = 0) -> HardConcreteGate:
-        gate = HardConcreteGate(size, DROP_PROBABILITY[unit], min_open).to(student.device)
+        multiple_of = width_multiple if unit in ("conv_channels", "ffn_dims") else 1
+        gate = HardConcreteGate(size, DROP_PROBABILITY[unit], min_open, multiple_of).to(student.device)
         gate.train(student.training)
         setattr(owner, name, gate)
         return gate
@@ -93,7 +99,7 @@ def add_gates(student, units: Iterable[str] = ("conv_channels", "attention_heads
         if "ffn_blocks" in units and feed_forward.output is not None:
             gate = new_gate(feed_forward, "block_gate", "ffn_blocks", 1)
             feed_forward.output.register_forward_hook(GateHook(gate))
-    student._gated_units = units
+    student._gate_settings = {"units": units, "width_multiple": width_multiple}
     student._gate_draw = DrawHook([gate for _, gate in named_gates(student)])
     student._gate_draw_handle = student.register_forward_pre_hook(student._gate_draw)
 
@@ -212,7 +218,7 @@ def prune(student) -> None:
     cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
     _rebuild(student, cut.config, cut(_folded(student)))
     student._gate_draw_handle.remove()
-    del student._gate_draw, student._gate_draw_handle, student._gated_units
+    del student._gate_draw, student._gate_draw_handle, student._gate_settings
 
 
 @torch.no_grad()
@@ -252,7 +258,7 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     if all(of_gate.all() for of_gate in kept.values()):
         return None
     cut = Cut(student, {name: kept[gate].nonzero().flatten().to(gate.log_alpha.device) for name, gate in gates})
-    _rebuild(student, cut.config, cut(student.state_dict()), student._gated_units)
+    _rebuild(student, cut.config, cut(student.state_dict()), student._gate_settings)
     student._gate_draw.gates = [gate for _, gate in named_gates(student)]
     return cut
 
@@ -398,15 +404,15 @@ def _folded(student) -> dict[str, torch.Tensor]:
     return state
 
 
-def _rebuild(student, config, state: dict[str, torch.Tensor], units: Iterable[str] = ()) -> None:
-    """Gives the student, in place, the layers of `config` with gates on `units`, and the tensors of `state`."""
+def _rebuild(student, config, state: dict[str, torch.Tensor], gates: dict | None = None) -> None:
+    """Gives the student, in place, the layers of `config`, gates by these settings, and the tensors of `state`."""
     trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             rebuilt = type(student)(config)
-        if units:
-            add_gates(rebuilt, units)
+        if gates is not None:
+            add_gates(rebuilt, **gates)
     rebuilt.load_state_dict(state, assign=True)
     rebuilt.train(student.training)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())

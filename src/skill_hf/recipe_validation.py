@@ -63,7 +63,7 @@ def validate_recipe(
                 " examples/calibrate_latency.py."
             )
     gated = empty_student(student.config)
-    pruning.add_gates(gated, config.pruning_units)
+    pruning.add_gates(gated, config.pruning_units, config.width_multiple)
     budget = make_budget(config, sampling_rate)
     most = 1 - pruning.min_cost(gated, budget.unit_costs(gated)) / budget.total(teacher)
     if config.target_sparsity > most:

@@ -99,6 +99,9 @@ class SkillConfig:
             75000.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
             What may be removed; `attention_blocks` and `ffn_blocks` as well.
+        width_multiple (`int`, *optional*, defaults to 1):
+            What the cut rounds the channels of convolutions and the units of feed-forward blocks to a multiple of;
+            with 8 or 16 matrix products of half precision run on the tensor cores of GPUs.
         gate_learning_rate (`float`, *optional*, defaults to 0.02):
             Learning rate of the gates and of the Lagrange multipliers.
         shrink_steps (`int`, *optional*, defaults to 0):
@@ -161,6 +164,9 @@ class SkillConfig:
         ["conv_channels", "attention_heads", "ffn_dims"],
         "What may be removed: conv_channels, attention_heads, ffn_dims, attention_blocks, ffn_blocks.",
     )
+    width_multiple: int = _help(
+        1, "What the cut rounds widths of convolutions and feed-forward blocks to a multiple of, such as 8 or 16."
+    )
     gate_learning_rate: float = _help(0.02, "Learning rate of the gates and of the Lagrange multipliers.")
     shrink_steps: int = _help(
         0, "Every so many steps the first stage cuts the units that are closed for good; 0 for never."
@@ -197,7 +203,7 @@ class SkillConfig:
             raise ValueError(
                 f"`target_sparsity` must lie between 0 and 1, both excluded, but is {self.target_sparsity}."
             )
-        for name in ("num_clusters", "calibration_samples"):
+        for name in ("num_clusters", "calibration_samples", "width_multiple"):
             _at_least(name, getattr(self, name), 1)
         for name in ("sparsity_warmup_steps", "shrink_steps", "final_steps", "final_warmup_steps"):
             _at_least(name, getattr(self, name), 0)

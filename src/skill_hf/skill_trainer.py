@@ -307,7 +307,7 @@ class SkillDistillationTrainer(Trainer):
             self._setup()
             self.stage = 1 if self.steps.joint else 2
             if self.stage == 1:
-                self.student.add_gates(self.skill_config.pruning_units)
+                self.student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
             self.distiller = self._make_distiller()
         self.student.config.apply_spec_augment = False
         boundary = None
@@ -437,7 +437,7 @@ class SkillDistillationTrainer(Trainer):
             self.student = type(self.student)(config)
             pruning.set_trainable(self.student, trainable)
             if self.stage == 1:
-                self.student.add_gates(self.skill_config.pruning_units)
+                self.student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
             self.distiller = self._make_distiller()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
