@@ -9,6 +9,7 @@ from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
 from skill_hf.families import build_student
 from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
+from skill_hf.pruning import seed_gates
 
 
 def run(module, inputs, grad, **kwargs):
@@ -135,6 +136,32 @@ def test_a_batch_in_parts_gives_the_same_outputs(monkeypatch, masked_group_norm)
         actual = student(**inputs).last_hidden_state
     assert sizes == [5, 2, 2, 1]
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+
+
+def test_checkpoints_of_a_few_clips_give_the_same_gradients(layout):
+    student = build_student(tiny_teacher(layout))
+    student.config.apply_spec_augment, student.config.layerdrop = False, 0.0
+    student.config.masked_group_norm = layout == "base"
+    student.add_gates()
+    student.feature_extractor.max_values = 2 * 16 * 8000 // 5  # two clips
+    inputs = {name: tensor.repeat(3, 1)[:5] for name, tensor in padded_batch().items()}
+    sizes, grads = [], []
+    student.feature_extractor.conv_layers[0].register_forward_hook(
+        lambda module, args, output: sizes.append(len(output))
+    )
+    for checkpointed in (False, True):
+        if checkpointed:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        seed_gates(student, 0)
+        torch.manual_seed(0)
+        student.zero_grad()
+        student(**inputs).last_hidden_state.square().mean().backward()
+        grads.append({name: parameter.grad for name, parameter in student.named_parameters()})
+    assert sorted(sizes) == sorted([5] + 2 * [2, 2, 1])  # once more in the backward pass
+    assert all(value is not None for name, value in grads[0].items() if "conv" in name)
+    for name, value in grads[0].items():
+        if value is not None:
+            torch.testing.assert_close(grads[1][name], value, atol=1e-5, rtol=1e-3)
 
 
 def test_a_mask_without_padding_changes_nothing(layout):

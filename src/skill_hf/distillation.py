@@ -59,7 +59,9 @@ class SkillDistiller(nn.Module):
         return self.student.config
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+        # Reentrant checkpoints would go through the graph of a gate's value once for each part of a batch.
+        settings = (gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}
+        self.student.gradient_checkpointing_enable(settings, **kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)

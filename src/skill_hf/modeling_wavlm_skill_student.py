@@ -15,6 +15,8 @@ Parameter names are those of the stock model, so every stock WavLM checkpoint lo
 
 import importlib
 import math
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -27,7 +29,6 @@ from transformers import (
     WavLMModel,
 )
 from transformers.activations import ACT2FN, GELUActivation
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 from transformers.utils import logging
@@ -132,7 +133,7 @@ def _activate(activation, hidden_states):
     return activation(hidden_states)
 
 
-class WavLMSkillStudentConvLayer(GradientCheckpointingLayer):
+class WavLMSkillStudentConvLayer(nn.Module):
     """
     One of the stock model's three kinds of convolutional layer: with group norm (the first one of Base models), with
     layer norm (all of Large models), or without a norm.
@@ -216,10 +217,13 @@ class WavLMSkillStudentConvLayer(GradientCheckpointingLayer):
 
 
 class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
-    """The stock convolutions, with `masked_group_norm`."""
+    """
+    The stock convolutions, with `masked_group_norm`. Where nothing is kept for a gradient (there is none, or
+    checkpoints are made), a batch goes through them a few clips at a time.
+    """
 
-    # Values that the widest activation may have at once without gradients: with what stays in the caches, and in
-    # memory that the allocator keeps, a batch runs faster clip by clip.
+    # Values that the widest activation may have at once: what stays in the caches, and in memory that the allocator
+    # keeps, is faster.
     max_values = 2**22
 
     def __init__(self, config):
@@ -235,19 +239,22 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
         """
         if input_values.dim() == 3:
             return input_values
-        if input_values.device.type != "cpu" or torch.is_grad_enabled() or _is_traced():
-            return self._encode(input_values, num_samples)
-        conv = self.conv_layers[0].conv
-        values = self.conv_layers[0].conv.out_channels * input_values.shape[1] // conv.stride[0]
+        encode, checkpointed = self._encode, self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if checkpointed:
+            encode = partial(self._gradient_checkpointing_func, self._encode)
+            # Checkpoints that are reentrant keep no gradient otherwise.
+            input_values = input_values.detach().requires_grad_(self._requires_grad)
+        in_parts = checkpointed or (input_values.device.type == "cpu" and not torch.is_grad_enabled())
+        if not in_parts or _is_traced():
+            return encode(input_values, num_samples)
+        first = self.conv_layers[0].conv
+        values = first.out_channels * input_values.shape[1] // first.stride[0]
         clips = max(1, self.max_values // max(1, values))
-        lengths = [None] * len(input_values) if num_samples is None else num_samples.split(clips)
-        return torch.cat([self._encode(*part) for part in zip(input_values.split(clips), lengths, strict=False)])
+        lengths = repeat(None) if num_samples is None else num_samples.split(clips)
+        return torch.cat([encode(*part) for part in zip(input_values.split(clips), lengths, strict=False)])
 
     def _encode(self, input_values, num_samples):
-        hidden_states = input_values[:, None]
-        if self._requires_grad and self.training and self.conv_layers[0].gradient_checkpointing:
-            hidden_states.requires_grad = True  # as in the stock encoder, for checkpoints that are reentrant
-        hidden_states = self.conv_layers[0](hidden_states, num_samples)
+        hidden_states = self.conv_layers[0](input_values[:, None], num_samples)
         for conv_layer in self.conv_layers[1:]:
             hidden_states = conv_layer(hidden_states)
         return hidden_states
