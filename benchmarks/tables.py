@@ -1,4 +1,8 @@
-"""The results as Markdown."""
+"""The results as Markdown; `python benchmarks/tables.py FILE.json` prints those of a file."""
+
+import json
+import sys
+from pathlib import Path
 
 
 def render(results: dict) -> str:
@@ -152,3 +156,7 @@ def _time(seconds: float | None) -> str:
 
 def _share(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
+
+
+if __name__ == "__main__":
+    print(render(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

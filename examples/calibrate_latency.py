@@ -67,7 +67,7 @@ def print_costs(costs: dict) -> None:
         ("a head", of["attention_heads"]),
         ("what the heads of a layer share", of["any_head"]),
         ("100 feed-forward units", 100 * of["ffn_dims"]),
-        ("a feed-forward block besides", of["ffn_blocks"]),
+        ("a feed-forward block besides", of["any_ffn_dim"]),
         ("all the rest", of["fixed"]),
     ]
     cells = [(name, f"{picoseconds / 1e6:,.3f}") for name, picoseconds in rows]

@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import compared_models  # noqa: E402
 import operators  # noqa: E402
 import run_benchmarks  # noqa: E402
+import tables  # noqa: E402
 import training_step  # noqa: E402
 from machine import memory_traffic  # noqa: E402
 
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 TINY_PEAKS = ["--gemm_sizes", "64", "--copied_megabytes", "1", "--threads", "1", "--runs", "3", "--warmup", "1"]
 
 
@@ -212,3 +214,15 @@ def test_unknown_names(directories, tmp_path):
         run(directories, tmp_path, "--parts", "inference", "--dphubert", str(tmp_path))
     with pytest.raises(ValueError, match="is one of WavLM Base\\+, and the teacher is not"):
         run(directories, tmp_path, "--parts", "inference", "--pruned", "macs-75")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*.json")))
+def test_the_page_says_what_the_results_say(name):
+    page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+    results = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    measured = [part for part in ("inference", "training", "stages", "clustering") if results[part]]
+    assert measured
+    for part in measured:
+        title, _, table = tables.DRAWN[part](results[part]).partition("\n\n")
+        assert table in page, title
+    assert tables.render(results).splitlines()[0] in page  # the machine, versions and seed

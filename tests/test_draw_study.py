@@ -237,11 +237,13 @@ def test_missing_directory_is_an_error(tmp_path):
 def test_distances_of_the_distilled_and_of_the_others(results):
     # A tenth at DPHuBERT's hidden states 0, 4, 8 and 12, four tenths elsewhere.
     distances = [0.1 if layer % 4 == 0 else 0.4 for layer in range(13)]
-    write_runs(results, [row_of(name, 0, distances=distances) for name in ("skill", "dphubert", "last layer")])
+    rows = [row_of(name, 0, distances=distances) for name in ("skill", "dphubert", "last layer")]
+    write_runs(results, [*rows, row_of("skill", 0, 0.9)])
     text = draw_study.distances(read_study(results))
-    assert "| SKILL | 1 | 0.308 | 0.308 | – | 0.100 | 0.400 |" in text
-    assert "| DPHuBERT | 1 | 0.308 | 0.100 | 0.400 | 0.100 | 0.400 |" in text
-    assert "| last layer | 1 | 0.308 | 0.100 | 0.325 | 0.100 | 0.400 |" in text
+    assert "| 0.75 | SKILL | 1 | 0.308 | 0.308 | – | 0.100 | 0.400 |" in text
+    assert "| 0.75 | DPHuBERT | 1 | 0.308 | 0.100 | 0.400 | 0.100 | 0.400 |" in text
+    assert "| 0.75 | last layer | 1 | 0.308 | 0.100 | 0.325 | 0.100 | 0.400 |" in text
+    assert "| 0.9 | SKILL | 1 | 0.500 | 0.500 | – | 0.500 | 0.500 |" in text
 
 
 def test_main_table_by_hand(results):

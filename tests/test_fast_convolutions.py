@@ -6,7 +6,7 @@ from conftest import padded_batch, tiny_config, tiny_teacher
 from torch import nn
 from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
 
-from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf import WavLMSkillStudentConfig
 from skill_hf.families import build_student
 from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
 from skill_hf.pruning import seed_gates
@@ -100,25 +100,83 @@ def test_gradient_reaches_the_samples_through_the_folded_norm():
     assert_same(run(ours, samples, grad), run(stock, samples, grad))
 
 
-def test_a_layer_in_another_s_wrapper_is_called_as_it_stands():
-    student = build_student(tiny_teacher()).eval()
-    inputs = torch.randn(2, 4000)
-    expected = student(inputs).last_hidden_state
-    calls = []
+class Wrapper(nn.Module):
+    """Has no attribute of the layer that it holds, like those of peft."""
 
-    class Wrapper(nn.Module):
-        def __init__(self, conv):
-            super().__init__()
-            self.base = conv
+    def __init__(self, conv):
+        super().__init__()
+        self.base = conv
+        self.calls = 0
 
-        def forward(self, hidden_states):
-            calls.append(hidden_states.shape)
-            return self.base(hidden_states)
+    def forward(self, hidden_states):
+        self.calls += 1
+        return self.base(hidden_states)
 
-    conv_layer = student.feature_extractor.conv_layers[0]
-    conv_layer.conv = Wrapper(conv_layer.conv)
-    torch.testing.assert_close(student(inputs).last_hidden_state, expected, atol=1e-5, rtol=0)
-    assert calls == [(2, 1, 4000)]
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("masked_group_norm", [False, True])
+def test_a_convolution_in_a_wrapper_is_called(layout, masked_group_norm, with_gradients):
+    student = build_student(tiny_teacher(layout)).eval()
+    student.config.masked_group_norm = masked_group_norm
+    with torch.set_grad_enabled(with_gradients):
+        expected = student(**padded_batch()).last_hidden_state
+        wrappers = []
+        for owner in (student.feature_extractor.conv_layers[0], student.encoder.pos_conv_embed):
+            owner.conv = Wrapper(owner.conv)
+            wrappers.append(owner.conv)
+        actual = student(**padded_batch()).last_hidden_state
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert [wrapper.calls for wrapper in wrappers] == [1, 1]
+
+
+def test_hooks_see_what_they_see_in_the_stock_model(layout):
+    """And nothing writes into what they have kept."""
+    teacher = tiny_teacher(layout)
+    found = []
+    for model in (teacher, build_student(teacher).eval()):
+        seen = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv1d, nn.GroupNorm, nn.Linear)) and not name.endswith("_proj"):
+                module.register_forward_hook(lambda module, args, output, n=name, of=seen: of.update({n: output}))
+        with torch.no_grad():
+            model(torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)))
+        found.append({name: output for name, output in seen.items() if "gru_rel_pos" not in name})
+    assert found[0].keys() == found[1].keys()
+    for name, output in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], output, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_gradients_of_gradients_and_transformations():
+    torch.manual_seed(0)
+    stock, ours = nn.Conv1d(4, 5, 3, 2), WavLMSkillStudentConv1d(4, 5, 3, 2)
+    ours.load_state_dict(stock.state_dict())
+    inputs = torch.randn(2, 4, 21)
+    penalties = []
+    for conv in (stock, ours):
+        samples = inputs.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(conv(samples).square().sum(), samples, create_graph=True)
+        penalties.append(torch.autograd.grad(gradient.square().sum(), [samples, conv.weight]))
+    for actual, expected in zip(penalties[1], penalties[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    gradients = [torch.func.grad(lambda x, conv=conv: conv(x).square().sum())(inputs) for conv in (stock, ours)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_checkpoints_hand_the_gradient_on_to_the_audio():
+    student = build_student(tiny_teacher())
+    student.config.apply_spec_augment, student.config.layerdrop = False, 0.0
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        samples = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(0)
+        student(samples).last_hidden_state.square().mean().backward()
+        gradients.append(samples.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("masked_group_norm", [False, True])
@@ -185,16 +243,3 @@ def test_bfloat16_autocast_trains_near_float32(layout):
         loss.backward()
         grads.append(torch.cat([parameter.grad.flatten() for parameter in student.feature_extractor.parameters()]))
     assert torch.cosine_similarity(*grads, dim=0) > 0.98
-
-
-def test_outputs_do_not_share_memory_with_what_was_given():
-    # Activations overwrite their inputs where no gradient is asked for; the caller's are none of these.
-    student = WavLMForSkillStudent(WavLMSkillStudentConfig(**tiny_config().to_dict())).eval()
-    samples = torch.randn(1, 4000)
-    before = samples.clone()
-    with torch.no_grad():
-        first = student(samples, output_hidden_states=True).hidden_states
-        kept = [state.clone() for state in first]
-        student(samples)
-    assert torch.equal(samples, before)
-    assert all(map(torch.equal, first, kept))

@@ -33,7 +33,7 @@ PICOSECONDS = {
     "attention_heads": 150_000_000,
     "any_head": 40_000_000,
     "ffn_dims": 6_000_000,
-    "ffn_blocks": 20_000_000,
+    "any_ffn_dim": 20_000_000,
     "fixed": 900_000_000,
 }
 
@@ -63,7 +63,7 @@ def seconds_by_hand(config, constants: float) -> dict[str, float]:
         attention = of["attention_heads"] * len(heads) + of["any_head"] * bool(heads)
         # The first layer makes the position bias.
         picoseconds[f"attention.{index}"] = attention + (index == 0) * constants
-        picoseconds[f"feed_forward.{index}"] = of["ffn_dims"] * units + of["ffn_blocks"] * bool(units)
+        picoseconds[f"feed_forward.{index}"] = of["ffn_dims"] * units + of["any_ffn_dim"] * bool(units)
     picoseconds["whole"] = sum(picoseconds.values()) + of["fixed"] - 9 * constants
     return {name: value * 1e-12 for name, value in picoseconds.items()}
 
@@ -99,7 +99,7 @@ def test_costs_are_never_negative():
             timing[f"feed_forward.{layer}"] = 1e-3 - units * 1e-6
     costs = fit_costs(architectures, timings)
     assert costs["channel_pairs"][3] == costs["ffn_dims"] == 0
-    assert 0.9e9 < costs["ffn_blocks"] < 1e9
+    assert 0.9e9 < costs["any_ffn_dim"] < 1e9
     assert min(costs["conv_channels"]) >= 0
 
 
@@ -224,6 +224,16 @@ def test_gates_cost_what_the_pruned_student_takes(layout, units):
     student.prune()
     assert budget.total(student) == left < budget.total(teacher)
     assert left == pytest.approx(seconds_by_hand(student.config, 0.0)["whole"] * 1e12, rel=1e-12)
+
+
+def test_a_feed_forward_block_without_units_takes_no_time():
+    budget, student = LatencyBudget(PICOSECONDS), gated_student("base", ["ffn_dims"])
+    costs, whole = budget.unit_costs(student), budget.total(student)
+    for _, gate in student.named_gates():
+        gate.log_alpha.data.fill_(-60.0)
+    assert cost_after_pruning(student, costs) == whole - 3 * (48 * 6_000_000 + 20_000_000)
+    student.prune()
+    assert budget.total(student) == whole - 3 * (48 * 6_000_000 + 20_000_000)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])

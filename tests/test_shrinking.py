@@ -196,6 +196,43 @@ def test_optimizers_that_can_be_cut(cls):
     check_optimizer(cls, {"lr": 0.1}, torch.device("cpu"))
 
 
+def test_widths_stay_multiples(layout):
+    student = build_student(tiny_teacher(layout)).eval()
+    student.add_gates(ALL_UNITS[:3], width_multiple=8)
+    for name, gate in student.named_gates():
+        gate.log_alpha.data.fill_(40.0)
+        if name.endswith("dim_gate"):
+            gate.log_alpha.data[5:] = -40.0
+            gate.log_alpha.data[:5] = 0.2  # five likely ones: 4.3 expected, a multiple of one half
+        elif name.endswith("channel_gate"):
+            gate.log_alpha.data[:3] = -40.0
+    before = {name: gate.num_open() for name, gate in student.named_gates()}
+    expected = student(**padded_batch()).last_hidden_state
+    assert shrink(student, 0, parameter_costs(student)) is not None
+    assert {name: gate.num_open() for name, gate in student.named_gates()} == before
+    torch.testing.assert_close(student(**padded_batch()).last_hidden_state, expected, atol=1e-5, rtol=0)
+    assert all(gate.size % 8 == 0 for name, gate in student.named_gates() if not name.endswith("head_gate"))
+    assert set(student.config.intermediate_sizes) == {8}
+    assert set(student.config.conv_dim) == {16}
+
+
+def test_an_optimizer_gets_its_learning_rate_and_keeps_what_can_be_cut(tmp_path, clips):
+    class Slow(torch.optim.SGD):
+        def __init__(self, params, lr, parts=False):
+            super().__init__(params, lr, momentum=0.9)
+            self.parts = parts
+
+        def step(self, closure=None):
+            super().step(closure)
+            if self.parts:
+                for state in self.state.values():
+                    state["parts"] = [state["momentum_buffer"]]
+
+    make_trainer(tmp_path, clips, recipe={"shrink_steps": 2}, optimizer=(Slow, {}))
+    with pytest.raises(ValueError, match="optimizer Slow: its `parts`"):
+        make_trainer(tmp_path, clips, recipe={"shrink_steps": 2}, optimizer=(Slow, {"parts": True}))
+
+
 def test_what_cannot_shrink(tmp_path, clips):
     with pytest.raises(ValueError, match="`shrink_steps`.*Adafactor.*`exp_avg_sq_row`.*adamw_torch"):
         make_trainer(tmp_path, clips, recipe={"shrink_steps": 2}, optim="adafactor")

@@ -29,6 +29,7 @@ RECIPE = {"num_clusters": 2, "gate_learning_rate": 0.1, "calibration_samples": 6
 
 
 def make_trainer(output_dir, clips, teacher=None, recipe=None, callbacks=None, model=None, evaluate_on=None, **kwargs):
+    optimizer = kwargs.pop("optimizer", None)
     arguments = {
         "max_steps": 9,
         "per_device_train_batch_size": 4,
@@ -47,6 +48,7 @@ def make_trainer(output_dir, clips, teacher=None, recipe=None, callbacks=None, m
         eval_dataset=clips[:5] if evaluate_on is None else evaluate_on,
         callbacks=callbacks,
         model=model,
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 
@@ -122,10 +124,11 @@ def test_parameters_changed(uninterrupted):
     assert torch.equal(before, tiny_teacher().state_dict()[name])
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_targets_are_the_stock_teacher_s_means(layout, padded, tmp_path, clips):
+def test_targets_are_the_stock_teacher_s_means(layout, padded, tied, tmp_path, clips):
     groups = [[0], [1, 3], [0, 2, 3]]
-    teacher = tiny_teacher(layout)
+    teacher = tiny_teacher(layout, tie_last_hidden_states=tied)
     trainer = make_trainer(tmp_path, clips, teacher=teacher, recipe={"layer_groups": groups, "num_clusters": None})
     trainer.layer_groups = groups
     inputs = padded_batch()

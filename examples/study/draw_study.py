@@ -63,6 +63,7 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 
 MAIN_SPARSITY = 0.75
+DISTANCE_SPARSITIES = (0.75, 0.9)
 COMPARED = ("skill", *BASELINES)
 NAMES = {"skill": "SKILL", "dphubert": "DPHuBERT", "distilhubert": "DistilHuBERT"}
 FLOORS = ("fbank", "mfcc", "untrained")
@@ -320,25 +321,30 @@ def comparisons(compared: Sequence[tuple[Outcome, str, Comparison]], several: bo
 
 def distances(study: Study) -> str:
     rows = []
-    for name in COMPARED:
-        runs = study.runs_of(name, MAIN_SPARSITY)
-        if not runs:
-            continue
-        parts = {"all": [], "own": [], "others": [], "spread": [], "rest": []}
-        for seed, run in runs.items():
-            of = np.array(run["distances"]["cka"])
-            for kind, method in (("own", name), ("spread", "dphubert")):
-                distilled = np.isin(np.arange(len(of)), np.concatenate(study.methods[method, seed].layer_groups))
-                parts[kind].append(of[distilled].mean())
-                if not distilled.all():
-                    parts["others" if kind == "own" else "rest"].append(of[~distilled].mean())
-            parts["all"].append(of.mean())
-        rows.append([name_of(name), len(runs), *(spread(of, 3) for of in parts.values())])
+    for sparsity in DISTANCE_SPARSITIES:
+        for name in COMPARED:
+            if runs := study.runs_of(name, sparsity):
+                parts = distance_parts(study, name, runs)
+                rows.append([sparsity, name_of(name), len(runs), *(spread(of, 3) for of in parts.values())])
     if not rows:
         return ""
-    header = ["mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
-    text = table([*header, "DPHuBERT's four", "all but these"], rows)
+    header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
+    text = table([*header, "DPHuBERT's four", "all but these"], rows, texts=2)
     return text + lacking(study, COMPARED, MAIN_SPARSITY)
+
+
+def distance_parts(study: Study, name: str, runs: dict[int, dict]) -> dict[str, list[float]]:
+    """Mean distance of each seed over all hidden states, over those distilled or not, and over DPHuBERT's or not."""
+    parts = {"all": [], "own": [], "others": [], "spread": [], "rest": []}
+    for seed, run in runs.items():
+        of = np.array(run["distances"]["cka"])
+        for kind, method in (("own", name), ("spread", "dphubert")):
+            distilled = np.isin(np.arange(len(of)), np.concatenate(study.methods[method, seed].layer_groups))
+            parts[kind].append(of[distilled].mean())
+            if not distilled.all():
+                parts["others" if kind == "own" else "rest"].append(of[~distilled].mean())
+        parts["all"].append(of.mean())
+    return parts
 
 
 def variants(study: Study) -> str:
@@ -492,39 +498,45 @@ def draw_scores(study: Study):
 
 
 def draw_distances(study: Study):
-    figure = _new_figure(8, 4.2)
-    panels = figure.subplots(1, 2, sharey=True)
+    shown = [sparsity for sparsity in DISTANCE_SPARSITIES if any(study.runs_of(name, sparsity) for name in COMPARED)]
+    shown = shown or [MAIN_SPARSITY]
+    figure = _new_figure(8, 0.9 + 3.3 * len(shown))
+    panels = figure.subplots(len(shown), 2, sharex=True, sharey="row", squeeze=False)
     every = ("every layer", "one group", "random groups")
     some = tuple(name for name in BASELINES if name not in every)
-    titles = ("SKILL and those that distil some", "SKILL and those that distil all")
+    kinds = {"distil some": some, "distil all": every}
     layers = np.arange(num_hidden_states(study))
-    for axes, names, title in zip(panels, (some, every), titles, strict=True):
-        for name in ("skill", *names):
-            runs = study.runs_of(name, MAIN_SPARSITY)
-            if not runs:
-                continue
-            of = np.array([run["distances"]["cka"] for run in runs.values()])
-            mean = of.mean(0)
-            colour, marker = STYLES[name]
-            style = {"color": colour, "marker": marker, "markersize": 5.5}
-            distilled = np.isin(layers, np.concatenate(study.methods[name, next(iter(runs))].layer_groups))
-            label = f"{name_of(name)} (n = {len(runs)})"
-            axes.plot(mean, label=label, lw=1.8, markevery=layers[distilled].tolist(), **style)
-            axes.plot(layers[~distilled], mean[~distilled], ls="", markerfacecolor="white", **style)
-            if len(runs) > 1:
-                sd = of.std(0, ddof=1)
-                axes.fill_between(layers, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
-        axes.set_xticks(layers)
-        axes.grid(axis="y", color=LIGHT, lw=0.8)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
-        _label(axes, title, "hidden state (0: input of the first layer)")
-    _label(panels[0], titles[0], "hidden state (0: input of the first layer)", "distance (1 − CKA), held-out readers")
-    panels[0].set_ylim(bottom=0)
+    for row, sparsity in zip(panels, shown, strict=True):
+        for axes, (kind, names) in zip(row, kinds.items(), strict=True):
+            for name in ("skill", *names):
+                if runs := study.runs_of(name, sparsity):
+                    _plot_distances(axes, layers, study, name, runs)
+            axes.set_xticks(layers)
+            axes.grid(axis="y", color=LIGHT, lw=0.8)
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8)
+            bottom = "hidden state (0: input of the first layer)" if row is panels[-1] else ""
+            left = "distance (1 − CKA), held-out readers" if axes is row[0] else ""
+            _label(axes, f"sparsity {sparsity:g}: SKILL and those that {kind}", bottom, left)
+        row[0].set_ylim(bottom=0)
     figure.suptitle(
         "Mean of n seeds and their standard deviation; filled marks: hidden states that are distilled", fontsize=10
     )
     return figure
+
+
+def _plot_distances(axes, layers: np.ndarray, study: Study, name: str, runs: dict[int, dict]) -> None:
+    of = np.array([run["distances"]["cka"] for run in runs.values()])
+    mean = of.mean(0)
+    colour, marker = STYLES[name]
+    style = {"color": colour, "marker": marker, "markersize": 5.5}
+    distilled = np.isin(layers, np.concatenate(study.methods[name, next(iter(runs))].layer_groups))
+    label = f"{name_of(name)} (n = {len(runs)})"
+    axes.plot(mean, label=label, lw=1.8, markevery=layers[distilled].tolist(), **style)
+    axes.plot(layers[~distilled], mean[~distilled], ls="", markerfacecolor="white", **style)
+    if len(runs) > 1:
+        sd = of.std(0, ddof=1)
+        axes.fill_between(layers, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
 
 
 def draw_groups(study: Study):

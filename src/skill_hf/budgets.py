@@ -25,7 +25,7 @@ class UnitCosts:
 
         fixed + sum_i c_i (channel_pairs_i c_{i-1} + conv_channels_i) + projection c_n
               + sum_l a_l (attention_heads_l h_l + any_head_l [h_l > 0] + attention_blocks_l)
-              + sum_l b_l (ffn_dims_l f_l + ffn_blocks_l).
+              + sum_l b_l (ffn_dims_l f_l + any_ffn_dim_l [f_l > 0] + ffn_blocks_l).
 
     Costs are whole numbers, in units that are small enough for that.
 
@@ -36,7 +36,7 @@ class UnitCosts:
         projection (`int`): of a channel of the last convolution in the projection behind it.
         attention_heads, any_head, attention_blocks (`list[int]`): of each layer: a head; what all heads of the layer
             share and leave with the last of them; the block besides, with heads or without.
-        ffn_dims, ffn_blocks (`list[int]`): of each layer: a feed-forward unit, and the block besides.
+        ffn_dims, any_ffn_dim, ffn_blocks (`list[int]`): the same of feed-forward units.
         fixed (`int`, *optional*, defaults to 0): all that no gate changes.
     """
 
@@ -48,6 +48,7 @@ class UnitCosts:
     any_head: list[int]
     attention_blocks: list[int]
     ffn_dims: list[int]
+    any_ffn_dim: list[int]
     ffn_blocks: list[int]
     fixed: int = 0
 
@@ -74,8 +75,9 @@ class UnitCosts:
             total = total + block * (heads * self.attention_heads[index] + shared + self.attention_blocks[index])
             dense = feed_forward.intermediate_dense
             block, _ = left(feed_forward, "block_gate", int(feed_forward.output is not None))
-            units, _ = left(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
-            total = total + block * (units * self.ffn_dims[index] + self.ffn_blocks[index])
+            units, any_unit = left(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
+            shared = any_unit * self.any_ffn_dim[index]
+            total = total + block * (units * self.ffn_dims[index] + shared + self.ffn_blocks[index])
         return total
 
 
@@ -120,6 +122,7 @@ class ParameterBudget(Budget):
             any_head=[_numel(getattr(layer.attention, "gru_rel_pos_linear", None)) for layer in layers],
             attention_blocks=[hidden_size] * len(layers),
             ffn_dims=[2 * hidden_size + 1] * len(layers),
+            any_ffn_dim=[0] * len(layers),
             ffn_blocks=[hidden_size] * len(layers),
         )
 
@@ -172,6 +175,7 @@ class MacBudget(Budget):
             any_head=[0] * len(layers),
             attention_blocks=[0] * len(layers),
             ffn_dims=[2 * frames * hidden_size] * len(layers),
+            any_ffn_dim=[0] * len(layers),
             ffn_blocks=[0] * len(layers),
         )
 
@@ -239,9 +243,10 @@ class LatencyBudget(Budget):
             projection=costs["projection"],
             attention_heads=[costs["attention_heads"]] * layers,
             any_head=[costs["any_head"]] * layers,
-            attention_blocks=[0] * layers,  # a block without heads adds a bias
+            attention_blocks=[0] * layers,  # a block without units adds a bias
             ffn_dims=[costs["ffn_dims"]] * layers,
-            ffn_blocks=[costs["ffn_blocks"]] * layers,
+            any_ffn_dim=[costs["any_ffn_dim"]] * layers,
+            ffn_blocks=[0] * layers,
         )
 
 

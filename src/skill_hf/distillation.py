@@ -144,11 +144,15 @@ def target_means(
                 means[number] = means[number].add_(share) if number in means else share
 
     layers = teacher.encoder.layers
+    # transformers can put the model's output, behind a last norm, in the place of the last layer's.
+    tied = getattr(teacher.config, "tie_last_hidden_states", False)
     hooks = [layers[0].register_forward_pre_hook(lambda module, args: add(0, args[0]))]
-    for index, layer in enumerate(layers, start=1):
+    for index, layer in enumerate(layers[: len(layers) - tied], start=1):
         hooks.append(layer.register_forward_hook(lambda module, args, output, index=index: add(index, output[0])))
     try:
-        teacher(input_values, attention_mask=attention_mask)
+        output = teacher(input_values, attention_mask=attention_mask)
+        if tied:
+            add(len(layers), output.last_hidden_state)
     finally:
         for hook in hooks:
             hook.remove()

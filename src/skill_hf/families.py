@@ -89,7 +89,12 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def fast_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
-    """`teacher` with the faster forward that its family's student has; the weights are shared."""
+    """
+    `teacher` with the faster forward that its family's student has; the weights are shared. A model of another class
+    than the stock one or the student may compute something else and is returned as it is. Hooks stay behind.
+    """
+    if type(teacher) not in STUDENT_CLASSES[teacher.config.model_type].__mro__:
+        return teacher
     student = empty_student(teacher.config)
     student.load_state_dict(teacher.state_dict(), assign=True)
     return student.requires_grad_(False).eval()

@@ -252,7 +252,7 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
     attention = measured("attention", range(first, heads.shape[1]))
     costs["attention_heads"], costs["any_head"] = fit(attention, heads[:, first:], heads[:, first:] > 0)
     feed_forward = measured("feed_forward", range(units.shape[1]))
-    costs["ffn_dims"], costs["ffn_blocks"] = fit(feed_forward, units, units > 0)
+    costs["ffn_dims"], costs["any_ffn_dim"] = fit(feed_forward, units, units > 0)
     parts = LatencyBudget(costs | {"fixed": 0})
     rest = whole - np.array([parts.total_of(config) for config in architectures]) / PICOSECONDS
     (costs["fixed"],) = fit(rest, one)

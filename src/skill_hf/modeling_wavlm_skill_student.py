@@ -20,7 +20,6 @@ from itertools import repeat
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import (
     WavLMForAudioFrameClassification,
     WavLMForCTC,
@@ -39,14 +38,26 @@ from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
 logger = logging.get_logger(__name__)
 
 
+def _is_transformed():
+    """Whether this runs under a transformation of `torch.func`, which knows the kernels of PyTorch alone."""
+    return getattr(torch._C, "_are_functorch_transforms_active", bool)()
+
+
 def _is_traced():
     """Whether a graph is being made of this, which must not hang on the values of tensors."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
 
 
-def _is_exported():
+def _is_plain():
+    """Whether layers are to be computed as the stock model does it: for an export or a transformation."""
     # torch 2.6 cannot tell an export from a compilation.
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)() or torch.jit.is_tracing()
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    return exporting or torch.jit.is_tracing() or _is_transformed()
+
+
+def _is_bare(*modules):
+    """Whether nobody looks at what goes into these modules and comes out of them."""
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules if module is not None)
 
 
 class _StridedConv(torch.autograd.Function):
@@ -63,10 +74,17 @@ class _StridedConv(torch.autograd.Function):
         return _channels_last_conv(hidden_states, weight, bias, stride)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         hidden_states, weight = ctx.saved_tensors
         to_inputs, to_weight, to_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # the gradient is to have one itself
+            settings = {"stride": ctx.stride}
+            return (
+                nn.grad.conv1d_input(hidden_states.shape, weight, grad, **settings) if to_inputs else None,
+                nn.grad.conv1d_weight(hidden_states, weight.shape, grad, **settings) if to_weight else None,
+                grad.sum((0, 2)) if to_bias else None,
+                None,
+            )
         grad, inputs = grad.mT.contiguous(), hidden_states.mT.contiguous()  # (B, T', C'), (B, T, C)
         frames, channels, kernel = grad.shape[1], weight.shape[1], weight.shape[2]
         taps = weight.mT.contiguous()  # (C', K, C)
@@ -79,9 +97,16 @@ class _StridedConv(torch.autograd.Function):
             rows = (frames, width * channels), (ctx.stride * channels, 1)  # size and stride of the matrix
             offsets = [clip * inputs.stride(0) + first * channels for clip in range(len(inputs))]
             if to_weight:
-                part = grad_taps.new_zeros(len(taps), width * channels)
+                # In half precision a sum over many clips would be rounded after each.
+                part = taps.new_zeros(
+                    len(taps), width * channels, dtype=torch.promote_types(grad.dtype, torch.float32)
+                )
                 for clip, offset in enumerate(offsets):
-                    part.addmm_(grad[clip].T, inputs.as_strided(*rows, inputs.storage_offset() + offset))
+                    matrix = inputs.as_strided(*rows, inputs.storage_offset() + offset)
+                    if part.dtype == grad.dtype:
+                        part.addmm_(grad[clip].T, matrix)
+                    else:
+                        part += grad[clip].T @ matrix
                 grad_taps[:, first : first + width] = part.unflatten(1, (width, channels))
             if to_inputs:
                 part = taps[:, first : first + width].flatten(1)
@@ -114,7 +139,7 @@ class WavLMSkillStudentConv1d(nn.Conv1d):
     """
 
     def _conv_forward(self, hidden_states, weight, bias):
-        if hidden_states.device.type != "cpu" or _is_exported():
+        if hidden_states.device.type != "cpu" or _is_plain():
             return super()._conv_forward(hidden_states, weight, bias)
         gaps = self.kernel_size < self.stride  # between the windows
         if gaps or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -124,13 +149,6 @@ class WavLMSkillStudentConv1d(nn.Conv1d):
             hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return _StridedConv.apply(hidden_states, weight, bias, self.stride[0])
-
-
-def _activate(activation, hidden_states):
-    """`activation(hidden_states)`, which may overwrite its input where no gradient needs it."""
-    if isinstance(activation, GELUActivation) and not torch.is_grad_enabled():
-        return torch.ops.aten.gelu_(hidden_states)
-    return activation(hidden_states)
 
 
 class WavLMSkillStudentConvLayer(nn.Module):
@@ -146,11 +164,13 @@ class WavLMSkillStudentConvLayer(nn.Module):
     def __init__(self, config, layer_index):
         super().__init__()
         channels = config.conv_dim[layer_index]
+        # Not read from `conv`, which may be wrapped.
+        self.conv_kernel, self.conv_stride = config.conv_kernel[layer_index], config.conv_stride[layer_index]
         self.conv = WavLMSkillStudentConv1d(
             config.conv_dim[layer_index - 1] if layer_index else 1,
             channels,
-            kernel_size=config.conv_kernel[layer_index],
-            stride=config.conv_stride[layer_index],
+            kernel_size=self.conv_kernel,
+            stride=self.conv_stride,
             bias=config.conv_bias,
         )
         self.activation = ACT2FN[config.feat_extract_activation]
@@ -171,19 +191,44 @@ class WavLMSkillStudentConvLayer(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, channels, frames)`.
         """
-        if isinstance(self.layer_norm, nn.GroupNorm) and (num_samples is not None or self._can_fold()):
-            return _activate(self.activation, self._convolve_and_normalise(hidden_states[:, 0], num_samples))
-        hidden_states = self.conv(hidden_states)
-        if isinstance(self.layer_norm, nn.LayerNorm):
-            hidden_states = self.layer_norm(hidden_states.mT).mT
-        elif self.layer_norm is not None:
-            hidden_states = self.layer_norm(hidden_states)
-        return _activate(self.activation, hidden_states)
+        group_norm = isinstance(self.layer_norm, nn.GroupNorm)
+        if group_norm and self._can_fold():
+            hidden_states = self._convolve_and_normalise(hidden_states[:, 0], num_samples)
+        else:
+            hidden_states = self.conv(hidden_states)
+            if group_norm and num_samples is not None:
+                hidden_states = self._normalise(hidden_states, self._valid_frames(hidden_states, num_samples))
+            elif group_norm:
+                hidden_states = self.layer_norm(hidden_states)
+            elif self.layer_norm is not None:
+                hidden_states = self.layer_norm(hidden_states.mT).mT
+        in_place = not (torch.is_grad_enabled() or _is_traced()) and _is_bare(self.conv, self.layer_norm)
+        if in_place and isinstance(self.activation, GELUActivation):
+            return torch.ops.aten.gelu_(hidden_states)  # the largest activations of the model
+        return self.activation(hidden_states)
 
     def _can_fold(self):
-        """Not for an export, to count operations, or where a wrapper or DeepSpeed (`ds_id`) has the weight."""
-        weight = self.conv.weight if type(self.conv) is WavLMSkillStudentConv1d else None
-        return weight is not None and not (weight.is_meta or hasattr(weight, "ds_id") or _is_exported())
+        """Not where somebody else has the weight or looks at what the norm reads, nor without float64."""
+        if _is_plain() or type(self.conv) is not WavLMSkillStudentConv1d or not _is_bare(self.conv, self.layer_norm):
+            return False
+        weight = self.conv.weight  # of which DeepSpeed (`ds_id`) may hold a part
+        return weight.device.type in ("cpu", "cuda") and not hasattr(weight, "ds_id") and self.conv.bias is None
+
+    def _valid_frames(self, features, num_samples):
+        """Which frames are no padding, `(batch, 1, frames)`, and how many, `(batch, 1, 1)`."""
+        num_frames = (num_samples - self.conv_kernel) // self.conv_stride + 1
+        frames = torch.arange(features.shape[-1], device=features.device)
+        return (frames < num_frames[:, None])[:, None], num_frames.clamp(min=1)[:, None, None]
+
+    def _normalise(self, hidden_states, valid_frames):
+        """Group norm of `(batch, channels, frames)`, each channel a group of its own, over valid frames."""
+        valid, number = valid_frames
+        features = hidden_states.float()
+        mean = (features * valid).sum(-1, keepdim=True) / number
+        variance = ((features - mean) * valid).square().sum(-1, keepdim=True) / number
+        features = (features - mean) * torch.rsqrt(variance + self.layer_norm.eps)
+        features = features * self.layer_norm.weight[:, None] + self.layer_norm.bias[:, None]
+        return features.to(hidden_states.dtype)
 
     def _convolve_and_normalise(self, samples, num_samples):
         """
@@ -191,29 +236,25 @@ class WavLMSkillStudentConvLayer(nn.Module):
         `kernel_size` samples, so its mean and variance follow from those of the windows: `w . mean` and `w' Cov w`.
         The norm then only scales the kernel, and neither its input nor its statistics are ever formed.
         """
-        windows = samples.unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (B, T, K)
-        # MPS has no float64, which keeps the variance of a quiet clip exact.
-        exact = torch.float32 if samples.device.type == "mps" else torch.float64
+        windows = samples.unfold(-1, self.conv_kernel, self.conv_stride).mT  # (B, K, T)
         with torch.autocast(samples.device.type, enabled=False):
-            centred, weight = windows.to(exact), self.conv.weight[:, 0].to(exact)  # (C, K)
+            # float64 keeps the variance exact where a kernel takes out most of what it reads.
+            centred, weight = windows.double(), self.conv.weight[:, 0].double()  # (C, K)
             if num_samples is None:
-                centred = centred - centred.mean(1, keepdim=True)
-                covariance = centred.mT @ centred / centred.shape[1]
+                centred = centred - centred.mean(-1, keepdim=True)
+                covariance = centred @ centred.mT / centred.shape[-1]  # (B, K, K)
             else:
-                num_frames = (num_samples - self.conv.kernel_size[0]) // self.conv.stride[0] + 1
-                frames = torch.arange(centred.shape[1], device=samples.device)
-                valid = (frames < num_frames[:, None])[..., None]  # (B, T, 1)
-                number = num_frames.clamp(min=1)[:, None, None]
-                centred = centred - (centred * valid).sum(1, keepdim=True) / number
-                covariance = (centred * valid).mT @ centred / number  # (B, K, K)
+                valid, number = self._valid_frames(centred, num_samples)
+                centred = centred - (centred * valid).sum(-1, keepdim=True) / number
+                covariance = (centred * valid) @ centred.mT / number
             variance = ((weight @ covariance) * weight).sum(-1)  # (B, C)
-            scale = self.layer_norm.weight.to(exact) * torch.rsqrt(variance + self.layer_norm.eps)
+            scale = self.layer_norm.weight.double() * torch.rsqrt(variance + self.layer_norm.eps)
             kernels = (scale[..., None] * weight).to(samples.dtype)  # (B, C, K)
             centred = centred.to(samples.dtype)
         bias = self.layer_norm.bias.to(samples.dtype)
         if samples.device.type == "cpu":
-            return torch.baddbmm(bias, centred, kernels.mT).transpose(1, 2)  # channels last in memory
-        return torch.baddbmm(bias[:, None], kernels, centred.mT)
+            return torch.baddbmm(bias, centred.mT, kernels.mT).mT  # channels last in memory
+        return torch.baddbmm(bias[:, None], kernels, centred)
 
 
 class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
@@ -228,6 +269,7 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
 
     def __init__(self, config):
         super().__init__(config)
+        self.channels = config.conv_dim[0]
         self.conv_layers = nn.ModuleList(
             WavLMSkillStudentConvLayer(config, index) for index in range(config.num_feat_extract_layers)
         )
@@ -242,16 +284,16 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
         encode, checkpointed = self._encode, self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if checkpointed:
             encode = partial(self._gradient_checkpointing_func, self._encode)
-            # Checkpoints that are reentrant keep no gradient otherwise.
-            input_values = input_values.detach().requires_grad_(self._requires_grad)
+            if not input_values.requires_grad:  # without it, checkpoints that are reentrant keep no gradient
+                input_values = input_values.detach().requires_grad_(self._requires_grad)
         in_parts = checkpointed or (input_values.device.type == "cpu" and not torch.is_grad_enabled())
         if not in_parts or _is_traced():
             return encode(input_values, num_samples)
-        first = self.conv_layers[0].conv
-        values = first.out_channels * input_values.shape[1] // first.stride[0]
+        values = self.channels * input_values.shape[1] // self.conv_layers[0].conv_stride
         clips = max(1, self.max_values // max(1, values))
         lengths = repeat(None) if num_samples is None else num_samples.split(clips)
-        return torch.cat([encode(*part) for part in zip(input_values.split(clips), lengths, strict=False)])
+        parts = [encode(*part).mT for part in zip(input_values.split(clips), lengths, strict=False)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).mT
 
     def _encode(self, input_values, num_samples):
         hidden_states = self.conv_layers[0](input_values[:, None], num_samples)
@@ -265,13 +307,14 @@ class WavLMSkillStudentPositionalConvEmbedding(WavLMPositionalConvEmbedding):
 
     def forward(self, hidden_states):
         """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
-        if hidden_states.device.type != "cpu" or _is_exported():
-            return super().forward(hidden_states)
         conv = self.conv
+        ours = isinstance(conv, nn.Conv1d) and _is_bare(conv) and not _is_plain()
+        if hidden_states.device.type != "cpu" or not ours:
+            return super().forward(hidden_states)
         hidden_states = _channels_last_conv(
             hidden_states.mT, conv.weight, conv.bias, conv.stride[0], conv.padding[0], conv.groups
         )
-        return _activate(self.activation, self.padding(hidden_states)).mT
+        return self.activation(self.padding(hidden_states)).mT
 
 
 class OutputBias(nn.Module):
@@ -441,7 +484,7 @@ class WavLMSkillStudentFeedForward(nn.Module):
         if self.output is None:
             return torch.zeros_like(hidden_states)
         if self.intermediate_dense is not None:
-            hidden_states = _activate(self.intermediate_act_fn, self.intermediate_dense(hidden_states))
+            hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
             hidden_states = self.intermediate_dropout(hidden_states)
         return self.output_dropout(self.output(hidden_states))
 
@@ -601,8 +644,9 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         As [`~transformers.WavLMModel`], with `config.masked_group_norm`, for which padding must be on the right, where
         feature extractors put it.
         """
-        # To look at values costs nothing on the CPU alone.
-        if getattr(attention_mask, "is_cpu", False) and not _is_traced() and attention_mask.all():
+        # To look at values costs nothing on the CPU alone. Subclasses of tensors may have none.
+        readable = type(attention_mask) is torch.Tensor and attention_mask.is_cpu and not _is_traced()
+        if readable and attention_mask.all():
             attention_mask = None  # nothing is padded
         group_norm = self.config.feat_extract_norm == "group"
         if self.config.masked_group_norm and group_norm and attention_mask is not None:

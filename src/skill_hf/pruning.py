@@ -8,6 +8,7 @@ belongs to no head and stays when layer 0 loses its attention.
 
 import bisect
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -213,7 +214,7 @@ def prune(student) -> None:
     Raises:
         `ValueError`: if the student has no gates.
     """
-    if not named_gates(student):
+    if not hasattr(student, "_gate_draw"):
         raise ValueError("The student has no gates to prune by; call `add_gates()` first.")
     cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
     _rebuild(student, cut.config, cut(_folded(student)))
@@ -227,7 +228,8 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     Cuts the units that are closed for good, in place, and keeps the gates of the others with their values.
 
     Closed for good are units that are open with a probability below `CLOSED_PROBABILITY` and closed out of training.
-    Where all of them are more than the target asks for, those most likely to open stay. The outputs in eval mode
+    Where all of them are more than the target asks for, those most likely to open stay, and so they do where the rest
+    would be no multiple of the gate's `multiple_of`. The outputs in eval mode
     remain what they are as long as the probabilities of the units that go, which are counted no more, do not sum up to
     another whole unit that is open. In training the noise of the gates is drawn for the units that there are, so that
     the draws of one seed are others than before.
@@ -245,7 +247,13 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     closed = {gate: (gate.deterministic() == 0).cpu() for _, gate in gates}
 
     def kept_at(threshold: float) -> dict[HardConcreteGate, torch.Tensor]:
-        return {gate: ~(closed[gate] & (probabilities[gate] < threshold)) for _, gate in gates}
+        kept = {gate: ~(closed[gate] & (probabilities[gate] < threshold)) for _, gate in gates}
+        for gate, of_gate in kept.items():
+            number = math.ceil(int(of_gate.sum()) / gate.multiple_of) * gate.multiple_of
+            # The open ones come first, then the likeliest.
+            order = (probabilities[gate] + 2.0 * of_gate).argsort(descending=True, stable=True)
+            of_gate[order[:number]] = True
+        return kept
 
     def cost_at(threshold: float) -> int:
         left = {gate: int(kept.sum()) for gate, kept in kept_at(threshold).items()}

@@ -24,7 +24,8 @@ TRIED_SHAPE = (96, 96)
 
 class ShrinkCallback(TrainerCallback):
     """
-    Shrinks the student of `trainer` every `shrink_steps` optimizer steps of stage 1.
+    Shrinks the student of `trainer` every `shrink_steps` optimizer steps of stage 1. Weights that other callbacks
+    hold, an average for instance, and hooks on the student's layers do not follow.
 
     Args:
         trainer ([`SkillDistillationTrainer`]): whose recipe has `shrink_steps`.
@@ -42,7 +43,7 @@ class ShrinkCallback(TrainerCallback):
         cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
             trainer.args, trainer.student
         )
-        check_optimizer(cls, kwargs, trainer.args.device)
+        check_optimizer(cls, kwargs | {"lr": trainer.args.learning_rate}, trainer.args.device)
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -64,9 +65,14 @@ def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torc
     parameter = nn.Parameter(torch.zeros(TRIED_SHAPE, device=device))
     parameter.grad = torch.zeros_like(parameter)
     optimizer = cls([parameter], **kwargs)
+    if callable(getattr(optimizer, "train", None)):  # without a schedule they have modes
+        optimizer.train()
     optimizer.step()
     for name, value in optimizer.state[parameter].items():
-        if isinstance(value, torch.Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+        is_number = value is None or isinstance(value, (bool, int, float))
+        if isinstance(value, torch.Tensor):
+            is_number = value.numel() == 1
+        if not is_number and getattr(value, "shape", None) != parameter.shape:
             raise ValueError(
                 f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` is not of the"
                 " parameter's shape and cannot be cut like it. Use another one, such as `adamw_torch`, or set"

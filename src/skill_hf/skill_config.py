@@ -15,7 +15,7 @@ STUDENT_LAYERS = ("group", "last")
 BUDGETS = ("parameters", "macs", "latency")
 # What `latency_costs` must hold; a cost is a number, of convolutions one for each.
 COSTS_OF_CONVOLUTIONS = ("channel_pairs", "conv_channels")
-COSTS = (*COSTS_OF_CONVOLUTIONS, "projection", "attention_heads", "any_head", "ffn_dims", "ffn_blocks", "fixed")
+COSTS = (*COSTS_OF_CONVOLUTIONS, "projection", "attention_heads", "any_head", "ffn_dims", "any_ffn_dim", "fixed")
 LATENCY_ENTRIES = {"picoseconds": COSTS, "architecture": ("conv_kernel",), "measured_on": ("batch_size", "seconds")}
 
 SKILL_CONFIG_NAME = "skill_config.json"
