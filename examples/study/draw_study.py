@@ -515,7 +515,7 @@ def draw_distances(study: Study):
             axes.grid(axis="y", color=LIGHT, lw=0.8)
             if axes.lines:
                 axes.legend(frameon=False, fontsize=8)
-            bottom = "hidden state (0: input of the first layer)" if row is panels[-1] else ""
+            bottom = "hidden state (0: input of the first layer)" if sparsity == shown[-1] else ""
             left = "distance (1 − CKA), held-out readers" if axes is row[0] else ""
             _label(axes, f"sparsity {sparsity:g}: SKILL and those that {kind}", bottom, left)
         row[0].set_ylim(bottom=0)
