@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.skill-hf-installed
 PATHS := src tests examples benchmarks
+# A file's tests share fixtures that are dear to make, so they stay together.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 help:
 	@echo "make demo       distil and prune the small WavLM of examples/demo"
@@ -28,11 +30,11 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "==> Running all tests"
-	@$(VENV)/bin/python -m pytest
+	@$(PYTEST)
 
 test-fast: $(INSTALLED)
 	@echo "==> Running the tests that are not marked slow"
-	@$(VENV)/bin/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 quality: $(INSTALLED)
 	@echo "==> Checking lint and format"
