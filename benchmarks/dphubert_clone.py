@@ -15,6 +15,7 @@ from torch import nn
 from transformers import WavLMModel
 
 from skill_hf import WavLMForSkillStudent
+from skill_hf.distillation import identity_map
 
 
 # Largest difference between its outputs and ours, relative to the largest value, with the same weights.
@@ -102,7 +103,7 @@ class DPHuBERT:
         """
         lightning = self._import_lightning()
         size = student.encoder.feature_projection.projection.out_features
-        projections = [_identity(size) for _ in range(2)]
+        projections = [identity_map(size) for _ in range(2)]
         module = lightning.DistillModule(
             teacher_model=teacher.requires_grad_(False).eval(),
             student_model=student.train(),
@@ -230,13 +231,6 @@ def check_agreement(name: str, model: nn.Module, other: nn.Module, input_values:
             f" {difference:.1e}); a time of it would say nothing."
         )
     return difference
-
-
-def _identity(size: int) -> nn.Linear:
-    linear = nn.Linear(size, size)
-    nn.init.eye_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def _module(name: str, **contents) -> ModuleType:

@@ -11,6 +11,7 @@ from stopwatch import seconds_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from skill_hf.latency import device_name
 from skill_hf.version import __version__
 
 
@@ -20,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def describe_machine(device: torch.device) -> dict:
     """Processor, threads and versions."""
     return {
-        "processor": _processor(device),
+        "processor": device_name(device),
         "device": device.type,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -32,16 +33,6 @@ def describe_machine(device: torch.device) -> dict:
         "onnxruntime": _version_of("onnxruntime"),
         "skill_hf": __version__,
     }
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _version_of(package: str) -> str | None:

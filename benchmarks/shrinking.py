@@ -23,6 +23,8 @@ import torch
 import transformers
 from transformers import TrainerCallback, set_seed
 
+from skill_hf.latency import device_name
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -147,7 +149,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if 0 not in args.shrink_steps:
         parser.error("0 is what the others are compared with: name it in --shrink_steps")
     result = {"settings": vars(args), "versions": versions, "device": device, "runs": []}

@@ -1,8 +1,5 @@
 import copy
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +7,7 @@ from conftest import padded_batch, tiny_teacher
 from safetensors.torch import load_file
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 from test_pruning import ALL_UNITS, BUDGETS, gated_student
-from test_skill_trainer import Kill, KillAt, make_trainer
+from test_skill_trainer import Kill, KillAt, make_trainer, run_in_processes
 from transformers import TrainerCallback
 
 from skill_hf import SkillConfig, WavLMForSkillStudent
@@ -350,15 +347,7 @@ torch.save((record.sizes, trainer.model.state_dict()), f"{output}/rank-{{rank}}.
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    results = {}
-    for number in (1, 2):
-        output = tmp_path / str(number)
-        output.mkdir()
-        script = tmp_path / f"run-{number}.py"
-        script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), output=str(output)))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-        subprocess.run([*launch, str(script), str(number)], check=True, timeout=400)
-        results[number] = [torch.load(path) for path in sorted(output.glob("rank-*.pt"))]
+    results = {number: run_in_processes(TWO_PROCESSES, tmp_path / str(number), number) for number in (1, 2)}
     (sizes, weights), (other_sizes, other_weights) = results[2]
     single_sizes, single_weights = results[1][0]
     assert sizes == other_sizes == single_sizes

@@ -571,20 +571,26 @@ torch.save((trainer.layer_groups, trainer.model.state_dict(), trainer.state.log_
 """
 
 
+def run_in_processes(script: str, directory: Path, number: int) -> list:
+    """
+    What each of `number` processes has saved as rank-N.pt in `directory`. `{output}` in `script` becomes this
+    directory, `{tests}` that of the tests; `number` is its argument.
+    """
+    directory.mkdir()
+    path = directory / "run.py"
+    path.write_text(script.format(tests=str(Path(__file__).parent), output=str(directory)))
+    # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    subprocess.run([*launch, str(path), str(number)], check=True, timeout=400)
+    saved = sorted(directory.glob("rank-*.pt"))
+    assert len(saved) == number
+    return [torch.load(path, weights_only=False) for path in saved]
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    results = {}
-    for number in (1, 2):
-        output = tmp_path / str(number)
-        output.mkdir()
-        script = tmp_path / f"run-{number}.py"
-        script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), output=str(output)))
-        # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-        subprocess.run([*launch, str(script), str(number)], check=True, timeout=400)
-        assert len(list(output.glob("rank-*.pt"))) == number
-        results[number] = [torch.load(path, weights_only=False) for path in sorted(output.glob("rank-*.pt"))]
-        assert (output / "model.safetensors").is_file()
+    results = {number: run_in_processes(TWO_PROCESSES, tmp_path / str(number), number) for number in (1, 2)}
+    assert all((tmp_path / str(number) / "model.safetensors").is_file() for number in results)
     (groups, weights, logs), (other_groups, other_weights, _) = results[2]
     (single_groups, single_weights, _) = results[1][0]
     assert groups == other_groups == single_groups

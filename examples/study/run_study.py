@@ -54,6 +54,7 @@ from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArgumen
 from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
+from skill_hf.latency import device_name  # noqa: E402
 from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
 from skill_hf.superb.features import write_json  # noqa: E402
 
@@ -88,13 +89,7 @@ class StudyArguments:
 
 def machine() -> dict[str, str]:
     versions = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "python": platform.python_version(), **versions}
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {"processor": device_name(torch.device("cpu")), "python": platform.python_version(), **versions}
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class SkillDistiller(nn.Module):
         sharing = projection_groups or [[index] for index in range(len(layer_groups))]
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
         self.projections = projections or nn.ModuleList(
-            _identity(student.config.hidden_size) for _ in range(len(sharing))
+            identity_map(student.config.hidden_size) for _ in range(len(sharing))
         )
         self.has_gates = bool(named_gates(student))
         if self.has_gates:
@@ -164,7 +164,8 @@ def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> to
     return None if attention_mask is None else model._get_feature_vector_attention_mask(frames, attention_mask)
 
 
-def _identity(size: int) -> nn.Linear:
+def identity_map(size: int) -> nn.Linear:
+    """A linear map that changes nothing yet."""
     linear = nn.Linear(size, size)
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)

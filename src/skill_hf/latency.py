@@ -115,7 +115,7 @@ def fit_latency(
                 student = STUDENT_CLASSES[config.model_type](architecture)
             timings.append(measure_parts(student.to(clips.dtype).eval(), clips, num_runs))
     measured_on = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": dtype,
         "num_threads": num_threads,
         "batch_size": batch_size,
@@ -271,7 +271,8 @@ def _checked_device(name: str) -> torch.device:
     return device
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a GPU or a processor is called."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")  # `platform` doesn't know the name on Linux

@@ -229,10 +229,10 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
 
     Closed for good are units that are open with a probability below `CLOSED_PROBABILITY` and closed out of training.
     Where all of them are more than the target asks for, those most likely to open stay, and so they do where the rest
-    would be no multiple of the gate's `multiple_of`. The outputs in eval mode
-    remain what they are as long as the probabilities of the units that go, which are counted no more, do not sum up to
-    another whole unit that is open. In training the noise of the gates is drawn for the units that there are, so that
-    the draws of one seed are others than before.
+    would be no multiple of the gate's `multiple_of`. The outputs in eval mode remain what they are as long as the
+    probabilities of the units that go, which are counted no more, do not sum up to another whole unit that is open. In
+    training the noise of the gates is drawn for the units that there are, so that the draws of one seed are others
+    than before.
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
