@@ -307,6 +307,9 @@ def run(arguments: list[str], clock: StageClock) -> None:
         logger.info("Published as https://huggingface.co/%s", trainer.hub_model_id)
     else:
         trainer.create_model_card()
+    # A process that ends while gloo's threads still hold its tensors is aborted; those that only listen wait here.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def main(arguments: list[str] | None = None) -> int:

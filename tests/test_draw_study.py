@@ -215,6 +215,19 @@ def test_first_of_two_lines_counts_and_torn_ones_do_not(results, caplog):
     assert "runs.0.jsonl has a line that is torn" in caplog.text
 
 
+def test_students_trained_twice_are_compared(results):
+    rows = [row_of("skill", seed, settings={"processor": "a CPU"}) for seed in (0, 1)]
+    write_runs(results, rows)
+    assert "trained twice" not in draw_study.setting(read_study(results))
+    on_gpu = {"settings": {"processor": "a GPU"}, "distances": [0.5] * 12 + [0.24]}
+    again = [row_of("skill", 0, **on_gpu, asv_eer=14, pr_per=38), row_of("skill", 1, **on_gpu, asv_eer=15.5)]
+    write_runs(results, [*again, row_of("skill", 2, **on_gpu)], worker=1)
+    text = draw_study.setting(read_study(results))
+    assert "| on a CPU | 2 students, 100 s to train one, 50 s" in text and "| on a GPU | 1 students" in text
+    assert "2 students were trained twice, on a CPU and a GPU" in text
+    assert "KS acc ↑ 0.0, ASV EER ↓ 1.0, SID acc ↑ 0.0, PR PER ↓ 3.0, mean distance (1 − CKA) ↓ 0.020." in text
+
+
 def test_run_of_no_method_is_passed_over(results, caplog):
     write_runs(results, [row_of("skill", 0), row_of("skill", 1) | {"key": "of another teacher"}])
     study = read_study(results)

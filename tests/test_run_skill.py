@@ -484,6 +484,7 @@ def test_random_pruning_keeps_weights_as_they_are(layout):
 # ----------------------------------------------------------------------------------------------------- as a program
 def program(*words) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent / "src"), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL takes one GPU for each process
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=300)
 
 

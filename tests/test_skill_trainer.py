@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -571,17 +572,25 @@ torch.save((trainer.layer_groups, trainer.model.state_dict(), trainer.state.log_
 """
 
 
+# Gloo's threads abort a process that ends while they still hold its tensors.
+END_TOGETHER = """
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
 def run_in_processes(script: str, directory: Path, number: int) -> list:
     """
     What each of `number` processes has saved as rank-N.pt in `directory`. `{output}` in `script` becomes this
-    directory, `{tests}` that of the tests; `number` is its argument.
+    directory, `{tests}` that of the tests; `number` is its argument. It names its trainer `trainer`.
     """
     directory.mkdir()
     path = directory / "run.py"
-    path.write_text(script.format(tests=str(Path(__file__).parent), output=str(directory)))
+    path.write_text(script.format(tests=str(Path(__file__).parent), output=str(directory)) + END_TOGETHER)
     # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    subprocess.run([*launch, str(path), str(number)], check=True, timeout=400)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # NCCL takes one GPU for each process
+    subprocess.run([*launch, str(path), str(number)], check=True, timeout=400, env=environment)
     saved = sorted(directory.glob("rank-*.pt"))
     assert len(saved) == number
     return [torch.load(path, weights_only=False) for path in saved]

@@ -147,7 +147,6 @@ def setting(study: Study) -> str:
             reached.append(f"{sparsity:g}: {low}" if low == high else f"{sparsity:g}: {low} to {high}")
     seconds = first["max_steps"] * first["batch_size"] * first["max_seconds"]
     done = len(study.runs.keys() & study.planned)
-    train, probe = (np.array([run["seconds"][name] for run in runs]) for name in ("training", "probes"))
     rates = ", ".join(
         f"{task.upper()} {'/'.join(f'{rate:g}' for rate in of)}" for task, of in first["learning_rates"].items()
     )
@@ -163,12 +162,40 @@ def setting(study: Study) -> str:
         ("audio per student", f"{seconds / 60:.0f} min"),
         ("sparsity reached", "; ".join(reached)),
         ("learning rates of the heads", rates),
-        ("time", f"{np.median(train):.0f} s to train a student and {np.median(probe):.0f} s to probe it (medians)"),
-        ("time in all", f"{(train.sum() + probe.sum()) / 3600:.1f} h"),
-        ("machine", all_of("processor")),
+        *((f"on {processor}", time_of(of)) for processor, of in by_machine(runs).items()),
         ("versions", ", ".join(f"{of} {all_of(of)}" for of in ("python", "torch", "transformers", "datasets"))),
     ]
-    return table(("", ""), rows, texts=2)
+    return table(("", ""), rows, texts=2) + repeats_note(study)
+
+
+def by_machine(runs: Sequence[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for run in runs:
+        found.setdefault(run["settings"]["processor"], []).append(run)
+    return found
+
+
+def time_of(runs: Sequence[dict]) -> str:
+    train, probe = (np.array([run["seconds"][name] for run in runs]) for name in ("training", "probes"))
+    return (
+        f"{len(runs)} students, {np.median(train):.0f} s to train one, {np.median(probe):.0f} s to probe it (medians)"
+    )
+
+
+def repeats_note(study: Study) -> str:
+    """How far students are apart that were trained twice."""
+    if not study.repeats:
+        return ""
+    pairs = [(study.runs[run["key"]], run) for run in study.repeats]
+    most = [
+        f"{outcome.label} {number(max(abs(outcome.value(a) - outcome.value(b)) for a, b in pairs), outcome.digits)}"
+        for outcome in (*SCORES.values(), MEAN_DISTANCE)
+    ]
+    machines = sorted({run["settings"]["processor"] for pair in pairs for run in pair})
+    return (
+        f"\n\n{len(pairs)} students were trained twice, on {' and '.join(machines)}. They are at most this far apart:"
+        f" {', '.join(most)}."
+    )
 
 
 def teacher_parameters(study: Study) -> int:

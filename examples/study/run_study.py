@@ -87,9 +87,9 @@ class StudyArguments:
                 raise ValueError(f"{directory} has no metadata.csv; give the directory that has it.")
 
 
-def machine() -> dict[str, str]:
+def machine(device: torch.device) -> dict[str, str]:
     versions = {package.__name__: package.__version__ for package in (torch, transformers, datasets)}
-    return {"processor": device_name(torch.device("cpu")), "python": platform.python_version(), **versions}
+    return {"processor": device_name(device), "python": platform.python_version(), **versions}
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def compute_similarities(teacher, feature_extractor, train, seed: int) -> dict[s
     done = 0
     with tqdm(total=max(CALIBRATION_SIZES), desc=f"Similarity, seed {seed}", unit="clip") as bar:
         for batch in equal_length_batches((torch.from_numpy(waveform) for waveform in waveforms), 1):
-            states = teacher(batch, output_hidden_states=True).hidden_states
+            states = teacher(batch.to(teacher.device), output_hidden_states=True).hidden_states
             done += 1
             for measure, accumulator in accumulators.items():
                 accumulator.update([state[0] for state in states])
@@ -145,7 +145,7 @@ def references(args: StudyArguments, teacher, feature_extractor, splits) -> dict
 
     def untrained(seed: int) -> PretrainedEncoder:
         set_seed(seed)
-        return PretrainedEncoder(AutoModel.from_config(teacher.config), feature_extractor)
+        return PretrainedEncoder(AutoModel.from_config(teacher.config).to(teacher.device), feature_extractor)
 
     encoders = {
         "teacher": lambda: {SEEDS: PretrainedEncoder(teacher, feature_extractor)},
@@ -256,7 +256,9 @@ def main(args: StudyArguments) -> None:
     start = time.monotonic()
     torch.set_num_threads(args.num_threads)
     args.results.mkdir(parents=True, exist_ok=True)
-    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # so that a GPU rounds as a CPU does
+    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).to(device).eval()
     feature_extractor = AutoFeatureExtractor.from_pretrained(args.teacher)
     train, heldout = speech_to_distil(args.librispeech)
     splits = probe_splits(args.librispeech, args.speech_commands)
@@ -268,7 +270,7 @@ def main(args: StudyArguments) -> None:
         "batch_size": args.batch_size,
         "max_seconds": args.max_seconds,
         "learning_rates": rates,
-        **machine(),
+        **machine(device),
     }
     planned = list(plan())
     mine = planned[args.worker :: args.num_workers]

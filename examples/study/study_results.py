@@ -41,12 +41,14 @@ class Study:
         groups: seed -> measure -> number of calibration clips -> `skill` or `4 clusters` -> groups.
         references: encoder -> `scores` (metric -> a value for each seed) and `learning_rates` (the same by task).
         runs: key -> line of `runs.*.jsonl`.
+        repeats: later lines of keys that `runs` has.
     """
 
     similarities: dict[int, dict[str, np.ndarray]]
     groups: dict[int, dict[str, dict[int, dict[str, list[list[int]]]]]]
     references: dict[str, dict]
     runs: dict[str, dict]
+    repeats: tuple[dict, ...] = ()
 
     @cached_property
     def methods(self) -> dict[tuple[str, int], Method]:
@@ -80,7 +82,7 @@ class Study:
 def read_study(directory: Path) -> Study:
     """
     Reads `clusters.*.json`, `references.json` and `runs.*.jsonl`, whichever there are. Of two lines with one key the
-    first counts; lines that are torn are passed over with a warning.
+    first counts, the other repeats it; lines that are torn are passed over with a warning.
 
     Raises:
         `ValueError`: if the directory is missing, or if runs are of different settings.
@@ -94,6 +96,7 @@ def read_study(directory: Path) -> Study:
         for path in directory.glob("clusters.*.json")
     }
     runs: dict[str, dict] = {}
+    repeats: list[dict] = []
     for path in sorted(directory.glob("runs.*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -101,7 +104,8 @@ def read_study(directory: Path) -> Study:
             except json.JSONDecodeError:
                 logger.warning("%s has a line that is torn; it is passed over.", path)
                 continue
-            runs.setdefault(row["key"], row)
+            if runs.setdefault(row["key"], row) is not row:
+                repeats.append(row)
     for name in SHARED_SETTINGS:
         found = {json.dumps(row["settings"][name], sort_keys=True) for row in runs.values()}
         if len(found) > 1:
@@ -122,6 +126,7 @@ def read_study(directory: Path) -> Study:
         },
         references=references,
         runs=runs,
+        repeats=tuple(repeats),
     )
     if strays := len(runs.keys() - study.planned):
         logger.warning("%d runs in %s belong to no method; they are passed over.", strays, directory)
