@@ -78,6 +78,7 @@ def row_of(name: str, seed: int, sparsity: float = 0.75, distances=None, setting
         "sparsity_reached": 0.75,
         "distances": {"cka": [0.5] * 13 if distances is None else distances},
         "scores": {"ks_accuracy": 60, "asv_eer": 15, "sid_accuracy": 45, "pr_per": 35} | scores,
+        "architecture": {"num_heads": [seed, 2, 0]},
         "seconds": {"training": 100.0, "probes": 50.0},
         "settings": {
             "max_steps": 240,
@@ -251,12 +252,12 @@ def test_distances_of_the_distilled_and_of_the_others(results):
     # A tenth at DPHuBERT's hidden states 0, 4, 8 and 12, four tenths elsewhere.
     distances = [0.1 if layer % 4 == 0 else 0.4 for layer in range(13)]
     rows = [row_of(name, 0, distances=distances) for name in ("skill", "dphubert", "last layer")]
-    write_runs(results, [*rows, row_of("skill", 0, 0.9)])
+    write_runs(results, [*rows, row_of("skill", 1, 0.9), row_of("skill", 0, 0.9)])
     text = draw_study.distances(read_study(results))
-    assert "| 0.75 | SKILL | 1 | 0.308 | 0.308 | – | 0.100 | 0.400 |" in text
-    assert "| 0.75 | DPHuBERT | 1 | 0.308 | 0.100 | 0.400 | 0.100 | 0.400 |" in text
-    assert "| 0.75 | last layer | 1 | 0.308 | 0.100 | 0.325 | 0.100 | 0.400 |" in text
-    assert "| 0.9 | SKILL | 1 | 0.500 | 0.500 | – | 0.500 | 0.500 |" in text
+    assert "| 0.75 | SKILL | 1 | 0.308 | 0.308 | – | 0.100 | 0.400 | 2 |" in text
+    assert "| 0.75 | DPHuBERT | 1 | 0.308 | 0.100 | 0.400 | 0.100 | 0.400 | 2 |" in text
+    assert "| 0.75 | last layer | 1 | 0.308 | 0.100 | 0.325 | 0.100 | 0.400 | 2 |" in text
+    assert "| 0.9 | SKILL | 2 | 0.500 ± 0.000 | 0.500 ± 0.000 | – | 0.500 ± 0.000 | 0.500 ± 0.000 | 2, 3 |" in text
 
 
 def test_main_table_by_hand(results):

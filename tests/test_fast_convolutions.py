@@ -1,5 +1,7 @@
 """The student computes its convolutions in ways of its own, with the outputs and gradients of the stock model."""
 
+import copy
+
 import pytest
 import torch
 from conftest import padded_batch, tiny_config, tiny_teacher
@@ -7,7 +9,7 @@ from torch import nn
 from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
 
 from skill_hf import WavLMSkillStudentConfig
-from skill_hf.families import build_student
+from skill_hf.families import build_student, fast_teacher
 from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
 from skill_hf.pruning import seed_gates
 
@@ -190,7 +192,7 @@ def test_a_batch_in_parts_gives_the_same_outputs(monkeypatch, masked_group_norm)
     monkeypatch.setattr(encoder, "_encode", lambda *args: sizes.append(len(args[0])) or encode(*args))
     with torch.no_grad():
         expected = student(**inputs).last_hidden_state
-        encoder.max_values = 2 * 16 * 8000 // 5  # two clips
+        encoder.max_values = {"cpu": 2 * 16 * 8000 // 5}  # two clips
         actual = student(**inputs).last_hidden_state
     assert sizes == [5, 2, 2, 1]
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
@@ -201,7 +203,7 @@ def test_checkpoints_of_a_few_clips_give_the_same_gradients(layout):
     student.config.apply_spec_augment, student.config.layerdrop = False, 0.0
     student.config.masked_group_norm = layout == "base"
     student.add_gates()
-    student.feature_extractor.max_values = 2 * 16 * 8000 // 5  # two clips
+    student.feature_extractor.max_values = {"cpu": 2 * 16 * 8000 // 5}  # two clips
     inputs = {name: tensor.repeat(3, 1)[:5] for name, tensor in padded_batch().items()}
     sizes, grads = [], []
     student.feature_extractor.conv_layers[0].register_forward_hook(
@@ -243,3 +245,25 @@ def test_bfloat16_autocast_trains_near_float32(layout):
         loss.backward()
         grads.append(torch.cat([parameter.grad.flatten() for parameter in student.feature_extractor.parameters()]))
     assert torch.cosine_similarity(*grads, dim=0) > 0.95  # 0.96 where the processor multiplies in bfloat16
+
+
+def test_weights_cast_once_are_those_that_autocast_casts(layout):
+    teacher = tiny_teacher(layout).eval()
+    weights = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    fast, cast = fast_teacher(teacher), fast_teacher(teacher, torch.bfloat16)
+    inputs = torch.randn(2, 4000)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected, found = (model(inputs, output_hidden_states=True).hidden_states for model in (fast, cast))
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert cast.encoder.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
+    assert all(torch.equal(weight, weights[name]) for name, weight in teacher.state_dict().items())
+
+
+def test_a_bias_in_half_precision_is_near_float32(layout):
+    student = build_student(tiny_teacher(layout)).eval()
+    half = copy.deepcopy(student).bfloat16()
+    inputs = torch.randn(2, 4000)
+    with torch.no_grad():
+        expected, found = student(inputs).last_hidden_state, half(inputs.bfloat16()).last_hidden_state
+    assert torch.nn.functional.cosine_similarity(expected, found.float(), dim=-1).min() > 0.99

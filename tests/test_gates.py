@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from skill_hf.gates import GatedForward, HardConcreteGate, KeptLayerNorm
+from skill_hf.gates import DrawHook, GatedForward, HardConcreteGate, KeptLayerNorm, sample
 
 
 def gate_with(log_alpha, min_open=0) -> HardConcreteGate:
@@ -17,18 +17,18 @@ def gate_with(log_alpha, min_open=0) -> HardConcreteGate:
 def test_samples_follow_the_closed_form(log_alpha):
     """P(z = 0), P(z = 1) and the range against arXiv 1712.01312, written out here."""
     gate = gate_with([log_alpha] * 200_000)
-    sample = gate.sample(torch.Generator().manual_seed(0)).detach()
+    drawn = sample(gate.log_alpha, torch.Generator().manual_seed(0)).detach()
     beta, low, high = 2 / 3, -0.1, 1.1
 
     def below(value):  # P(stretched <= value)
         s = (value - low) / (high - low)
         return 1 / (1 + math.exp(-(beta * math.log(s / (1 - s)) - log_alpha)))
 
-    assert sample.min() >= 0
-    assert sample.max() <= 1
-    assert (sample == 0).float().mean().item() == pytest.approx(below(0.0), abs=4e-3)
-    assert (sample == 1).float().mean().item() == pytest.approx(1 - below(1.0), abs=4e-3)
-    assert (sample <= 0.5).float().mean().item() == pytest.approx(below(0.5), abs=4e-3)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    assert (drawn == 0).float().mean().item() == pytest.approx(below(0.0), abs=4e-3)
+    assert (drawn == 1).float().mean().item() == pytest.approx(1 - below(1.0), abs=4e-3)
+    assert (drawn <= 0.5).float().mean().item() == pytest.approx(below(0.5), abs=4e-3)
     assert gate.open_probability()[0].item() == pytest.approx(1 - below(0.0), rel=1e-5)
 
 
@@ -73,13 +73,27 @@ def test_open_units_are_a_multiple(size, multiple_of, min_open, probability, exp
 
 def test_sample_has_gradients_and_obeys_its_generator():
     gate = gate_with([0.0] * 50)
-    one = gate.sample(torch.Generator().manual_seed(3))
-    two = gate.sample(torch.Generator().manual_seed(3))
-    other = gate.sample(torch.Generator().manual_seed(4))
+    one = sample(gate.log_alpha, torch.Generator().manual_seed(3))
+    two = sample(gate.log_alpha, torch.Generator().manual_seed(3))
+    other = sample(gate.log_alpha, torch.Generator().manual_seed(4))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     one.sum().backward()
     assert (gate.log_alpha.grad > 0).any()
+
+
+def test_gates_drawn_together_are_those_drawn_one_by_one():
+    owner = torch.nn.ModuleList(gate_with([0.1] * number) for number in (1, 40, 3, 17))
+    hook = DrawHook(list(owner))
+    hook.seed = 5
+    hook(owner, ())
+    generator = torch.Generator().manual_seed(5)
+    for gate in owner:
+        torch.testing.assert_close(gate.value, sample(gate.log_alpha, generator), rtol=1e-6, atol=1e-6)
+    sum(number * gate.value.sum() for number, gate in enumerate(owner)).backward()
+    assert owner[0].log_alpha.grad.abs().sum() == 0 < owner[1].log_alpha.grad.sum()
+    hook(owner.eval(), ())
+    assert all(torch.equal(gate.value, gate.deterministic()) for gate in owner)
 
 
 def test_kept_layer_norm_equals_a_narrow_one():
@@ -88,7 +102,7 @@ def test_kept_layer_norm_equals_a_narrow_one():
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     gate = gate_with([3.0, -9.0, 3.0, 3.0, -9.0, 3.0]).eval()
-    gate.draw()
+    gate.value = gate.deterministic()
     kept = gate.value.nonzero().flatten()
     assert len(kept) == 4
     hidden_states = torch.randn(2, 5, 6) + 3
@@ -108,7 +122,7 @@ def test_gated_weight_is_gated_inputs(module, shape, repeats):
     for run in (gated, module):
         gate.zero_grad()
         inputs.grad = None
-        gate.draw()
+        gate.value = gate.deterministic()
         value = gate.value.repeat_interleave(repeats)
         scale = 1 if run is gated else value if inputs.shape[-1] == 6 else value[:, None]
         output = run(inputs * scale)
@@ -130,5 +144,5 @@ def test_a_copy_of_a_gated_module_has_a_gate_of_its_own():
 
 def test_a_drawn_gate_can_be_copied():
     gate = gate_with([0.0, 1.0])
-    gate.draw()
+    gate.value = gate.deterministic()
     assert copy.deepcopy(gate).value is None

@@ -142,7 +142,7 @@ def test_time_is_that_of_the_part_that_takes_it(monkeypatch):
 
 def test_a_batch_that_the_convolutions_take_in_parts_is_measured_whole(monkeypatch):
     student = build_student(tiny_teacher()).eval()
-    student.feature_extractor.max_values = 1
+    student.feature_extractor.max_values = {"cpu": 1}
     slow = student.feature_extractor.conv_layers[2]
     forward = slow.forward
 

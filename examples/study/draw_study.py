@@ -291,10 +291,9 @@ def significance(study: Study) -> str:
     if not tasks_with_gain(study, "fbank"):
         outcomes = {}
     outcomes[f"Scores at sparsity {MAIN_SPARSITY:g}"] = (list(SCORES.values()), MAIN_SPARSITY)
-    outcomes[f"Distance to the teacher (1 − CKA, mean of all hidden states) at sparsity {MAIN_SPARSITY:g}"] = (
-        [MEAN_DISTANCE],
-        MAIN_SPARSITY,
-    )
+    for sparsity in DISTANCE_SPARSITIES:
+        title = f"Distance to the teacher (1 − CKA, mean of all hidden states) at sparsity {sparsity:g}"
+        outcomes[title] = ([MEAN_DISTANCE], sparsity)
     tables, most = [], 0
     for title, (of, sparsity) in outcomes.items():
         compared = [
@@ -352,11 +351,13 @@ def distances(study: Study) -> str:
         for name in COMPARED:
             if runs := study.runs_of(name, sparsity):
                 parts = distance_parts(study, name, runs)
-                rows.append([sparsity, name_of(name), len(runs), *(spread(of, 3) for of in parts.values())])
+                heads = [sum(run["architecture"]["num_heads"]) for _, run in sorted(runs.items())]
+                left = ", ".join(map(str, heads))
+                rows.append([sparsity, name_of(name), len(runs), *(spread(of, 3) for of in parts.values()), left])
     if not rows:
         return ""
     header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
-    text = table([*header, "DPHuBERT's four", "all but these"], rows, texts=2)
+    text = table([*header, "DPHuBERT's four", "all but these", "heads left, by seed"], rows, texts=2)
     return text + lacking(study, COMPARED, MAIN_SPARSITY)
 
 

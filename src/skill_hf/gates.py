@@ -59,25 +59,25 @@ class HardConcreteGate(nn.Module):
         multiples = round(self.open_probability().sum().item() / self.multiple_of)
         return max(min(multiples, self.size // self.multiple_of) * self.multiple_of, self.min_open)
 
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """A differentiable sample, `(size,)`. Noise is drawn on the CPU so that it is the same on every device."""
-        noise = torch.rand(self.size, generator=generator, dtype=torch.float32)
-        noise = noise.to(self.log_alpha.device) * (1 - 2 * EPSILON) + EPSILON
-        concrete = torch.sigmoid((torch.logit(noise) + self.log_alpha) / BETA)
-        return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
-
     def deterministic(self) -> torch.Tensor:
         """The value out of training, `(size,)`."""
         left = self.log_alpha.topk(self.num_open()).indices
         kept = torch.zeros_like(self.log_alpha).index_fill(0, left, 1.0)
         return kept * torch.sigmoid(MAGIC * self.log_alpha / BETA)
 
-    def draw(self, generator: torch.Generator | None = None) -> None:
-        """Sets `value` for the forward that comes: a sample in training, else the deterministic value."""
-        self.value = self.sample(generator) if self.training else self.deterministic()
-
     def extra_repr(self) -> str:
         return f"size={self.size}"
+
+
+def sample(log_alpha: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    A differentiable sample of gates, `(size,)`, of `log_alpha` of the same shape. Noise is drawn on the CPU so that it
+    is the same on every device.
+    """
+    noise = torch.rand(log_alpha.numel(), generator=generator, dtype=torch.float32)
+    noise = noise.to(log_alpha.device) * (1 - 2 * EPSILON) + EPSILON
+    concrete = torch.sigmoid((torch.logit(noise) + log_alpha) / BETA)
+    return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 class KeptLayerNorm(nn.LayerNorm):
@@ -144,13 +144,21 @@ class GateHook:
 
 
 class DrawHook:
-    """Forward pre-hook of the whole model: draws every gate once, so that each has one value per forward."""
+    """
+    Forward pre-hook of the whole model: sets the `value` of every gate once per forward, to a sample in training, else
+    to the deterministic value. All are drawn as one tensor, since a GPU takes as long for a short one.
+    """
 
     def __init__(self, gates: list[HardConcreteGate]):
         self.gates = gates
         self.seed: int | None = None  # `None`: noise comes from torch's global generator
 
     def __call__(self, module, args):
+        if not module.training:
+            for gate in self.gates:
+                gate.value = gate.deterministic()
+            return
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        for gate in self.gates:
-            gate.draw(generator)
+        values = sample(torch.cat([gate.log_alpha for gate in self.gates]), generator)
+        for gate, value in zip(self.gates, values.split([gate.size for gate in self.gates]), strict=True):
+            gate.value = value

@@ -263,9 +263,9 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
     checkpoints are made), a batch goes through them a few clips at a time.
     """
 
-    # Values that the widest activation may have at once: what stays in the caches, and in memory that the allocator
-    # keeps, is faster.
-    max_values = 2**22
+    # Values that the widest activation may have at once: on a CPU what stays in the caches, and in memory that the
+    # allocator keeps, is faster; a GPU is to be kept busy.
+    max_values = {"cpu": 2**22, "cuda": 2**26}
 
     def __init__(self, config):
         super().__init__(config)
@@ -290,7 +290,7 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
         if not in_parts or _is_traced():
             return encode(input_values, num_samples)
         values = self.channels * input_values.shape[1] // self.conv_layers[0].conv_stride
-        clips = max(1, self.max_values // max(1, values))
+        clips = max(1, self.max_values.get(input_values.device.type, 2**26) // max(1, values))
         lengths = repeat(None) if num_samples is None else num_samples.split(clips)
         parts = [encode(*part).mT for part in zip(input_values.split(clips), lengths, strict=False)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).mT
@@ -393,12 +393,12 @@ class WavLMSkillStudentAttention(nn.Module):
             # Weights of no head rather than `None`, which would not be collected: the n-th stay those of layer n.
             return output, hidden_states.new_zeros(batch, 0, frames, frames) if eager else None, position_bias
 
-        bias = self.gate(hidden_states) * self._select(position_bias, dim=0)  # (B, H, T, T)
         query, key, value = (
             projection(hidden_states).view(batch, frames, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        bias = bias.to(query.dtype)
+        # The largest tensor of a layer, (B, H, T, T): made in the precision that it is used in.
+        bias = self.gate(hidden_states).to(query.dtype) * self._select(position_bias, dim=0).to(query.dtype)
         if attention_mask is not None:
             bias = bias.masked_fill_(~attention_mask.bool()[:, None, None, :], torch.finfo(bias.dtype).min)
         attention = eager_attention_forward

@@ -7,6 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -601,7 +602,12 @@ class SkillDistillationTrainer(Trainer):
     def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
         """Mean hidden state of the teacher in each group, `(groups, batch, frames, hidden_size)`, without gradient."""
         with self.accelerator.autocast():
-            return target_means(self._fast_teacher, self.layer_groups, input_values, attention_mask)
+            return target_means(self._target_teacher, self.layer_groups, input_values, attention_mask)
+
+    @cached_property
+    def _target_teacher(self) -> nn.Module:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return self._fast_teacher if dtype is None else fast_teacher(self.teacher, dtype)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
