@@ -388,6 +388,18 @@ def test_gradient_checkpointing_and_bf16_train(tmp_path, clips):
     assert np.isfinite(trainer.evaluate()["eval_distillation_loss"])
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_targets_need_no_weights_in_float32_under_autocast(tmp_path, clips, autocast):
+    trainer = make_trainer(tmp_path, clips, bf16=True)
+    trainer.accelerator.native_amp = autocast  # False with DeepSpeed
+    trainer.layer_groups = [[0, 1], [2]]
+    targets = trainer.teacher_targets(torch.randn(2, 4000))
+    assert targets.dtype == torch.float32 and targets.isfinite().all()
+    weight = trainer._target_teacher.encoder.layers[0].feed_forward.output_dense.weight
+    assert weight.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.teacher.parameters())
+
+
 def test_a_pruned_student_is_distilled_in_one_stage(tmp_path, clips):
     student = build_student(tiny_teacher())
     add_gates(student)

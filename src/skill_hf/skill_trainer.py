@@ -607,7 +607,9 @@ class SkillDistillationTrainer(Trainer):
     @cached_property
     def _target_teacher(self) -> nn.Module:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        return self._fast_teacher if dtype is None else fast_teacher(self.teacher, dtype)
+        if dtype is None or not self.accelerator.native_amp:  # DeepSpeed has half precision without autocast
+            return self._fast_teacher
+        return fast_teacher(self.teacher, dtype)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
