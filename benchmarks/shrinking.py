@@ -3,10 +3,12 @@ Shrinking while training, on the demo's teacher and audio: the same recipe with 
 seeds. Prints time of stage 1 and the held-out distillation loss of the finished student, and writes them as JSON.
 
     python benchmarks/shrinking.py --output shrinking.json
+    python benchmarks/shrinking.py --output shrinking.json --dphubert DPHuBERT
 
 The runs of a seed differ in `shrink_steps` alone. They have more and smaller steps than the demo, since gates need a
 few hundred to close. Time is that of the processor (of the clock on a GPU), on one thread unless `--threads` says
-otherwise; it holds the teacher's forward, which does not shrink.
+otherwise; it holds the teacher's forward, which does not shrink. With a clone of DPHuBERT its step is timed first, in
+turns with ours on the unpruned student, and so what a stage that shrinks takes of DPHuBERT's time.
 """
 
 import argparse
@@ -28,8 +30,15 @@ from skill_hf.latency import device_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "examples"))
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import run_skill  # noqa: E402
+from inference import Case  # noqa: E402
+from machine import peak_flops  # noqa: E402
+from training_step import DPHUBERT, RIVALS, Settings, measure_training  # noqa: E402
+
+
+DEMO_TEACHER = REPOSITORY / "examples" / "demo" / "teacher"
 
 
 class StepClock(TrainerCallback):
@@ -96,6 +105,25 @@ def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str)
     }
 
 
+def measure_step(args: argparse.Namespace) -> list[dict]:
+    """Rows of DPHuBERT's step and of ours, unpruned, with the demo's teacher and the batches of these runs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(
+        teacher=str(DEMO_TEACHER),
+        pruned="none",
+        dphubert=args.dphubert,
+        device=device.type,
+        threads=args.threads,
+        case=Case(args.batch_size, args.seconds),
+        precision="fp32",
+        runs=25,
+        warmup=5,
+        seed=args.seeds[0],
+    )
+    peaks = {"flops": {"fp32": peak_flops("fp32", device, [1024])}}
+    return list(measure_training(settings, [DPHUBERT, RIVALS[0]], peaks))
+
+
 def mean_and_spread(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
@@ -139,6 +167,7 @@ def main() -> None:
     parser.add_argument("--gate_learning_rate", type=float, default=0.2)
     parser.add_argument("--sparsity_warmup_steps", type=int, default=150)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dphubert", help="a clone of github.com/pyf98/DPHuBERT, to time its step")
     parser.add_argument("--output", default="shrinking.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -153,6 +182,8 @@ def main() -> None:
     if 0 not in args.shrink_steps:
         parser.error("0 is what the others are compared with: name it in --shrink_steps")
     result = {"settings": vars(args), "versions": versions, "device": device, "runs": []}
+    if args.dphubert is not None:
+        result["step"] = measure_step(args)
     for seed in args.seeds:
         for shrink_steps in args.shrink_steps:
             with tempfile.TemporaryDirectory() as output_dir:
@@ -161,6 +192,11 @@ def main() -> None:
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{device}, {args.threads} threads, {versions}, seeds {args.seeds}, {args.max_steps} steps\n")
     print_table(result["summary"])
+    if args.dphubert is not None:
+        ratio = result["step"][1]["ratio"]
+        print(f"\nOur step on the unpruned student takes {ratio:.2f} of the time of DPHuBERT's; all of stage 1:")
+        for steps, row in result["summary"].items():
+            print(f"{steps:>12}  {ratio * row['time_ratio']['mean']:.2f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -98,9 +99,11 @@ def test_inference_and_clustering(directories, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_compiled_and_int8(tmp_path):
+def test_compiled_and_int8(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    # Whether inductor compiles students is tested where they are.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     directories = save_models(tmp_path, layers=1)
     arguments = ["--cases", "1x0.5", "--precisions", "fp32", "int8", "--modes", "compiled", "onnx", "--only", "pruned"]
     results = run(directories, tmp_path, "--parts", "inference", *arguments)

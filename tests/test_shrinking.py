@@ -1,6 +1,7 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from conftest import padded_batch, tiny_teacher
@@ -320,36 +321,38 @@ def test_without_checkpoints_and_with_less_memory(tmp_path, clips):
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
-TWO_PROCESSES = """
-import sys, torch
-import numpy as np
-sys.path.insert(0, {tests!r})
-from test_shrinking import Record, make_shrinking
-rng = np.random.default_rng(0)
-clips = [{{"input_values": rng.standard_normal(n).astype(np.float32)}} for n in rng.integers(8_000, 30_000, 8)]
-record, processes = Record(), int(sys.argv[1])
-trainer = make_shrinking(
-    {output!r}, clips, record, layout="large", save_strategy="no", optim="sgd", learning_rate=0.1,
-    per_device_train_batch_size=8 // processes, gradient_accumulation_steps=1,
-)
-for config in (trainer.student.config, trainer.teacher.config):
-    config.hidden_dropout = config.attention_dropout = config.activation_dropout = 0.0
-for module in trainer.student.modules():
-    if isinstance(module, torch.nn.Dropout):
-        module.p = 0.0
-    elif hasattr(module, "heads"):
-        module.dropout = 0.0
-trainer.train()
-rank = trainer.accelerator.process_index
-torch.save((record.sizes, trainer.model.state_dict()), f"{output}/rank-{{rank}}.pt")
-"""
+def train_on_eight_clips(output, number):
+    """Eight clips a step without dropout, on one of `number` processes."""
+    rng = np.random.default_rng(0)
+    clips = [{"input_values": rng.standard_normal(n).astype(np.float32)} for n in rng.integers(8_000, 30_000, 8)]
+    record = Record()
+    trainer = make_shrinking(
+        output,
+        clips,
+        record,
+        layout="large",
+        save_strategy="no",
+        optim="sgd",
+        learning_rate=0.1,
+        per_device_train_batch_size=8 // number,
+        gradient_accumulation_steps=1,
+    )
+    for config in (trainer.student.config, trainer.teacher.config):
+        config.hidden_dropout = config.attention_dropout = config.activation_dropout = 0.0
+    for module in trainer.student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "heads"):
+            module.dropout = 0.0
+    trainer.train()
+    return trainer, (record.sizes, trainer.model.state_dict())
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    results = {number: run_in_processes(TWO_PROCESSES, tmp_path / str(number), number) for number in (1, 2)}
-    (sizes, weights), (other_sizes, other_weights) = results[2]
-    single_sizes, single_weights = results[1][0]
+    results = run_in_processes(train_on_eight_clips, tmp_path / "2", number=2)
+    (sizes, weights), (other_sizes, other_weights) = results
+    _, (single_sizes, single_weights) = train_on_eight_clips(tmp_path / "1", number=1)
     assert sizes == other_sizes == single_sizes
     assert sizes[6] < sizes[2] < sizes[0]
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)

@@ -564,56 +564,63 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert args.weight_decay == 0
 
 
-TWO_PROCESSES = """
-import sys, torch
-import numpy as np
-sys.path.insert(0, {tests!r})
-from test_skill_trainer import make_trainer, tiny_teacher
-rng = np.random.default_rng(0)
-lengths = [9_000, 12_000, 15_000, 30_000, 8_000, 20_000, 25_000, 11_000]
-clips = [{{"input_values": rng.standard_normal(length).astype(np.float32)}} for length in lengths]
-teacher = tiny_teacher("large", hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
-trainer = make_trainer(
-    {output!r}, clips, teacher, {{"num_clusters": 2, "final_steps": 2}}, max_steps=6, save_strategy="no", optim="sgd",
-    learning_rate=0.1, per_device_train_batch_size=8 // int(sys.argv[1]),
-)
-trainer.train()
-trainer.save_model({output!r})
-rank = trainer.accelerator.process_index
-torch.save((trainer.layer_groups, trainer.model.state_dict(), trainer.state.log_history), f"{output}/rank-{{rank}}.pt")
-"""
-
-
 # Gloo's threads abort a process that ends while they still hold its tensors.
-END_TOGETHER = """
+PROCESS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from {module} import {function}
+trainer, result = {function}({output!r}, {number})
+torch.save(result, f"{output}/rank-{{trainer.accelerator.process_index}}.pt")
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
 
-def run_in_processes(script: str, directory: Path, number: int) -> list:
+def run_in_processes(train, directory: Path, number: int) -> list:
     """
-    What each of `number` processes has saved as rank-N.pt in `directory`. `{output}` in `script` becomes this
-    directory, `{tests}` that of the tests; `number` is its argument. It names its trainer `trainer`.
+    What `train(directory, number)`, a function of a test module that returns a trainer and its result, results in on
+    each of `number` processes.
     """
     directory.mkdir()
     path = directory / "run.py"
-    path.write_text(script.format(tests=str(Path(__file__).parent), output=str(directory)) + END_TOGETHER)
+    names = {"module": train.__module__, "function": train.__name__}
+    path.write_text(PROCESS.format(tests=str(Path(__file__).parent), output=str(directory), number=number, **names))
     # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # NCCL takes one GPU for each process
-    subprocess.run([*launch, str(path), str(number)], check=True, timeout=400, env=environment)
+    subprocess.run([*launch, str(path)], check=True, timeout=400, env=environment)
     saved = sorted(directory.glob("rank-*.pt"))
     assert len(saved) == number
     return [torch.load(path, weights_only=False) for path in saved]
 
 
+def train_on_eight_clips(output, number):
+    """Eight clips a step, on one of `number` processes."""
+    rng = np.random.default_rng(0)
+    lengths = [9_000, 12_000, 15_000, 30_000, 8_000, 20_000, 25_000, 11_000]
+    clips = [{"input_values": rng.standard_normal(length).astype(np.float32)} for length in lengths]
+    trainer = make_trainer(
+        output,
+        clips,
+        tiny_teacher("large", hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0),
+        {"num_clusters": 2, "final_steps": 2},
+        max_steps=6,
+        save_strategy="no",
+        optim="sgd",
+        learning_rate=0.1,
+        per_device_train_batch_size=8 // number,
+    )
+    trainer.train()
+    trainer.save_model(str(output))
+    return trainer, (trainer.layer_groups, trainer.model.state_dict(), trainer.state.log_history)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    results = {number: run_in_processes(TWO_PROCESSES, tmp_path / str(number), number) for number in (1, 2)}
-    assert all((tmp_path / str(number) / "model.safetensors").is_file() for number in results)
-    (groups, weights, logs), (other_groups, other_weights, _) = results[2]
-    (single_groups, single_weights, _) = results[1][0]
+    results = run_in_processes(train_on_eight_clips, tmp_path / "2", number=2)
+    (groups, weights, logs), (other_groups, other_weights, _) = results
+    _, (single_groups, single_weights, _) = train_on_eight_clips(tmp_path / "1", number=1)
+    assert all((tmp_path / number / "model.safetensors").is_file() for number in "12")
     assert groups == other_groups == single_groups
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     for name, tensor in single_weights.items():
