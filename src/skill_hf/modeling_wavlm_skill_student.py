@@ -205,6 +205,8 @@ class WavLMSkillStudentConvLayer(nn.Module):
         in_place = not (torch.is_grad_enabled() or _is_traced()) and _is_bare(self.conv, self.layer_norm)
         if in_place and isinstance(self.activation, GELUActivation):
             return torch.ops.aten.gelu_(hidden_states)  # the largest activations of the model
+        if torch.compiler.is_compiling():
+            return self.activation(hidden_states.mT).mT
         return self.activation(hidden_states)
 
     def _can_fold(self):
@@ -250,11 +252,13 @@ class WavLMSkillStudentConvLayer(nn.Module):
             variance = ((weight @ covariance) * weight).sum(-1)  # (B, C)
             scale = self.layer_norm.weight.double() * torch.rsqrt(variance + self.layer_norm.eps)
             kernels = (scale[..., None] * weight).to(samples.dtype)  # (B, C, K)
-            centred = centred.to(samples.dtype)
-        bias = self.layer_norm.bias.to(samples.dtype)
+            # The bias is the tap of a constant: to add it would be a pass over the largest activation of the model.
+            bias = self.layer_norm.bias.to(samples.dtype).expand(len(kernels), 1, -1).mT
+            kernels = torch.cat((kernels, bias), dim=-1)
+            centred = nn.functional.pad(centred.to(samples.dtype), (0, 0, 0, 1), value=1.0)
         if samples.device.type == "cpu":
-            return torch.baddbmm(bias, centred.mT, kernels.mT).mT  # channels last in memory
-        return torch.baddbmm(bias[:, None], kernels, centred)
+            return (centred.mT @ kernels.mT).mT  # channels last in memory
+        return kernels @ centred
 
 
 class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
