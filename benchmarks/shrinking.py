@@ -5,6 +5,11 @@ seeds. Prints time of stage 1 and the held-out distillation loss of the finished
     python benchmarks/shrinking.py --output shrinking.json
     python benchmarks/shrinking.py --output shrinking.json --dphubert DPHuBERT
 
+What such a stage would take in another shape, whose step `run_benchmarks.py --parts training` has timed at several
+sizes of the student:
+
+    python benchmarks/shrinking.py --read shrinking.json --sizes benchmarks/results/step.json
+
 The runs of a seed differ in `shrink_steps` alone. They have more and smaller steps than the demo, since gates need a
 few hundred to close. Time is that of the processor (of the clock on a GPU), on one thread unless `--threads` says
 otherwise; it holds the teacher's forward, which does not shrink. With a clone of DPHuBERT its step is timed first, in
@@ -35,7 +40,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import run_skill  # noqa: E402
 from inference import Case  # noqa: E402
 from machine import peak_flops  # noqa: E402
-from training_step import DPHUBERT, RIVALS, Settings, measure_training  # noqa: E402
+from training_step import DPHUBERT, RIVALS, Settings, average_over_stage, measure_training  # noqa: E402
 
 
 DEMO_TEACHER = REPOSITORY / "examples" / "demo" / "teacher"
@@ -145,6 +150,22 @@ def summarise(runs: list[dict]) -> dict:
     return summary
 
 
+def stage_in_another_shape(of: dict, unpruned: int, training: list[dict]) -> float:
+    """
+    What stage 1 takes of the peer's time if its student shrinks like that of a run.
+
+    Args:
+        of (`dict`): a run.
+        unpruned (`int`): parameters of its student before stage 1.
+        training (`list[dict]`): rows of a training step in the other shape, of which the first is the peer's.
+    """
+    peer, *rows = training
+    rows = [row for row in rows if not row["checkpointing"] and row["precision"] == peer["precision"]]
+    steps = of["stage_1"][-1]["step"]
+    sizes = [(line["step"] / steps, line["num_parameters"] / unpruned) for line in of["stage_1"]]
+    return average_over_stage(rows, [(0.0, 1.0), *sizes]) / peer["median"]
+
+
 def print_table(summary: dict) -> None:
     print(f"{'shrink_steps':>12}  {'stage 1 (s)':>15}  {'time ratio':>13}  {'held-out loss':>16}  {'difference':>16}")
     for steps, row in summary.items():
@@ -169,7 +190,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dphubert", help="a clone of github.com/pyf98/DPHuBERT, to time its step")
     parser.add_argument("--output", default="shrinking.json")
+    parser.add_argument("--read", help="a result of this command, to print instead of running anything")
+    parser.add_argument("--sizes", help="a result of run_benchmarks.py with the training step at several sizes")
     args = parser.parse_args()
+    if 0 not in args.shrink_steps:
+        parser.error("0 is what the others are compared with: name it in --shrink_steps")
+    result = measure(args) if args.read is None else json.loads(Path(args.read).read_text(encoding="utf-8"))
+    training = json.loads(Path(args.sizes).read_text(encoding="utf-8"))["training"] if args.sizes else None
+    print_result(result, training)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Runs everything; what is in the file, which is written after each run."""
     torch.set_num_threads(args.threads)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("skill_hf.shrinking").setLevel(logging.INFO)
@@ -179,8 +211,6 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if 0 not in args.shrink_steps:
-        parser.error("0 is what the others are compared with: name it in --shrink_steps")
     result = {"settings": vars(args), "versions": versions, "device": device, "runs": []}
     if args.dphubert is not None:
         result["step"] = measure_step(args)
@@ -190,13 +220,32 @@ def main() -> None:
                 result["runs"].append(run(seed, shrink_steps, args, output_dir))
             result["summary"] = summarise(result["runs"])
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{device}, {args.threads} threads, {versions}, seeds {args.seeds}, {args.max_steps} steps\n")
+    return result
+
+
+def print_result(result: dict, training: list[dict] | None) -> None:
+    """Tables of a result, and what its stages would take in the shape of the rows of `training`."""
+    settings = result["settings"]
+    print(
+        f"{result['device']}, {settings['threads']} threads, {result['versions']}, seeds {settings['seeds']},"
+        f" {settings['max_steps']} steps\n"
+    )
     print_table(result["summary"])
-    if args.dphubert is not None:
+    if "step" in result:
         ratio = result["step"][1]["ratio"]
         print(f"\nOur step on the unpruned student takes {ratio:.2f} of the time of DPHuBERT's; all of stage 1:")
         for steps, row in result["summary"].items():
             print(f"{steps:>12}  {ratio * row['time_ratio']['mean']:.2f}")
+    if training is not None:
+        unpruned = max(line["num_parameters"] for of in result["runs"] for line in of["stage_1"])
+        print("\nOf the peer's time in the other shape:")
+        for steps in result["summary"]:
+            shares = [
+                stage_in_another_shape(of, unpruned, training)
+                for of in result["runs"]
+                if of["shrink_steps"] == int(steps)  # a string where it was read
+            ]
+            print("{:>12}  {mean:.2f} ± {std:.2f}".format(steps, **mean_and_spread(shares)))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,9 @@ def test_unknown_names(directories, tmp_path):
         run(directories, tmp_path, "--parts", "inference", "--pruned", "macs-75")
 
 
-@pytest.mark.parametrize("name", ["forward.json", "forward_h200.json", "int8.json", "step.json", "step_h200.json"])
+@pytest.mark.parametrize(
+    "name", ["compiled.json", "forward.json", "forward_h200.json", "int8.json", "step.json", "step_h200.json"]
+)
 def test_the_page_says_what_the_results_say(name):
     page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
     results = json.loads((RESULTS / name).read_text(encoding="utf-8"))

@@ -202,11 +202,15 @@ class WavLMSkillStudentConvLayer(nn.Module):
                 hidden_states = self.layer_norm(hidden_states)
             elif self.layer_norm is not None:
                 hidden_states = self.layer_norm(hidden_states.mT).mT
+        if hidden_states.device.type != "cpu" or _is_plain():
+            return self._activate(hidden_states)
+        # Channels last, which kernels and compilers take for contiguous only where it is the last dimension, too.
+        return self._activate(hidden_states.mT).mT
+
+    def _activate(self, hidden_states):
         in_place = not (torch.is_grad_enabled() or _is_traced()) and _is_bare(self.conv, self.layer_norm)
         if in_place and isinstance(self.activation, GELUActivation):
             return torch.ops.aten.gelu_(hidden_states)  # the largest activations of the model
-        if torch.compiler.is_compiling():
-            return self.activation(hidden_states.mT).mT
         return self.activation(hidden_states)
 
     def _can_fold(self):
