@@ -19,11 +19,14 @@ from draw_study import NOTHING, TABLES, DrawArguments, fill, link_to, make_block
 from run_study import run_key  # noqa: E402
 from study_design import MEASURES, resolve  # noqa: E402
 from study_results import (  # noqa: E402
+    DPHUBERT_DISTANCE,
     MEAN_DISTANCE,
     SCORES,
     Study,
     agreements,
     compare,
+    compare_on_one_machine,
+    compare_with_teacher,
     detectable_effect,
     holm,
     mean_share,
@@ -154,6 +157,33 @@ def test_fewer_errors_are_better(results):
     assert compare(study, MEAN_DISTANCE, "dphubert", 0.75).better == 2
 
 
+def test_students_against_the_teacher_by_hand(results):
+    rows = [row_of("skill", seed, ks_accuracy=83 + seed, asv_eer=9 + seed, pr_per=21 + seed) for seed in range(3)]
+    write_runs(results, rows)
+    study = read_study(results)  # the teacher has two seeds
+    assert compare_with_teacher(study, "ks_accuracy", "skill", 0.75).differences.tolist() == [83 - 79, 84 - 81]
+    assert compare_with_teacher(study, "ks_accuracy", "dphubert", 0.75) is None
+    text = draw_study.against_teacher(study)
+    # t = 3.5 / 0.5; with one degree of freedom p = 1 - 2 / pi arctan t.
+    assert f"| SKILL | 2 | +3.5 ({1 - 2 / math.pi * math.atan(7):.3f}) |" in text and "DPHuBERT" not in text
+
+
+def test_pairs_of_one_machine(results):
+    """A repeat takes the place of a student that was trained elsewhere; seed 2 has no pair."""
+    here, there = ({"processor": name} for name in ("here", "there"))
+    rows = [row_of("skill", seed, settings=here, ks_accuracy=60) for seed in range(3)]
+    rows += [row_of("dphubert", 0, settings=here, ks_accuracy=50)]
+    rows += [row_of("dphubert", seed, settings=there, ks_accuracy=40) for seed in (1, 2)]
+    write_runs(results, [*rows, row_of("skill", 1, settings=there, ks_accuracy=65)])
+    study = read_study(results)
+    assert compare(study, SCORES["ks_accuracy"], "dphubert", 0.75).differences.tolist() == [10, 20, 20]
+    assert compare_on_one_machine(study, SCORES["ks_accuracy"], "dphubert", 0.75).differences.tolist() == [10, 25]
+    assert compare_on_one_machine(study, SCORES["ks_accuracy"], "last layer", 0.75) is None
+    assert "The same of pairs that were trained on one machine" in draw_study.significance(study)
+    assert "| SKILL | – | AAA | – |" in draw_study.machines(study)
+    assert "| DPHuBERT | – | ABB | – |" in draw_study.machines(study)
+
+
 def test_comparison_takes_the_seeds_that_both_have(results):
     rows = [row_of("skill", seed, ks_accuracy=60 + seed) for seed in (0, 2)]
     rows += [row_of("dphubert", seed, ks_accuracy=50) for seed in (1, 2)] + [row_of("last layer", 1)]
@@ -225,8 +255,9 @@ def test_students_trained_twice_are_compared(results):
     write_runs(results, [*again, row_of("skill", 2, **on_gpu)], worker=1)
     text = draw_study.setting(read_study(results))
     assert "| on a CPU | 2 students, 100 s to train one, 50 s" in text and "| on a GPU | 1 students" in text
-    assert "2 students were trained twice, on a CPU and a GPU" in text
-    assert "KS acc ↑ 0.0, ASV EER ↓ 1.0, SID acc ↑ 0.0, PR PER ↓ 3.0, mean distance (1 − CKA) ↓ 0.020." in text
+    assert "2 students were trained twice: 2 on a CPU and a GPU." in text
+    assert "KS acc ↑ 0.0, ASV EER ↓ 1.0, SID acc ↑ 0.0, PR PER ↓ 3.0, share kept (%) ↑ " in text
+    assert "mean distance (1 − CKA) ↓ 0.020." in text
 
 
 def test_run_of_no_method_is_passed_over(results, caplog):
@@ -252,6 +283,7 @@ def test_distances_of_the_distilled_and_of_the_others(results):
     # A tenth at DPHuBERT's hidden states 0, 4, 8 and 12, four tenths elsewhere.
     distances = [0.1 if layer % 4 == 0 else 0.4 for layer in range(13)]
     rows = [row_of(name, 0, distances=distances) for name in ("skill", "dphubert", "last layer")]
+    assert DPHUBERT_DISTANCE.value(rows[0]) == pytest.approx(0.1)
     write_runs(results, [*rows, row_of("skill", 1, 0.9), row_of("skill", 0, 0.9)])
     text = draw_study.distances(read_study(results))
     assert "| 0.75 | SKILL | 1 | 0.308 | 0.308 | – | 0.100 | 0.400 | 2 |" in text
@@ -372,7 +404,7 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
     empty = {
         "nothing": set(TABLES),
         "one seed of clusters": set(TABLES) - {"groups", "stability"},
-        "no references": {"references"},
+        "no references": {"references", "against the teacher"},
         "a baseline alone": {"significance", "variants"},
         "no clusters": set(TABLES) - {"references"},
     }

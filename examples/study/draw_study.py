@@ -36,6 +36,7 @@ from study_design import (  # noqa: E402
 )
 from study_probes import METRICS, TASKS  # noqa: E402
 from study_results import (  # noqa: E402
+    DPHUBERT_DISTANCE,
     MEAN_DISTANCE,
     SCORES,
     Comparison,
@@ -43,6 +44,8 @@ from study_results import (  # noqa: E402
     Study,
     agreements,
     compare,
+    compare_on_one_machine,
+    compare_with_teacher,
     detectable_effect,
     gain,
     group_labels,
@@ -63,7 +66,6 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 
 MAIN_SPARSITY = 0.75
-DISTANCE_SPARSITIES = (0.75, 0.9)
 COMPARED = ("skill", *BASELINES)
 NAMES = {"skill": "SKILL", "dphubert": "DPHuBERT", "distilhubert": "DistilHuBERT"}
 FLOORS = ("fbank", "mfcc", "untrained")
@@ -165,7 +167,21 @@ def setting(study: Study) -> str:
         *((f"on {processor}", time_of(of)) for processor, of in by_machine(runs).items()),
         ("versions", ", ".join(f"{of} {all_of(of)}" for of in ("python", "torch", "transformers", "datasets"))),
     ]
-    return table(("", ""), rows, texts=2) + repeats_note(study)
+    return f"{table(('', ''), rows, texts=2)}\n\n{machines(study)}{repeats_note(study)}"
+
+
+def machines(study: Study) -> str:
+    """Which machine trained the students of each method: times belong to methods as much as to machines."""
+    letters = dict(zip(sorted(by_machine(list(study.runs.values()))), "ABCDEFGH", strict=False))
+    ordered, rows = sorted(SPARSITIES), []
+    for name in (*COMPARED, *VARIANTS):
+        of = [study.runs_of(name, sparsity) for sparsity in ordered]
+        if any(of):
+            cells = ["".join(letters[runs[seed]["settings"]["processor"]] for seed in sorted(runs)) for runs in of]
+            rows.append([name_of(name), *(cell or "–" for cell in cells)])
+    names = ", ".join(f"{letter}: {machine}" for machine, letter in letters.items())
+    header = ["trained and probed on, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
+    return f"{table(header, rows, texts=len(header))}\n\n{names}."
 
 
 def by_machine(runs: Sequence[dict]) -> dict[str, list[dict]]:
@@ -189,12 +205,12 @@ def repeats_note(study: Study) -> str:
     pairs = [(study.runs[run["key"]], run) for run in study.repeats]
     most = [
         f"{outcome.label} {number(max(abs(outcome.value(a) - outcome.value(b)) for a, b in pairs), outcome.digits)}"
-        for outcome in (*SCORES.values(), MEAN_DISTANCE)
+        for outcome in (*SCORES.values(), mean_share(study), MEAN_DISTANCE)
     ]
-    machines = sorted({run["settings"]["processor"] for pair in pairs for run in pair})
+    machines = Counter(" and ".join(sorted(run["settings"]["processor"] for run in pair)) for pair in pairs)
+    where = "; ".join(f"{count} on {names}" for names, count in sorted(machines.items()))
     return (
-        f"\n\n{len(pairs)} students were trained twice, on {' and '.join(machines)}. They are at most this far apart:"
-        f" {', '.join(most)}."
+        f"\n\n{len(pairs)} students were trained twice: {where}. They are at most this far apart: {', '.join(most)}."
     )
 
 
@@ -238,6 +254,20 @@ def kept_by_task(study: Study, sparsity: float) -> str:
     return table(["% of the gain over fbank", "seeds", *tasks, "mean", *means], rows) if rows else ""
 
 
+def scores_of_students(study: Study, sparsity: float) -> list[list[str]]:
+    rows = []
+    for name in COMPARED:
+        if runs := study.runs_of(name, sparsity):
+            size = np.mean([run["parameters"] for run in runs.values()])
+            scores = [cell(outcome, runs) for outcome in SCORES.values()]
+            rows.append([name_of(name), len(runs), f"{size:,.0f}", *scores])
+    return rows
+
+
+def scores_table(rows: Sequence[Sequence]) -> str:
+    return table(["", "seeds", "parameters", *(SCORES[metric].label for metric in METRICS)], rows)
+
+
 def main_table(study: Study) -> str:
     kept = kept_by_task(study, MAIN_SPARSITY)
     if not kept:
@@ -248,12 +278,7 @@ def main_table(study: Study) -> str:
             size = f"{teacher_parameters(study):,}" if name in ("teacher", "untrained") else "–"
             scores = [study.score(name, metric) for metric in METRICS]
             rows.append([f"*{name}*", len(scores[0]), size, *map(spread, scores)])
-    for name in COMPARED:
-        if runs := study.runs_of(name, MAIN_SPARSITY):
-            size = np.mean([run["parameters"] for run in runs.values()])
-            scores = [cell(outcome, runs) for outcome in SCORES.values()]
-            rows.append([name_of(name), len(runs), f"{size:,.0f}", *scores])
-    scores = table(["", "seeds", "parameters", *(SCORES[metric].label for metric in METRICS)], rows)
+    scores = scores_table(rows + scores_of_students(study, MAIN_SPARSITY))
     notes = "".join(floors_note(study, floor) for floor in FLOORS) + lacking(study, COMPARED, MAIN_SPARSITY)
     return f"{scores}\n\n{kept}{notes}"
 
@@ -280,8 +305,36 @@ def sparsities(study: Study) -> str:
     tables = [table(header, rows) + floors_note(study, "fbank")]
     for sparsity in ordered:
         if sparsity != MAIN_SPARSITY and (kept := kept_by_task(study, sparsity)):
-            tables.append(f"Task by task at sparsity {sparsity:g}:\n\n{kept}")
+            scores = scores_table(scores_of_students(study, sparsity))
+            tables.append(f"Task by task at sparsity {sparsity:g}:\n\n{scores}\n\n{kept}")
     return "\n\n".join(tables)
+
+
+def against_teacher(study: Study) -> str:
+    """Students minus teacher, task by task, and which differences are more than chance."""
+    tables = []
+    for sparsity in sorted(SPARSITIES):
+        found = {
+            (name, metric): compared
+            for name in COMPARED
+            for metric in METRICS
+            if (compared := compare_with_teacher(study, metric, name, sparsity)) is not None
+        }
+        if not found:
+            continue
+        corrected = dict(zip(found, holm([of.p for of in found.values()]), strict=True))
+        rows = []
+        for name in dict.fromkeys(name for name, _ in found):
+            cells = []
+            for metric in METRICS:
+                of, digits = found[name, metric], SCORES[metric].digits
+                text = f"{number(of.differences.mean(), digits, True)} ({p_value(of.p)})"
+                cells.append(f"**{text}**" if corrected[name, metric] < 0.05 else text)
+            rows.append([name_of(name), len(of.differences), *cells])
+        header = [f"sparsity {sparsity:g}: student minus teacher (p)", "seeds"]
+        tables.append(table([*header, *(SCORES[metric].label for metric in METRICS)], rows))
+    note = "Paired by the seed of the heads; bold: below 0.05 with Holm's correction over a table."
+    return "\n\n".join([*tables, note]) if tables else ""
 
 
 def significance(study: Study) -> str:
@@ -290,21 +343,30 @@ def significance(study: Study) -> str:
     }
     if not tasks_with_gain(study, "fbank"):
         outcomes = {}
-    outcomes[f"Scores at sparsity {MAIN_SPARSITY:g}"] = (list(SCORES.values()), MAIN_SPARSITY)
-    for sparsity in DISTANCE_SPARSITIES:
-        title = f"Distance to the teacher (1 − CKA, mean of all hidden states) at sparsity {sparsity:g}"
-        outcomes[title] = ([MEAN_DISTANCE], sparsity)
+    outcomes |= {f"Scores at sparsity {sparsity:g}": (list(SCORES.values()), sparsity) for sparsity in SPARSITIES}
+    for sparsity in SPARSITIES:
+        title = (
+            f"Distance to the teacher (1 − CKA), mean of all hidden states and of DPHuBERT's, at sparsity {sparsity:g}"
+        )
+        outcomes[title] = ([MEAN_DISTANCE, DPHUBERT_DISTANCE], sparsity)
     tables, most = [], 0
     for title, (of, sparsity) in outcomes.items():
-        compared = [
-            (outcome, baseline, found)
-            for outcome in of
-            for baseline in BASELINES
-            if (found := compare(study, outcome, baseline, sparsity)) is not None
-        ]
+        compared, on_one = (
+            [
+                (outcome, baseline, found)
+                for outcome in of
+                for baseline in BASELINES
+                if (found := comparing(study, outcome, baseline, sparsity)) is not None
+            ]
+            for comparing in (compare, compare_on_one_machine)
+        )
         if compared:
             most = max(most, *(len(found.differences) for _, _, found in compared))
             tables.append(f"{title}: SKILL minus baseline\n\n{comparisons(compared, several=len(of) > 1)}")
+        # Where all pairs are, it is the same table.
+        if len(of) == 1 and on_one and [found.p for *_, found in on_one] != [found.p for *_, found in compared]:
+            text = comparisons(on_one, several=False)
+            tables.append(f"The same of pairs that were trained on one machine:\n\n{text}")
     if not tables:
         return ""
     text = (
@@ -336,7 +398,7 @@ def comparisons(compared: Sequence[tuple[Outcome, str, Comparison]], several: bo
                 len(found.differences),
                 mean,
                 "–" if low == "–" else f"{low} to {high}",
-                *(number(p, 3) if not p < 0.001 else "< 0.001" for p in (found.p, by_holm)),
+                *map(p_value, (found.p, by_holm)),
                 f"{found.better} of {len(found.differences)}",
                 number(found.detectable, digits),
             ]
@@ -347,7 +409,7 @@ def comparisons(compared: Sequence[tuple[Outcome, str, Comparison]], several: bo
 
 def distances(study: Study) -> str:
     rows = []
-    for sparsity in DISTANCE_SPARSITIES:
+    for sparsity in sorted(SPARSITIES):
         for name in COMPARED:
             if runs := study.runs_of(name, sparsity):
                 parts = distance_parts(study, name, runs)
@@ -376,7 +438,7 @@ def distance_parts(study: Study, name: str, runs: dict[int, dict]) -> dict[str, 
 
 
 def variants(study: Study) -> str:
-    rows = []
+    rows, means = [], (mean_share(study), MEAN_DISTANCE)
     for name in ("skill", *VARIANTS):
         runs = study.runs_of(name, MAIN_SPARSITY)
         if not runs:
@@ -392,14 +454,29 @@ def variants(study: Study) -> str:
                 f"{same} of {len(groups)}",
                 len(runs),
                 *(cell(outcome, runs) for outcome in SCORES.values()),
-                cell(mean_share(study), runs),
+                *(cell(outcome, runs) for outcome in (mean_share(study), MEAN_DISTANCE)),
+                *(
+                    "–" if name == "skill" else p_against_skill(study, of, name)
+                    for of in (mean_share(study), MEAN_DISTANCE)
+                ),
             ]
         )
     if not rows:
         return ""
     header = ["", "usual groups", "distinct", "same as SKILL's", "seeds run"]
-    labels = [outcome.label for outcome in SCORES.values()]
-    return table([*header, *labels, "share kept (%) ↑"], rows, texts=2) + lacking(study, VARIANTS, MAIN_SPARSITY)
+    labels = [outcome.label for outcome in (*SCORES.values(), *means)]
+    text = table([*header, *labels, "p of the share", "p of the distance"], rows, texts=2)
+    note = "p: paired by seed against SKILL, without correction; 1 where all groups are the same, thus the students."
+    return f"{text}\n\n{note}{lacking(study, VARIANTS, MAIN_SPARSITY)}"
+
+
+def p_against_skill(study: Study, outcome: Outcome, name: str) -> str:
+    found = compare(study, outcome, name, MAIN_SPARSITY)
+    return "–" if found is None else p_value(found.p)
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else number(p, 3)
 
 
 def num_hidden_states(study: Study) -> int:
@@ -490,7 +567,7 @@ def draw_scores(study: Study):
     places = dict(zip(COMPARED, np.linspace(-0.36, 0.36, len(COMPARED)), strict=True))
     line = {"color": DARK, "lw": 1.4, "zorder": 1}
     for axes, (metric, outcome) in zip(panels.flat, SCORES.items(), strict=True):
-        for name, style in (("teacher", "-"), ("fbank", "--")):
+        for name, style in (("teacher", "-"), ("fbank", "--"), ("mfcc", "-.")):
             if (of := study.score(name, metric)).size:
                 axes.axhline(of.mean(), label=name, ls=style, **line)
         for name, (colour, marker) in STYLES.items():
@@ -519,14 +596,14 @@ def draw_scores(study: Study):
     handles = {}
     for axes in panels.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = [label for label in ("teacher", "fbank", "untrained", *map(name_of, COMPARED)) if label in handles]
+    labels = [label for label in (*REFERENCES, *map(name_of, COMPARED)) if label in handles]
     style = {"loc": "outside lower center", "ncols": 5, "frameon": False, "fontsize": 9}
     figure.legend([handles[label] for label in labels], labels, **style)
     return figure
 
 
 def draw_distances(study: Study):
-    shown = [sparsity for sparsity in DISTANCE_SPARSITIES if any(study.runs_of(name, sparsity) for name in COMPARED)]
+    shown = [sparsity for sparsity in sorted(SPARSITIES) if any(study.runs_of(name, sparsity) for name in COMPARED)]
     shown = shown or [MAIN_SPARSITY]
     figure = _new_figure(8, 0.9 + 3.3 * len(shown))
     panels = figure.subplots(len(shown), 2, sharex=True, sharey="row", squeeze=False)
@@ -602,6 +679,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "main": main_table,
     "scores figure": scores_caption,
     "sparsities": sparsities,
+    "against the teacher": against_teacher,
     "significance": significance,
     "distances": distances,
     "variants": variants,

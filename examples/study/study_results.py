@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from run_study import run_key  # noqa: E402
-from study_design import BASELINES, MEASURES, VARIANTS, Method, plan, resolve  # noqa: E402
+from study_design import BASELINES, MEASURES, SEEDS, VARIANTS, Method, dphubert_layers, plan, resolve  # noqa: E402
 from study_probes import METRICS  # noqa: E402
 
 from skill_hf.superb import METRICS as SUPERB_METRICS  # noqa: E402
@@ -212,16 +212,24 @@ MEAN_DISTANCE = Outcome(
 )
 
 
+def _mean_of_four(run: dict) -> float:
+    distances = run["distances"]["cka"]
+    return float(np.mean([distances[layer] for (layer,) in dphubert_layers(len(distances) - 1)]))
+
+
+DPHUBERT_DISTANCE = Outcome("distance at DPHuBERT's four ↓", _mean_of_four, lower_is_better=True, digits=3)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """
-    SKILL minus a baseline, by seed.
+    One encoder minus another, by seed.
 
     Args:
         differences: one for each seed that both have.
         low, high: 95 % confidence interval of their mean, after Student's t; NaN with fewer than two seeds.
         p: of the paired t test, two-sided; 1 if all differences are 0.
-        better: seeds with which SKILL is better.
+        better: seeds with which the first is better.
         detectable: true mean of the differences that such a test, at 5 % and uncorrected, finds in 80 % of all cases,
             if they spread as these do.
     """
@@ -235,14 +243,45 @@ class Comparison:
 
 
 def compare(study: Study, outcome: Outcome, baseline: str, sparsity: float) -> Comparison | None:
-    """`None` if there is no seed with which both have been run."""
-    ours, theirs = study.runs_of("skill", sparsity), study.runs_of(baseline, sparsity)
+    """SKILL minus a baseline; `None` if there is no seed with which both have been run."""
+    ours, theirs = (
+        {seed: outcome.value(run) for seed, run in study.runs_of(name, sparsity).items()}
+        for name in ("skill", baseline)
+    )
+    return _compare(ours, theirs, outcome.lower_is_better)
+
+
+def compare_on_one_machine(study: Study, outcome: Outcome, baseline: str, sparsity: float) -> Comparison | None:
+    """As [`compare`], of the seeds with which both have been run on one machine, if need be by a repeat."""
+    values: dict[str, dict[int, float]] = {"skill": {}, baseline: {}}
+    for seed in study.similarities:
+        versions = {}
+        for name in values:
+            key = run_key(study.methods[name, seed], sparsity, seed)
+            found = [study.runs[key]] if key in study.runs else []
+            found += [run for run in study.repeats if run["key"] == key]
+            versions[name] = {run["settings"]["processor"]: run for run in reversed(found)}
+        shared = [machine for machine in versions[baseline] if machine in versions["skill"]]
+        for name, of in values.items():
+            if shared:
+                of[seed] = outcome.value(versions[name][shared[0]])
+    return _compare(*values.values(), outcome.lower_is_better)
+
+
+def compare_with_teacher(study: Study, metric: str, method: str, sparsity: float) -> Comparison | None:
+    """A method minus the teacher, whose heads have the same seeds; `None` if there is nothing to compare."""
+    ours = {seed: run["scores"][metric] for seed, run in study.runs_of(method, sparsity).items()}
+    theirs = dict(zip(SEEDS, study.score("teacher", metric).tolist(), strict=False))
+    return _compare(ours, theirs, SCORES[metric].lower_is_better)
+
+
+def _compare(ours: dict[int, float], theirs: dict[int, float], lower_is_better: bool) -> Comparison | None:
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    ours, theirs = (np.array([outcome.value(of[seed]) for seed in seeds]) for of in (ours, theirs))
+    ours, theirs = (np.array([of[seed] for seed in seeds]) for of in (ours, theirs))
     differences = ours - theirs
-    better = int((differences < 0).sum() if outcome.lower_is_better else (differences > 0).sum())
+    better = int((differences < 0).sum() if lower_is_better else (differences > 0).sum())
     if len(seeds) == 1:
         return Comparison(differences, math.nan, math.nan, math.nan, better, math.nan)
     if not differences.any():  # same groups, thus the same runs
