@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import compared_models  # noqa: E402
 import operators  # noqa: E402
 import run_benchmarks  # noqa: E402
+import shrinking  # noqa: E402
 import tables  # noqa: E402
 import training_step  # noqa: E402
 from machine import memory_traffic  # noqa: E402
@@ -171,6 +172,28 @@ def test_average_over_a_stage():
     assert average(rows, [(0, 0.1), (1, 0.1)]) == 1  # smaller than any that was measured
     # Half of the stage from 4 to 3 seconds, half from there to 1.
     assert average(rows, [(0, 1), (0.5, 0.5), (1, 0.25)]) == pytest.approx((3.5 + 2) / 2)
+
+
+def test_stage_that_shrinks_in_another_shape():
+    rows = [
+        {"student_parameters": size, "median": seconds, "checkpointing": checkpointing}
+        for size, seconds, checkpointing in ((100, 8.0, False), (100, 4.0, False), (100, 6.0, True), (50, 2.0, False))
+    ]
+    rows = [row | {"teacher_parameters": 100, "precision": "fp32"} for row in rows]
+    run = {"stage_1": [{"step": 5, "num_parameters": 10}, {"step": 10, "num_parameters": 5}]}
+    # Of 8 seconds of the peer: half of the stage at 4, then from there to 2.
+    assert shrinking.stage_in_another_shape(run, 10, rows) == pytest.approx((4 + 3) / 2 / 8)
+
+
+def test_summary_of_runs_with_and_without_shrinking():
+    runs = [
+        {"seed": seed, "shrink_steps": steps, "stage_1_seconds": seconds, "eval_distillation_loss": loss}
+        for seed, steps, seconds, loss in ((0, 0, 10.0, 1.0), (0, 5, 6.0, 1.2), (1, 0, 20.0, 2.0), (1, 5, 10.0, 1.9))
+    ]
+    summary = shrinking.summarise([*runs, runs[1] | {"seed": 2}])  # whose other run is still to come
+    assert summary[5]["time_ratio"]["mean"] == pytest.approx((0.6 + 0.5) / 2)
+    assert summary[5]["loss_difference"]["mean"] == pytest.approx((0.2 - 0.1) / 2)
+    assert summary[0]["loss_difference"] == {"mean": 0, "std": 0}
 
 
 def test_memory_traffic_counts_what_is_read_and_written():
