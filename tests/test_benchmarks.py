@@ -258,7 +258,9 @@ def test_the_page_says_what_the_results_say(name):
 
 def test_the_page_says_what_shrinking_came_to(capsys):
     page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
-    result, step = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("shrinking.json", "step.json"))
+    result, step = (
+        json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("shrinking.json", "step.json")
+    )
     shrinking.print_result(result, step["training"])
     assert capsys.readouterr().out.rstrip() in page
     assert result["summary"] == json.loads(json.dumps(shrinking.summarise(result["runs"])))
