@@ -43,9 +43,6 @@ from machine import peak_flops  # noqa: E402
 from training_step import DPHUBERT, RIVALS, Settings, average_over_stage, measure_training  # noqa: E402
 
 
-DEMO_TEACHER = REPOSITORY / "examples" / "demo" / "teacher"
-
-
 class StepClock(TrainerCallback):
     """Seconds of processor time of each step of stage 1; other programs on the machine hardly change them."""
 
@@ -66,12 +63,17 @@ class StepClock(TrainerCallback):
         return time.process_time()
 
 
-def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str) -> dict:
-    """Trains once; seconds of stage 1, its parameters step by step, and the loss of the finished student."""
+def demo_settings() -> dict:
+    """Those of the demo, wherever this is started."""
     settings = json.loads(run_skill.DEMO_SETTINGS.read_text(encoding="utf-8"))
     for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir"):
         settings[name] = str(REPOSITORY / settings[name])
-    settings |= {
+    return settings
+
+
+def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str) -> dict:
+    """Trains once; seconds of stage 1, its parameters step by step, and the loss of the finished student."""
+    settings = demo_settings() | {
         "output_dir": output_dir,
         "max_steps": args.max_steps,
         "per_device_train_batch_size": args.batch_size,
@@ -110,11 +112,10 @@ def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str)
     }
 
 
-def measure_step(args: argparse.Namespace) -> list[dict]:
+def measure_step(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Rows of DPHuBERT's step and of ours, unpruned, with the demo's teacher and the batches of these runs."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(
-        teacher=str(DEMO_TEACHER),
+        teacher=demo_settings()["teacher_name_or_path"],
         pruned="none",
         dphubert=args.dphubert,
         device=device.type,
@@ -210,10 +211,10 @@ def measure(args: argparse.Namespace) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    result = {"settings": vars(args), "versions": versions, "device": device, "runs": []}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {"settings": vars(args), "versions": versions, "device": device_name(device), "runs": []}
     if args.dphubert is not None:
-        result["step"] = measure_step(args)
+        result["step"] = measure_step(args, device)
     for seed in args.seeds:
         for shrink_steps in args.shrink_steps:
             with tempfile.TemporaryDirectory() as output_dir:

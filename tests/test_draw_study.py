@@ -256,8 +256,9 @@ def test_students_trained_twice_are_compared(results):
     text = draw_study.setting(read_study(results))
     assert "| on a CPU | 2 students, 100 s to train one, 50 s" in text and "| on a GPU | 1 students" in text
     assert "2 students were trained twice: 2 on a CPU and a GPU." in text
-    assert "KS acc ↑ 0.0, ASV EER ↓ 1.0, SID acc ↑ 0.0, PR PER ↓ 3.0, share kept (%) ↑ " in text
-    assert "mean distance (1 − CKA) ↓ 0.020." in text
+    # The second keeps 72.5 instead of 75 % of the gain in one of three tasks; in the first two tasks cancel out.
+    scores = "KS acc ↑ 0.0, ASV EER ↓ 1.0, SID acc ↑ 0.0, PR PER ↓ 3.0"
+    assert f"{scores}, share kept (%) ↑ 0.8, mean distance (1 − CKA) ↓ 0.020." in text
 
 
 def test_run_of_no_method_is_passed_over(results, caplog):

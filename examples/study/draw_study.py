@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 from PIL import Image
@@ -171,8 +172,8 @@ def setting(study: Study) -> str:
 
 
 def machines(study: Study) -> str:
-    """Which machine trained the students of each method: times belong to methods as much as to machines."""
-    letters = dict(zip(sorted(by_machine(list(study.runs.values()))), "ABCDEFGH", strict=False))
+    """Which machine trained the students of each method, as these are not evenly shared out."""
+    letters = dict(zip(sorted(by_machine(list(study.runs.values()))), ascii_uppercase, strict=False))
     ordered, rows = sorted(SPARSITIES), []
     for name in (*COMPARED, *VARIANTS):
         of = [study.runs_of(name, sparsity) for sparsity in ordered]
@@ -207,8 +208,8 @@ def repeats_note(study: Study) -> str:
         f"{outcome.label} {number(max(abs(outcome.value(a) - outcome.value(b)) for a, b in pairs), outcome.digits)}"
         for outcome in (*SCORES.values(), mean_share(study), MEAN_DISTANCE)
     ]
-    machines = Counter(" and ".join(sorted(run["settings"]["processor"] for run in pair)) for pair in pairs)
-    where = "; ".join(f"{count} on {names}" for names, count in sorted(machines.items()))
+    places = Counter(" and ".join(sorted(run["settings"]["processor"] for run in pair)) for pair in pairs)
+    where = "; ".join(f"{count} on {names}" for names, count in sorted(places.items()))
     return (
         f"\n\n{len(pairs)} students were trained twice: {where}. They are at most this far apart: {', '.join(most)}."
     )
@@ -351,21 +352,17 @@ def significance(study: Study) -> str:
         outcomes[title] = ([MEAN_DISTANCE, DPHUBERT_DISTANCE], sparsity)
     tables, most = [], 0
     for title, (of, sparsity) in outcomes.items():
-        compared, on_one = (
-            [
-                (outcome, baseline, found)
-                for outcome in of
-                for baseline in BASELINES
-                if (found := comparing(study, outcome, baseline, sparsity)) is not None
-            ]
-            for comparing in (compare, compare_on_one_machine)
-        )
-        if compared:
-            most = max(most, *(len(found.differences) for _, _, found in compared))
-            tables.append(f"{title}: SKILL minus baseline\n\n{comparisons(compared, several=len(of) > 1)}")
+        several = len(of) > 1
+        if not (compared := against_baselines(study, compare, of, sparsity)):
+            continue
+        most = max(most, *(len(found.differences) for _, _, found in compared))
+        tables.append(f"{title}: SKILL minus baseline\n\n{comparisons(compared, several)}")
+        if several:
+            continue
+        on_one = against_baselines(study, compare_on_one_machine, of, sparsity)
         # Where all pairs are, it is the same table.
-        if len(of) == 1 and on_one and [found.p for *_, found in on_one] != [found.p for *_, found in compared]:
-            text = comparisons(on_one, several=False)
+        if on_one and [found.p for *_, found in on_one] != [found.p for *_, found in compared]:
+            text = comparisons(on_one, several)
             tables.append(f"The same of pairs that were trained on one machine:\n\n{text}")
     if not tables:
         return ""
@@ -383,6 +380,18 @@ def significance(study: Study) -> str:
             " come to something else."
         )
     return "\n\n".join([*tables, text])
+
+
+def against_baselines(
+    study: Study, comparing: Callable, outcomes: Sequence[Outcome], sparsity: float
+) -> list[tuple[Outcome, str, Comparison]]:
+    """What [`compare`] or [`compare_on_one_machine`] finds for each outcome and baseline that was run."""
+    return [
+        (outcome, baseline, found)
+        for outcome in outcomes
+        for baseline in BASELINES
+        if (found := comparing(study, outcome, baseline, sparsity)) is not None
+    ]
 
 
 def comparisons(compared: Sequence[tuple[Outcome, str, Comparison]], several: bool) -> str:
