@@ -267,6 +267,26 @@ def test_batch_size_that_is_fixed_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def optimised(path, folder):
+    """The operators that onnxruntime makes of a file."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that such a file is for this processor
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+
+
+@pytest.mark.slow
+def test_onnxruntime_makes_no_slow_operator_of_norms(encoders, tmp_path, layout):
+    """Its fused addition and layer norm takes four times as long as both on a CPU."""
+    operators = optimised(encoders[layout][1], tmp_path)
+    assert "LayerNormalization" in operators
+    assert "SkipLayerNormalization" not in operators
+
+
 @pytest.mark.slow
 def test_int8(encoders, tmp_path, layout):
     import onnx
@@ -290,7 +310,11 @@ def test_int8(encoders, tmp_path, layout):
 
     graph = onnx.load(tmp_path / "int8.onnx").graph
     operators = [node.op_type for node in graph.node]
-    assert operators.count("Conv") == operators.count("DequantizeLinear") == 8
+    # Of the positional convolution the inputs and outputs, too, and its bias; onnxruntime then multiplies integers.
+    assert operators.count("Conv") == 8
+    assert operators.count("DequantizeLinear") == 7 + 4
+    assert operators.count("QuantizeLinear") == 2
+    assert optimised(tmp_path / "int8.onnx", tmp_path).count("QLinearConv") == 1
     # Query, key, value, output and gate of two layers; two feed-forward blocks; the projection of the features.
     assert operators.count("MatMulInteger") == 2 * 5 + 2 * 2 + 1
     largest = max(graph.initializer, key=lambda tensor: np.prod(tensor.dims))
@@ -300,6 +324,16 @@ def test_int8(encoders, tmp_path, layout):
         expected = OnnxModel(path)(**inputs)["last_hidden_state"]
         actual = saved(**inputs)["last_hidden_state"]
         assert torch.cosine_similarity(actual, expected, dim=-1).mean() > 0.98
+
+
+@pytest.mark.slow
+def test_int8_without_a_grouped_convolution(tmp_path):
+    model = make_model(one_layer=True, num_conv_pos_embedding_groups=1)
+    export_onnx(model, tmp_path / "model.onnx")
+    noise = inputs_of(1, 5000, False)["input_values"][0]
+    report = quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx", [noise])
+    assert 0.98 < report["cosine_similarity"]["last_hidden_state"] < 1
+    assert "QuantizeLinear" not in optimised(tmp_path / "int8.onnx", tmp_path)
 
 
 def test_compare_outputs_means_over_frames():
@@ -319,9 +353,11 @@ def test_compare_outputs_means_over_frames():
     assert compared == {"states": {"largest_difference": 0.0, "cosine_similarity": pytest.approx(1)}}
 
 
-def test_no_audio_to_compare_on():
+def test_no_audio_to_compare_on(tmp_path):
     with pytest.raises(ValueError, match="no audio"):
         compare_outputs(None, None, [])
+    with pytest.raises(ValueError, match="no audio"):
+        quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx", [])
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

@@ -11,12 +11,15 @@ x-vector head adds `embeddings`; then, if asked for, `hidden_states.0` (the inpu
 `hidden_states.1` and so on.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
 import itertools
+import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -34,6 +37,8 @@ OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")
 
 # Of the noise that models are traced and compared with: frames beyond the least that a model takes.
 SPARE_FRAMES = (0, 20, 90)
+
+NO_AUDIO = "There is no audio to compare outputs on; give at least one waveform."
 
 
 class OnnxModel:
@@ -131,6 +136,12 @@ def export_onnx(
     )
     for node in program.model.graph:
         node.metadata_props.clear()  # lines of source code with the paths of this machine
+        if node.op_type == "LayerNormalization":
+            # onnxruntime (1.32) makes one operator of an addition and a layer norm, which on a CPU takes four times as
+            # long as both. Of a sum of two it does not.
+            residual = node.inputs[0].producer()
+            if residual is not None and residual.op_type == "Add":
+                residual.op_type = "Sum"
     program.save(path, external_data=False)
     return _check(path, OnnxModel(path), reference, tolerance)
 
@@ -163,10 +174,12 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
     """
     Writes an ONNX file of [`export_onnx`] with weights in int8 and says how far its outputs have moved.
 
-    Linear layers are quantised dynamically: onnxruntime multiplies integers; activations are scaled in each forward by
-    their range over the whole batch, weights by output channel and to 7 bits, since two products of 8 bits overflow on
-    x86 processors without VNNI instructions. Convolutions store their weights in int8, by output channel, and compute
-    in floating point, as hidden states are far off if their activations have 8 bits.
+    Linear layers and the positional convolution multiply integers. Activations of linear layers are scaled in each
+    forward by their range over the whole batch, those of the positional convolution by their range over `audio`;
+    weights by output channel and to 7 bits, since two products of 8 bits overflow on x86 processors without VNNI
+    instructions. All other convolutions store their weights in int8, by output channel, and compute in floating point:
+    features of pauses are so small beside those of speech that hidden states are far off if 8 bits and one scale have
+    to do for both.
 
     Args:
         path (`str` or `PathLike`):
@@ -174,7 +187,8 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
         quantized_path (`str` or `PathLike`):
             Where to write, such as `model_int8.onnx`.
         audio (iterable of waveforms):
-            Speech to compare on, each a 1-D float array or tensor as the feature extractor prepares it.
+            Speech to take ranges from and to compare on, each a 1-D float array or tensor as the feature extractor
+            prepares it.
 
     Returns:
         `dict`: `megabytes` and `megabytes_before` (10^6 bytes), and `cosine_similarity`, for each output the mean over
@@ -186,11 +200,24 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
     """
     _require("onnx", "onnxruntime")
     import onnx
-    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
-    quantize_dynamic(
-        Path(path), Path(quantized_path), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True
-    )
+    audio = [torch.as_tensor(waveform, dtype=torch.float32) for waveform in audio]
+    if not audio:
+        raise ValueError(NO_AUDIO)
+    model, settings = onnx.load(path), {"per_channel": True, "reduce_range": True}
+    positional = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Conv" and any(field.name == "group" and field.i > 1 for field in node.attribute)
+    ]
+    with tempfile.TemporaryDirectory() as scratch, _without_advice():
+        source = Path(path)
+        if positional:  # the name of no node would stand for all
+            source = Path(scratch) / "model.onnx"
+            types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+            quantize_static(model, source, _Waveforms(audio), nodes_to_quantize=positional, **types, **settings)
+        quantize_dynamic(source, Path(quantized_path), op_types_to_quantize=["MatMul", "Gemm"], **settings)
     quantized = onnx.load(quantized_path)
     _store_convolutions_in_int8(quantized.graph)
     onnx.save(quantized, quantized_path)
@@ -223,15 +250,14 @@ def compare_outputs(reference: Callable, other: Callable, audio: Iterable) -> di
     """
     differences, cosines = {}, {}
     for waveform in audio:
-        input_values = torch.as_tensor(waveform, dtype=torch.float32)[None]
-        attention_mask = torch.ones_like(input_values, dtype=torch.long)
-        actual = other(input_values=input_values, attention_mask=attention_mask)
-        for name, expected in reference(input_values=input_values, attention_mask=attention_mask).items():
+        inputs = _inputs(waveform)
+        actual = other(**inputs)
+        for name, expected in reference(**inputs).items():
             differences.setdefault(name, []).append(_difference(actual[name], expected))
             cosine = nn.functional.cosine_similarity(actual[name].double(), expected.double(), dim=-1)
             cosines.setdefault(name, []).append(cosine.flatten())
     if not differences:
-        raise ValueError("There is no audio to compare outputs on; give at least one waveform.")
+        raise ValueError(NO_AUDIO)
     return {
         name: {"largest_difference": max(differences[name]), "cosine_similarity": torch.cat(values).mean().item()}
         for name, values in cosines.items()
@@ -342,13 +368,42 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
 
 
+class _Waveforms:
+    """Waveforms one by one, as calibration in onnxruntime asks for the inputs of a model."""
+
+    def __init__(self, audio: list[torch.Tensor]):
+        self.inputs = ({name: tensor.numpy() for name, tensor in _inputs(waveform).items()} for waveform in audio)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.inputs, None)
+
+
+@contextlib.contextmanager
+def _without_advice():
+    """
+    Hides what onnxruntime logs as the root logger: that files should be optimised before they are quantised, which
+    would fix in them what suits the version and the processor at hand.
+    """
+    logging.root.addFilter(hide := lambda record: False)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(hide)
+
+
+def _inputs(waveform) -> dict[str, torch.Tensor]:
+    """One waveform, a 1-D array or tensor, as inputs of a model."""
+    input_values = torch.as_tensor(waveform, dtype=torch.float32)[None]
+    return {"input_values": input_values, "attention_mask": torch.ones_like(input_values, dtype=torch.long)}
+
+
 def _store_convolutions_in_int8(graph) -> None:
-    """Replaces the float weights of all `Conv` nodes by int8 ones and a node that makes floats of them, in place."""
+    """Replaces float weights of `Conv` nodes by int8 ones and a node that makes floats of them, in place."""
     from onnx import helper, numpy_helper
 
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     names = [node.input[1] for node in graph.node if node.op_type == "Conv"]
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(name for name in names if name in initializers):
         weight = numpy_helper.to_array(initializers[name])
         scale = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True) / 127
         scale[scale == 0] = 1
