@@ -3,7 +3,6 @@
 import copy
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from statistics import median
 import torch
 from compared_models import ComparedModel
 from machine import DTYPES, memory_traffic
-from operators import profile_call
+from operators import profile_call, profile_session
 from stopwatch import seconds_of, take_turns
 
 from skill_hf.analysis import count_macs
@@ -69,12 +68,18 @@ def is_supported(precision: str, mode: str, one: ComparedModel, device: torch.de
 
 
 class OnnxFiles:
-    """Exported models, each written once: sessions of onnxruntime with as many threads as torch has."""
+    """
+    Exported models, each written once: sessions of onnxruntime with as many threads as torch has.
+
+    Args:
+        directory (`str`): for files.
+        seed (`int`): of the noise whose ranges int8 is scaled by.
+    """
 
     def __init__(self, directory: str, seed: int):
         self.directory, self.seed = Path(directory), seed
 
-    def session(self, one: ComparedModel, precision: str):
+    def session(self, one: ComparedModel, precision: str, profiled: bool = False):
         import onnxruntime
 
         path = self.directory / f"{one.name}.onnx"
@@ -88,6 +93,8 @@ class OnnxFiles:
             path = quantized
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling = profiled
+        options.profile_file_prefix = str(self.directory / one.name)
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -98,6 +105,7 @@ def measure_inference(
     precisions: list[str],
     modes: list[str],
     device: torch.device,
+    files: OnnxFiles,
     runs: int,
     warmup: int,
     seed: int,
@@ -112,6 +120,7 @@ def measure_inference(
         names (`list[str]`): of those that are measured; what ratios are to is measured without its name, too.
         cases, precisions, modes: as on the command line.
         device (`torch.device`): where they run.
+        files (`OnnxFiles`): of the models.
         runs, warmup (`int`): calls that count, and calls before them that do not.
         seed (`int`): of the audio, which is noise.
         peaks (`dict`): `flops` of each precision and `bandwidth`, of the same run.
@@ -122,63 +131,75 @@ def measure_inference(
     copies = {"fp32": {one.name: one.model for one in models}}
     if "bf16" in precisions:
         copies["bf16"] = {one.name: copy.deepcopy(one.model).to(torch.bfloat16) for one in models}
-    with tempfile.TemporaryDirectory() as directory:
-        files, sessions = OnnxFiles(directory, seed), {}
-        for case in cases:
-            torch._dynamo.reset()
-            input_values = case.noise(seed, device)
-            calls, counted = {}, {}
-            for one in models:
-                for precision, mode in FORMS:
-                    key = (one.name, precision, mode)
-                    wanted = one.name in names and precision in precisions and mode in modes
-                    if not (wanted and is_supported(precision, mode, one, device)) and key != BASELINE:
-                        continue
-                    counted[key] = one
-                    if mode == "onnx":
-                        if key not in sessions:
-                            sessions[key] = files.session(one, precision)
-                        calls[key] = _onnx_call(sessions[key], input_values)
-                    else:
-                        calls[key] = _torch_call(copies[precision][one.name], mode, input_values.to(DTYPES[precision]))
-            logger.info("Inference, %s: %d forms", case, len(calls))
-            first = {key: seconds_of(call, device) for key, call in calls.items()}
-            taken = take_turns(calls, runs, max(warmup - 1, 0), device)
-            baseline = median(taken[BASELINE])
-            for key, seconds in taken.items():
-                name, precision, mode = key
-                middle, macs = median(seconds), case.clips * count_macs(counted[key].counted, case.seconds)
-                peak = peaks["flops"].get(precision)
-                traffic = memory_traffic(calls[key]) if mode == "eager" else None
-                yield {
-                    "case": str(case),
-                    "clips": case.clips,
-                    "clip_seconds": case.seconds,
-                    "model": name,
-                    "precision": precision,
-                    "mode": mode,
-                    "first_seconds": first[key],
-                    "seconds": seconds,
-                    "median": middle,
-                    "ratio": baseline / middle,
-                    "macs": macs,
-                    "bound": 2 * macs / peak if peak else None,
-                    "share_of_flops": 2 * macs / peak / middle if peak else None,
-                    "traffic_bytes": traffic,
-                    "share_of_bandwidth": traffic / peaks["bandwidth"] / middle if traffic else None,
-                }
+    sessions = {}
+    for case in cases:
+        torch._dynamo.reset()
+        input_values = case.noise(seed, device)
+        calls, counted = {}, {}
+        for one in models:
+            for precision, mode in FORMS:
+                key = (one.name, precision, mode)
+                wanted = one.name in names and precision in precisions and mode in modes
+                if not (wanted and is_supported(precision, mode, one, device)) and key != BASELINE:
+                    continue
+                counted[key] = one
+                if mode == "onnx":
+                    if key not in sessions:
+                        sessions[key] = files.session(one, precision)
+                    calls[key] = _onnx_call(sessions[key], input_values)
+                else:
+                    calls[key] = _torch_call(copies[precision][one.name], mode, input_values.to(DTYPES[precision]))
+        logger.info("Inference, %s: %d forms", case, len(calls))
+        first = {key: seconds_of(call, device) for key, call in calls.items()}
+        taken = take_turns(calls, runs, max(warmup - 1, 0), device)
+        baseline = median(taken[BASELINE])
+        for key, seconds in taken.items():
+            name, precision, mode = key
+            middle, macs = median(seconds), case.clips * count_macs(counted[key].counted, case.seconds)
+            peak = peaks["flops"].get(precision)
+            traffic = memory_traffic(calls[key]) if mode == "eager" else None
+            yield {
+                "case": str(case),
+                "clips": case.clips,
+                "clip_seconds": case.seconds,
+                "model": name,
+                "precision": precision,
+                "mode": mode,
+                "first_seconds": first[key],
+                "seconds": seconds,
+                "median": middle,
+                "ratio": baseline / middle,
+                "macs": macs,
+                "bound": 2 * macs / peak if peak else None,
+                "share_of_flops": 2 * macs / peak / middle if peak else None,
+                "traffic_bytes": traffic,
+                "share_of_bandwidth": traffic / peaks["bandwidth"] / middle if traffic else None,
+            }
 
 
 def profile_inference(
-    models: list[ComparedModel], case: Case, precisions: list[str], device: torch.device, seed: int
+    models: list[ComparedModel],
+    case: Case,
+    precisions: list[str],
+    modes: list[str],
+    device: torch.device,
+    files: OnnxFiles,
+    seed: int,
 ) -> Iterator[dict]:
-    """Where the time of each model goes in eager mode, a row for each precision of torch."""
+    """Where the time of each model goes, a row for each precision and mode but compiled ones; arguments as above."""
+    input_values = case.noise(seed, device)
     for one in models:
-        for precision in (name for name in precisions if name in DTYPES):
-            model = one.model if precision == "fp32" else copy.deepcopy(one.model).to(DTYPES[precision])
-            input_values = case.noise(seed, device).to(DTYPES[precision])
-            row = {"case": str(case), "model": one.name, "precision": precision, "mode": "eager"}
-            yield row | profile_call(_torch_call(model, "eager", input_values), device)
+        for precision, mode in FORMS:
+            wanted = precision in precisions and mode in modes and mode != "compiled"
+            if not (wanted and is_supported(precision, mode, one, device)):
+                continue
+            row = {"case": str(case), "model": one.name, "precision": precision, "mode": mode}
+            if mode == "onnx":
+                session = files.session(one, precision, profiled=True)
+                yield row | profile_session(session, _onnx_call(session, input_values))
+            else:
+                model = one.model if precision == "fp32" else copy.deepcopy(one.model).to(DTYPES[precision])
+                yield row | profile_call(_torch_call(model, mode, input_values.to(DTYPES[precision])), device)
 
 
 def _torch_call(model: torch.nn.Module, mode: str, input_values: torch.Tensor) -> Callable:

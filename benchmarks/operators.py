@@ -1,7 +1,9 @@
-"""Which operators take the time of a forward pass."""
+"""Which operators take the time of a forward pass, of torch or of onnxruntime."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -11,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 GROUPS = {
     "convolutions": ("conv",),
     "attention": ("attention", "softmax"),
+    "quantisation": ("quantizelinear",),
     "matrix products": ("mm", "linear", "matmul", "einsum", "dot"),
     "activations": ("gelu", "sigmoid", "relu", "tanh"),
     "norms": ("norm", "var_mean", "rsqrt", "native_batch"),
@@ -26,6 +29,8 @@ GROUPS = {
         "reorder",
         "to_dense",
         "repeat",
+        "tile",
+        "transpose",
     ),
 }
 
@@ -51,6 +56,25 @@ def profile_call(call: Callable, device: torch.device, top: int = 12) -> dict:
         taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         seconds[event.key] += taken / 1e6
         counts[event.key] += event.count
+    return _summary(seconds, counts, top)
+
+
+def profile_session(session, call: Callable, top: int = 12) -> dict:
+    """As [`profile_call`], of a `call` that runs a session of onnxruntime, whose profiling is then over."""
+    call()
+    call()
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    last = max(event["ts"] for event in events if event["name"] == "model_run")
+    seconds, counts = Counter(), Counter()
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= last:
+            name = event["args"]["op_name"]
+            seconds[name] += event["dur"] / 1e6
+            counts[name] += 1
+    return _summary(seconds, counts, top)
+
+
+def _summary(seconds: Counter, counts: Counter, top: int) -> dict:
     groups = Counter()
     for name, taken in seconds.items():
         groups[group_of(name)] += taken

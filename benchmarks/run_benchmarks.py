@@ -24,6 +24,8 @@ import dataclasses
 import json
 import logging
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from clustering_time import measure_clustering  # noqa: E402
 from compared_models import PRUNED_SHAPES, ComparedModel, make_compared_models, make_teacher  # noqa: E402
 from dphubert_clone import DPHuBERT, check_agreement  # noqa: E402
-from inference import MODES, PRECISIONS, Case, measure_inference, profile_inference  # noqa: E402
+from inference import MODES, PRECISIONS, Case, OnnxFiles, measure_inference, profile_inference  # noqa: E402
 from machine import DTYPES, describe_machine, peak_bandwidth, peak_flops  # noqa: E402
 from tables import render  # noqa: E402
 from training_step import DPHUBERT, PLAIN, RIVALS, Settings, average_over_stage, measure_training  # noqa: E402
@@ -105,7 +107,8 @@ class BenchmarkArguments:
         },
     )
     profile: bool = field(
-        default=False, metadata={"help": "Show which operators take the time of the first case, in eager mode."}
+        default=False,
+        metadata={"help": "Show which operators take the time of the first case, in all modes but `compiled`."},
     )
     training_case: str = field(default="4x5", metadata={"help": "Batch of the training step, clips x seconds."})
     training_precisions: list[str] = field(
@@ -200,27 +203,8 @@ def measure(args: BenchmarkArguments, device: torch.device) -> dict:
 
     teacher = make_teacher(args.teacher, args.seed)
     if "inference" in args.parts:
-        models = models_of_inference(args, teacher, device)
-        cases = [Case.parse(case) for case in args.cases]
-        for one in models:
-            keep("models", one.describe(cases[0].seconds))
-        for row in measure_inference(
-            models,
-            names=args.only or [one.name for one in models],
-            cases=cases,
-            precisions=args.precisions,
-            modes=args.modes,
-            device=device,
-            runs=args.runs,
-            warmup=args.warmup,
-            seed=args.seed,
-            peaks=results["peaks"],
-        ):
-            keep("inference", row)
-        if args.profile:
-            for row in profile_inference(models, cases[0], args.precisions, device, args.seed):
-                keep("profiles", row)
-        del models, one  # the training step needs the memory
+        with tempfile.TemporaryDirectory() as directory:
+            measure_models(args, teacher, device, OnnxFiles(directory, args.seed), results["peaks"], keep)
     if "clustering" in args.parts:
         logger.info("Clustering")
         case = Case.parse(args.clustering_case)
@@ -236,6 +220,21 @@ def measure(args: BenchmarkArguments, device: torch.device) -> dict:
     print(render(results))
     logger.info("All times are in %s", args.output)
     return results
+
+
+def measure_models(args, teacher, device: torch.device, files: OnnxFiles, peaks: dict, keep: Callable) -> None:
+    """Inference of all models, and its profiles."""
+    models = models_of_inference(args, teacher, device)
+    cases = [Case.parse(case) for case in args.cases]
+    for one in models:
+        keep("models", one.describe(cases[0].seconds))
+    names = args.only or [one.name for one in models]
+    forms = {"precisions": args.precisions, "modes": args.modes, "device": device, "files": files, "seed": args.seed}
+    for row in measure_inference(models, names, cases, runs=args.runs, warmup=args.warmup, peaks=peaks, **forms):
+        keep("inference", row)
+    if args.profile:
+        for row in profile_inference(models, cases[0], **forms):
+            keep("profiles", row)
 
 
 def models_of_inference(args: BenchmarkArguments, teacher, device: torch.device) -> list[ComparedModel]:

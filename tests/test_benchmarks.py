@@ -107,7 +107,7 @@ def test_compiled_and_int8(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     directories = save_models(tmp_path, layers=1)
     arguments = ["--cases", "1x0.5", "--precisions", "fp32", "int8", "--modes", "compiled", "onnx", "--only", "pruned"]
-    results = run(directories, tmp_path, "--parts", "inference", *arguments)
+    results = run(directories, tmp_path, "--parts", "inference", "--profile", *arguments)
     forms = [(row["model"], row["precision"], row["mode"]) for row in results["inference"]]
     assert forms == [
         ("stock", "fp32", "eager"),
@@ -117,6 +117,16 @@ def test_compiled_and_int8(tmp_path, monkeypatch):
     ]
     *_, onnx, int8 = results["inference"]
     assert onnx["bound"] > 0 and int8["bound"] is None and int8["traffic_bytes"] is None
+
+    profiles = {(row["model"], row["precision"], row["mode"]): row for row in results["profiles"]}
+    files = [("pruned", precision, "onnx") for precision in ("fp32", "int8")]
+    assert set(profiles) == {("stock", precision, "onnx") for precision in ("fp32", "int8")} | set(files)
+    in_floats, in_integers = ({one["name"]: one for one in profiles[form]["operators"]} for form in files)
+    assert in_floats["Conv"]["group"] == "convolutions" and in_floats["Conv"]["calls"] == 8
+    assert in_integers["Conv"]["calls"] == 7
+    for form in files:
+        assert 0 < sum(profiles[form]["groups"].values()) < 10
+        assert {"convolutions", "matrix products", "activations", "norms"} <= set(profiles[form]["groups"])
 
 
 @pytest.mark.slow

@@ -215,8 +215,16 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
         source = Path(path)
         if positional:  # the name of no node would stand for all
             source = Path(scratch) / "model.onnx"
-            types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-            quantize_static(model, source, _Waveforms(audio), nodes_to_quantize=positional, **types, **settings)
+            quantize_static(
+                model,
+                source,
+                _Waveforms(audio),
+                op_types_to_quantize=["Conv"],
+                nodes_to_quantize=positional,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                **settings,
+            )
         quantize_dynamic(source, Path(quantized_path), op_types_to_quantize=["MatMul", "Gemm"], **settings)
     quantized = onnx.load(quantized_path)
     _store_convolutions_in_int8(quantized.graph)
