@@ -15,6 +15,7 @@ from machine import DTYPES, memory_traffic
 from operators import profile_call, profile_session
 from stopwatch import seconds_of, take_turns
 
+from skill_hf import WavLMForSkillStudent
 from skill_hf.analysis import count_macs
 from skill_hf.export import export_onnx, quantize_onnx
 
@@ -23,13 +24,15 @@ logger = logging.getLogger("benchmarks")
 
 SAMPLING_RATE = 16_000
 PRECISIONS = ("fp32", "bf16", "int8")
-MODES = ("eager", "compiled", "onnx")
+MODES = ("eager", "fused", "compiled", "onnx")
 # bf16 is no type of onnxruntime's CPU kernels, int8 none of the models'.
 FORMS = (
     ("fp32", "eager"),
+    ("fp32", "fused"),
     ("fp32", "compiled"),
     ("fp32", "onnx"),
     ("bf16", "eager"),
+    ("bf16", "fused"),
     ("bf16", "compiled"),
     ("int8", "onnx"),
 )
@@ -61,7 +64,9 @@ class Case:
 
 
 def is_supported(precision: str, mode: str, one: ComparedModel, device: torch.device) -> bool:
-    """Files for onnxruntime are of our models and stock ones, and for the CPU."""
+    """Files for onnxruntime are of our models and stock ones, and for the CPU; only students can be fused."""
+    if mode == "fused" and not isinstance(one.model, WavLMForSkillStudent):
+        return False
     if mode == "onnx" and (device.type != "cpu" or one.model is not one.counted):
         return False
     return (precision, mode) in FORMS
@@ -203,6 +208,8 @@ def profile_inference(
 
 
 def _torch_call(model: torch.nn.Module, mode: str, input_values: torch.Tensor) -> Callable:
+    if mode == "fused":
+        model = copy.deepcopy(model).fuse()
     if mode == "compiled":
         model = torch.compile(model, dynamic=False)
 

@@ -98,7 +98,7 @@ class BenchmarkArguments:
     )
     modes: list[str] = field(
         default_factory=lambda: list(MODES),
-        metadata={"help": f"Of inference: {', '.join(MODES)}. int8 runs as onnx alone, bf16 as eager and compiled."},
+        metadata={"help": f"Of inference: {', '.join(MODES)}. int8 runs as onnx alone, bf16 as all others."},
     )
     only: list[str] | None = field(
         default=None,

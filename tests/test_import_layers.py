@@ -45,7 +45,7 @@ LAYERS = {
     "analysis": {"data", "similarity"},
     "checkpointing": {"skill_config"},
     "clustering": {"skill_config"},
-    "export": {"data"},
+    "export": {"data", "modeling_wavlm_skill_student"},
     "budgets": {"analysis", "families", "gates", "skill_config"},
     "latency": {"budgets", "data", "families", "version"},
     "model_card": {"analysis", "budgets", "plots", "version"},

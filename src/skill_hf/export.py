@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, WavLMForXVector
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
 from .data import samples_per_frame
+from .modeling_wavlm_skill_student import fold_weight_norm
 
 
 OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")
@@ -289,13 +289,7 @@ def _traceable_copy(reference: NamedOutputs, attn_implementation: str | None = N
         model.tdnn = nn.ModuleList(map(_convolution, model.tdnn))
         model.forward = functools.partial(_x_vector, model)
     for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            # The weight itself instead of the norm and the direction that training needs. A copied module shares its
-            # parametrised class with the original, which `remove_parametrizations` would strip as well.
-            weight = module.weight
-            del module.parametrizations
-            module.__class__ = type(module).__base__
-            module.weight = nn.Parameter(weight, requires_grad=False)
+        fold_weight_norm(module)
     return exported.eval()
 
 

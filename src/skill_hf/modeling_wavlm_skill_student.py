@@ -20,6 +20,7 @@ from itertools import repeat
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import (
     WavLMForAudioFrameClassification,
     WavLMForCTC,
@@ -28,6 +29,7 @@ from transformers import (
     WavLMModel,
 )
 from transformers.activations import ACT2FN, GELUActivation
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 from transformers.utils import logging
@@ -118,6 +120,26 @@ class _StridedConv(torch.autograd.Function):
             grad.sum((0, 1)) if to_bias else None,
             None,
         )
+
+
+def _frozen(tensor):
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def fold_weight_norm(module):
+    """Gives `module` its weight instead of the norm and the direction that training needs, in place."""
+    if parametrize.is_parametrized(module, "weight"):
+        weight = module.weight
+        # `remove_parametrizations` would strip the class, which copies of the module share.
+        del module.parametrizations
+        module.__class__ = type(module).__base__
+        module.weight = _frozen(weight)
+
+
+def _lay_out(conv):
+    """Puts the weight of a convolution in the order that `_channels_last_conv` reads, which a GPU has no use for."""
+    if isinstance(conv, nn.Conv1d) and conv.weight.is_cpu:
+        conv.weight = _frozen(conv.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2))
 
 
 def _channels_last_conv(hidden_states, weight, bias, stride, padding=0, groups=1):
@@ -353,6 +375,30 @@ def eager_attention_forward(module, query, key, value, attention_mask, dropout=0
     return output.transpose(1, 2).contiguous(), weights
 
 
+def flex_attention_forward(query, key, value, gate, values, attention_mask=None, scaling=1.0):
+    """
+    Attention by a kernel that takes the position bias of each pair of frames from `gate` and `values` where it is
+    needed, so that no tensor of the size of the attention weights is made.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`).
+        gate (`torch.Tensor` of shape `(batch, heads, frames)`): of each query frame.
+        values (`torch.Tensor` of shape `(heads, 2 * frames - 1)`): bias of each distance, from `1 - frames` on.
+        attention_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True where a frame is valid.
+        scaling (`float`): of the scores.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, frames, heads, head_dim)`.
+    """
+    last = query.shape[2] - 1
+
+    def score_mod(score, batch, head, query_frame, key_frame):
+        score = score + gate[batch, head, query_frame] * values[head, key_frame - query_frame + last]
+        return score if attention_mask is None else score.where(attention_mask[batch, key_frame], -math.inf)
+
+    return compile_friendly_flex_attention(query, key, value, score_mod=score_mod, scale=scaling).transpose(1, 2)
+
+
 class WavLMSkillStudentAttention(nn.Module):
     """
     Self-attention over the heads that are left, with WavLM's gated relative position bias.
@@ -375,6 +421,7 @@ class WavLMSkillStudentAttention(nn.Module):
             self.k_proj = nn.Linear(config.hidden_size, width)
             self.v_proj = nn.Linear(config.hidden_size, width)
             self.q_proj = nn.Linear(config.hidden_size, width)
+            self.qkv_proj = None  # see `fuse`
             self.out_proj = nn.Linear(width, config.hidden_size)
             self.gru_rel_pos_const = nn.Parameter(torch.ones(1, len(self.heads), 1, 1))
             self.gru_rel_pos_linear = nn.Linear(self.head_dim, 8)
@@ -392,45 +439,78 @@ class WavLMSkillStudentAttention(nn.Module):
             hidden_states (`torch.Tensor` of shape `(batch, frames, hidden_size)`): input of the layer.
             attention_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True where a frame is valid.
             position_bias (`torch.Tensor` of shape `(teacher_heads, frames, frames)`, *optional*): as layer 0 returned
-            it.
+            it; `(teacher_heads, 2 * frames - 1)`, that of all distances, if all layers are to use flex attention.
 
         Returns:
             `tuple`: output `(batch, frames, hidden_size)`; attention weights `(batch, heads, frames, frames)`, or
             `None` unless the implementation is `"eager"`; `position_bias`.
         """
         batch, frames, _ = hidden_states.shape
+        implementation = self.config._attn_implementation
         if position_bias is None:
-            position_bias = self.compute_bias(frames)
+            uses_flex = self._uses_flex(hidden_states)
+            position_bias = self.compute_distance_bias(frames) if uses_flex else self.compute_bias(frames)
         if not self.heads:
             output = torch.zeros_like(hidden_states) if self.output_bias is None else self.output_bias(hidden_states)
-            eager = self.config._attn_implementation == "eager"
+            eager = implementation == "eager"
             # Weights of no head rather than `None`, which would not be collected: the n-th stay those of layer n.
             return output, hidden_states.new_zeros(batch, 0, frames, frames) if eager else None, position_bias
 
         query, key, value = (
-            projection(hidden_states).view(batch, frames, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, head_dim)
+            for features in self._project(hidden_states)
         )
-        # The largest tensor of a layer, (B, H, T, T): made in the precision that it is used in.
-        bias = self.gate(hidden_states).to(query.dtype) * self._select(position_bias, dim=0).to(query.dtype)
-        if attention_mask is not None:
-            # Half of the least number, so that the sum is one, too. onnxruntime adds five times as fast as it fills.
-            padding = torch.finfo(bias.dtype).min / 2
-            bias += bias.new_zeros(()).where(attention_mask.bool(), padding)[:, None, None, :]
-        attention = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask=bias,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.head_dim**-0.5,
-            is_causal=False,
-        )  # (B, T, H, head_dim)
+        gate = self.gate(hidden_states).to(query.dtype)
+        selected_bias = self._select(position_bias, dim=0).to(query.dtype)
+        mask = None if attention_mask is None else attention_mask.bool()
+        scaling = self.head_dim**-0.5
+        if position_bias.dim() == 2:
+            weights = None
+            output = flex_attention_forward(query, key, value, gate[..., 0], selected_bias, mask, scaling)
+        else:
+            bias = gate * selected_bias  # the largest tensor of a layer, (B, H, T, T)
+            if mask is not None:
+                # Half of the least number, so that the sum is one, too. onnxruntime adds five times as fast as it
+                # fills.
+                padding = torch.finfo(bias.dtype).min / 2
+                bias += bias.new_zeros(()).where(mask, padding)[:, None, None, :]
+            attention = eager_attention_forward
+            if implementation != "eager":
+                attention = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "flex_attention" else implementation]
+            output, weights = attention(
+                self,
+                query,
+                key,
+                value,
+                attention_mask=bias,
+                dropout=self.dropout if self.training else 0.0,
+                scaling=scaling,
+                is_causal=False,
+            )  # (B, T, H, head_dim)
         return self.out_proj(output.reshape(batch, frames, -1)), weights, position_bias
+
+    def _project(self, hidden_states):
+        """Query, key and value, each `(batch, frames, heads * head_dim)`."""
+        if self.qkv_proj is None:
+            return [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        return self.qkv_proj(hidden_states).chunk(3, dim=-1)
+
+    def fuse(self):
+        """One linear map instead of those to query, key and value, unless they are something else than linear maps."""
+        if not self.heads or self.qkv_proj is not None:
+            return
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if any(type(projection) is not nn.Linear for projection in projections):
+            return
+        weight, bias = (torch.cat([getattr(one, kind) for one in projections]) for kind in ("weight", "bias"))
+        self.qkv_proj = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        self.qkv_proj.weight, self.qkv_proj.bias = _frozen(weight), _frozen(bias)
+        del self.q_proj, self.k_proj, self.v_proj
+
+    def _uses_flex(self, hidden_states):
+        """Whether its kernel is at hand: for inference on a GPU. Elsewhere the fused attention is used instead."""
+        on_gpu = hidden_states.device.type == "cuda"
+        return self.config._attn_implementation == "flex_attention" and on_gpu and not self.training
 
     @property
     def output(self):
@@ -447,10 +527,12 @@ class WavLMSkillStudentAttention(nn.Module):
     def compute_bias(self, frames):
         """Ungated relative position bias of all teacher heads, `(teacher_heads, frames, frames)`."""
         position = torch.arange(frames, device=self.rel_attn_embed.weight.device)
-        # Buckets are computed for the 2 * frames - 1 distances, not for each of the frames * frames pairs.
-        distance = torch.arange(1 - frames, frames, device=position.device)
-        values = self.rel_attn_embed(self._bucket(distance)).transpose(0, 1)  # (H, 2T - 1)
-        return values[:, position[None, :] - position[:, None] + frames - 1]
+        return self.compute_distance_bias(frames)[:, position[None, :] - position[:, None] + frames - 1]
+
+    def compute_distance_bias(self, frames):
+        """The same for each of the distances, from `1 - frames` to `frames - 1`, `(teacher_heads, 2 * frames - 1)`."""
+        distance = torch.arange(1 - frames, frames, device=self.rel_attn_embed.weight.device)
+        return self.rel_attn_embed(self._bucket(distance)).transpose(0, 1)
 
     def _bucket(self, distance):
         """T5's bidirectional buckets: exact for short distances, logarithmic up to `max_bucket_distance`."""
@@ -522,6 +604,7 @@ class _Student:
 
     config_class = WavLMSkillStudentConfig
     _supports_sdpa = True
+    _supports_flex_attn = True
     _can_set_attn_implementation_cached_value = True  # otherwise guessed from the wording of this file
     model_tags = ("skill-hf", "skill", "distillation", "structured-pruning", "speech")
 
@@ -569,11 +652,42 @@ class _Student:
         As [`~transformers.PreTrainedModel.save_pretrained`].
 
         Raises:
-            `ValueError`: if the student has gates.
+            `ValueError`: if the student has gates or is fused.
         """
         if hasattr(self.base_model, "_gate_draw"):
             raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
+        self.base_model._refuse_fused("saved")
         super().save_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def fuse(self):
+        """
+        Prepares the student for inference, in place: folds the weight norm of the positional convolution, makes one
+        linear map of query, key and value, and on a CPU puts the weights of convolutions in the order that kernels
+        read, all of which is otherwise done anew in each forward. Outputs stay the same (1e-5).
+
+        Call it where the student is to run, after `.to(device)`. It can be neither saved nor trained any more;
+        `from_pretrained` gives one that can.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            `ValueError`: if the student has gates.
+        """
+        if hasattr(self.base_model, "_gate_draw"):
+            raise ValueError("This student has gates; call `prune()` before fusing it.")
+        self.requires_grad_(False)
+        for module in self.base_model.modules():
+            if isinstance(module, WavLMSkillStudentAttention):
+                module.fuse()
+            elif isinstance(module, WavLMSkillStudentPositionalConvEmbedding):
+                fold_weight_norm(module.conv)
+                _lay_out(module.conv)
+            elif isinstance(module, WavLMSkillStudentConv1d):
+                _lay_out(module)
+        self.base_model._is_fused = True
+        return self
 
     def push_to_hub(self, repo_id, **kwargs):
         """
@@ -675,6 +789,7 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         A stock [`~transformers.WavLMModel`] with the same outputs. Convolutions stay as narrow as they are; heads and
         feed-forward units that were cut come back as zeros, so it loads anywhere and saves little.
         """
+        self._refuse_fused("made a stock model")
         if self.config.masked_group_norm and self.config.feat_extract_norm == "group":
             logger.warning(
                 "The stock model has no `masked_group_norm`: it gives the same outputs for clips without padding only."
@@ -711,11 +826,16 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         stock.load_state_dict(state | own)
         return stock.to(device=self.device, dtype=self.dtype).train(self.training)
 
+    def _refuse_fused(self, action):
+        if getattr(self, "_is_fused", False):
+            raise ValueError(f"This student is fused and cannot be {action}; load it anew and do so before `fuse()`.")
+
     # Like `add_adapter` of transformers, these work where the package that does it is installed: a student loaded from
     # the Hub has no use for them, and the file that describes it holds no training code.
 
     def add_gates(self, units=("conv_channels", "attention_heads", "ffn_dims"), width_multiple=1):
         """Puts a trainable gate on each of `units`; see [`skill_hf.pruning.add_gates`]."""
+        self._refuse_fused("pruned")
         _pruning().add_gates(self, units, width_multiple)
 
     def named_gates(self):
