@@ -109,7 +109,9 @@ def test_flex_attention_gives_the_same_hidden_states(layout, monkeypatch):
 
     for layer in student.encoder.layers:
         monkeypatch.setattr(layer.attention, "_uses_flex", lambda hidden_states: True)
-    monkeypatch.setattr(modeling, "compile_friendly_flex_attention", flex_attention.flex_attention)
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention", flex_attention.flex_attention
+    )
     assert_same_hidden_states(expected, student, inputs)
     assert_same_hidden_states(expected, student, {"input_values": inputs["input_values"]})
     heads = [len(heads) for heads in student.config.remaining_heads if heads]

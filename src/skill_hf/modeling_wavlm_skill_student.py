@@ -29,7 +29,6 @@ from transformers import (
     WavLMModel,
 )
 from transformers.activations import ACT2FN, GELUActivation
-from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 from transformers.utils import logging
@@ -390,6 +389,9 @@ def flex_attention_forward(query, key, value, gate, values, attention_mask=None,
     Returns:
         `torch.Tensor` of shape `(batch, frames, heads, head_dim)`.
     """
+    # Not in every version that students are loaded with.
+    from transformers.integrations.flex_attention import compile_friendly_flex_attention
+
     last = query.shape[2] - 1
 
     def score_mod(score, batch, head, query_frame, key_frame):
