@@ -64,3 +64,10 @@ def padded_batch() -> dict[str, torch.Tensor]:
     attention_mask = torch.ones(2, 8000, dtype=torch.long)
     attention_mask[1, 6000:] = 0
     return {"input_values": torch.randn(2, 8000) * attention_mask, "attention_mask": attention_mask}
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

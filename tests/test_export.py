@@ -370,13 +370,6 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         quantize_onnx(tmp_path / "model.onnx", tmp_path / "int8.onnx", [])
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @torch.no_grad()
 def assert_compiles(model, backend, cases, atol=0.0, **options):
     # transformers hooks the layers at the first forward that asks for hidden states, behind a lock that torch cannot

@@ -1,17 +1,19 @@
 """What is for inference alone: `fuse()`, and flex attention."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from conftest import padded_batch, tiny_config, tiny_teacher
 from test_modeling_wavlm_skill_student import assert_same_hidden_states, pruned_student
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.nn.utils import parametrize
 
 import skill_hf.modeling_wavlm_skill_student as modeling
 from skill_hf import WavLMSkillStudentConfig, WavLMSkillStudentForCTC
-from skill_hf.families import build_student
+from skill_hf.families import build_student, load_teacher
 
 
 def test_fused_student_gives_the_same_hidden_states(layout):
@@ -47,7 +49,17 @@ def test_fused_student_copies_no_weight_of_a_convolution(monkeypatch):
         assert any(copied)
         copied.clear()
         student.fuse()(inputs)
-    assert len(copied) == 7 and not any(copied)
+    assert len(copied) == 6 and not any(copied)  # the first is a matrix product, the positional one a transform
+
+
+@pytest.mark.parametrize("kernel, padding, groups", [(128, 64, 4), (5, 0, 1), (6, 3, 2)])
+def test_fourier_transform_gives_the_same_convolution(kernel, padding, groups):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv1d(8, 12, kernel, padding=padding, groups=groups, bias=kernel != 5).requires_grad_(False)
+    transformed = modeling.FourierConv1d(conv)
+    for frames in (kernel, 129, 130, 300):
+        inputs = torch.randn(2, frames, 8)
+        torch.testing.assert_close(transformed(inputs), conv(inputs.mT).mT, atol=1e-5, rtol=0)
 
 
 def test_layers_that_are_no_plain_linear_maps_stay(teacher):
@@ -58,10 +70,13 @@ def test_layers_that_are_no_plain_linear_maps_stay(teacher):
         pass
 
     student.encoder.layers[0].attention.q_proj.__class__ = Adapted
+    seen = []
+    student.encoder.layers[2].attention.v_proj.register_forward_hook(lambda *args: seen.append(args))
     student.fuse()
-    assert student.encoder.layers[0].attention.qkv_proj is None
-    assert student.encoder.layers[1].attention.qkv_proj is not None
+    fused = [layer.attention.qkv_proj is not None for layer in student.encoder.layers]
+    assert fused == [False, True, False]
     assert_same_hidden_states(expected, student, padded_batch())
+    assert seen
 
 
 def test_head_of_a_fused_student():
@@ -82,6 +97,8 @@ def test_fused_student_cannot_be_saved_or_pruned(tmp_path):
         student.add_gates(["ffn_dims"])
     with pytest.raises(ValueError, match="is fused and cannot be made a stock model"):
         student.to_wavlm()
+    with pytest.raises(ValueError, match="is fused and cannot be a teacher"):
+        load_teacher(student)
 
     student = build_student(tiny_teacher())
     student.add_gates(["ffn_dims"])
@@ -109,14 +126,27 @@ def test_flex_attention_gives_the_same_hidden_states(layout, monkeypatch):
 
     for layer in student.encoder.layers:
         monkeypatch.setattr(layer.attention, "_uses_flex", lambda hidden_states: True)
-    monkeypatch.setattr(
-        "transformers.integrations.flex_attention.compile_friendly_flex_attention", flex_attention.flex_attention
-    )
+    monkeypatch.setattr(modeling, "_flex_attention", lambda compiled: flex_attention.flex_attention)
     assert_same_hidden_states(expected, student, inputs)
     assert_same_hidden_states(expected, student, {"input_values": inputs["input_values"]})
     heads = [len(heads) for heads in student.config.remaining_heads if heads]
     frames = student._get_feat_extract_output_lengths(inputs["input_values"].shape[1])
     assert biases == 2 * [(number, 2 * int(frames) - 1) for number in heads]
+
+
+def test_flex_attention_is_compiled_once_for_each_number_of_heads(monkeypatch, fresh_compiler):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    modeling._flex_attention.cache_clear()
+    numbers = (3, 4, 5, 7, 2, 1, 12, 6, 8, 9, 10)
+    with torch.no_grad():
+        for frames in (24, 40, 33):
+            for heads in numbers:
+                query, key, value = torch.randn(3, 2, heads, frames, 16)
+                gate, values = torch.rand(2, heads, frames), torch.randn(heads, 2 * frames - 1)
+                modeling.flex_attention_forward(query, key, value, gate, values)
+            assert counter.frame_count == len(numbers)
+    modeling._flex_attention.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernel is for GPUs")

@@ -34,6 +34,8 @@ def load_teacher(teacher: str | Path | PreTrainedModel) -> PreTrainedModel:
     if isinstance(teacher, PreTrainedModel):
         teacher = teacher.base_model
         _check_family(teacher.config.model_type, teacher.config.name_or_path or type(teacher).__name__)
+        if isinstance(teacher, tuple(STUDENT_CLASSES.values())):
+            teacher.refuse_fused("a teacher")
     else:
         with _one_error(f"Teacher `{teacher}` could not be loaded; give a Hub id or a directory with config.json."):
             config = AutoConfig.from_pretrained(teacher)

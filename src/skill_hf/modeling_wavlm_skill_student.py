@@ -15,7 +15,7 @@ Parameter names are those of the stock model, so every stock WavLM checkpoint lo
 
 import importlib
 import math
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 
 import torch
@@ -337,8 +337,50 @@ class WavLMSkillStudentFeatureEncoder(WavLMFeatureEncoder):
         return hidden_states
 
 
+class FourierConv1d(nn.Module):
+    """
+    What a grouped convolution of stride 1 computes, by the fast Fourier transform (overlap-save): its kernel is
+    applied to blocks of twice its length, where it is one complex product for each frequency.
+
+    Args:
+        conv ([`~torch.nn.Conv1d`]): whose weight, in float32, is transformed here, once.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.kernel, self.padding, self.groups = conv.kernel_size[0], conv.padding[0], conv.groups
+        self.block = 2 ** math.ceil(math.log2(2 * self.kernel))
+        self.step = self.block - self.kernel + 1  # samples of a block that no other one wraps around into
+        spectrum = torch.fft.rfft(conv.weight.detach(), n=self.block).conj()  # (C', C / groups, F): a correlation
+        spectrum = spectrum.unflatten(0, (self.groups, -1)).permute(3, 0, 2, 1)  # (F, groups, C / groups, C' / groups)
+        self.register_buffer("spectrum", spectrum.resolve_conj().contiguous(), persistent=False)
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach(), persistent=False)
+
+    def forward(self, hidden_states):
+        """`(batch, frames, channels)`, float32 -> `(batch, frames + 2 * padding - kernel_size + 1, channels)`."""
+        batch, frames, _ = hidden_states.shape
+        length = frames + 2 * self.padding - self.kernel + 1
+        blocks = -(-length // self.step)
+        end = blocks * self.step + self.kernel - 1 - self.padding - frames
+        padded = nn.functional.pad(hidden_states, (0, 0, self.padding, end))
+        windows = padded.unfold(1, self.block, self.step)  # (B, blocks, C, block)
+        features = torch.fft.rfft(windows).unflatten(2, (self.groups, -1))  # (B, blocks, groups, C / groups, F)
+        features = features.permute(4, 2, 0, 1, 3).flatten(2, 3)  # (F, groups, B * blocks, C / groups)
+        features = (features @ self.spectrum).unflatten(2, (batch, blocks))
+        features = torch.fft.irfft(features.permute(2, 3, 1, 4, 0), n=self.block)  # (B, blocks, groups, C', block)
+        features = features[..., : self.step].flatten(2, 3).mT.flatten(1, 2)[:, :length]
+        return features if self.bias is None else features + self.bias
+
+
 class WavLMSkillStudentPositionalConvEmbedding(WavLMPositionalConvEmbedding):
-    """The stock positional convolution, on the CPU by the kernel for channels-last memory."""
+    """
+    The stock positional convolution, on the CPU by the kernel for channels-last memory, or by the Fourier transform
+    once it is fused.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.fourier = None  # see `fuse`
 
     def forward(self, hidden_states):
         """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
@@ -346,10 +388,20 @@ class WavLMSkillStudentPositionalConvEmbedding(WavLMPositionalConvEmbedding):
         ours = isinstance(conv, nn.Conv1d) and _is_bare(conv) and not _is_plain()
         if hidden_states.device.type != "cpu" or not ours:
             return super().forward(hidden_states)
-        hidden_states = _channels_last_conv(
-            hidden_states.mT, conv.weight, conv.bias, conv.stride[0], conv.padding[0], conv.groups
-        )
+        if self.fourier is not None and hidden_states.dtype == torch.float32 and not _is_traced():
+            hidden_states = self.fourier(hidden_states).mT
+        else:
+            hidden_states = _channels_last_conv(
+                hidden_states.mT, conv.weight, conv.bias, conv.stride[0], conv.padding[0], conv.groups
+            )
         return self.activation(self.padding(hidden_states)).mT
+
+    def fuse(self):
+        """The weight itself instead of its norm and direction, and on a CPU its Fourier transform."""
+        fold_weight_norm(self.conv)
+        if type(self.conv) is nn.Conv1d and self.conv.weight.is_cpu and self.conv.weight.dtype == torch.float32:
+            self.fourier = FourierConv1d(self.conv)
+        _lay_out(self.conv)
 
 
 class OutputBias(nn.Module):
@@ -389,16 +441,26 @@ def flex_attention_forward(query, key, value, gate, values, attention_mask=None,
     Returns:
         `torch.Tensor` of shape `(batch, frames, heads, head_dim)`.
     """
-    # Not in every version that students are loaded with.
-    from transformers.integrations.flex_attention import compile_friendly_flex_attention
-
     last = query.shape[2] - 1
 
     def score_mod(score, batch, head, query_frame, key_frame):
         score = score + gate[batch, head, query_frame] * values[head, key_frame - query_frame + last]
         return score if attention_mask is None else score.where(attention_mask[batch, key_frame], -math.inf)
 
-    return compile_friendly_flex_attention(query, key, value, score_mod=score_mod, scale=scaling).transpose(1, 2)
+    settings = {"score_mod": score_mod, "scale": scaling}
+    if torch.compiler.is_compiling():
+        return _flex_attention(compiled=False)(query, key, value, **settings).transpose(1, 2)
+    # Beyond its limit torch goes on with a kernel that makes the large tensor. This one is compiled for each number of
+    # heads that a layer may have, but not for each length, as that of transformers is.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return _flex_attention(compiled=True)(query, key, value, **settings).transpose(1, 2)
+
+
+@cache
+def _flex_attention(compiled):
+    from torch.nn.attention.flex_attention import flex_attention  # not in every version that students are loaded with
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 class WavLMSkillStudentAttention(nn.Module):
@@ -472,7 +534,7 @@ class WavLMSkillStudentAttention(nn.Module):
         else:
             bias = gate * selected_bias  # the largest tensor of a layer, (B, H, T, T)
             if mask is not None:
-                # Half of the least number, so that the sum is one, too. onnxruntime adds five times as fast as it
+                # Half of the least number, so that the sum stays finite. onnxruntime adds five times as fast as it
                 # fills.
                 padding = torch.finfo(bias.dtype).min / 2
                 bias += bias.new_zeros(()).where(mask, padding)[:, None, None, :]
@@ -498,11 +560,11 @@ class WavLMSkillStudentAttention(nn.Module):
         return self.qkv_proj(hidden_states).chunk(3, dim=-1)
 
     def fuse(self):
-        """One linear map instead of those to query, key and value, unless they are something else than linear maps."""
+        """One linear map for query, key and value, unless theirs are something else or somebody looks at them."""
         if not self.heads or self.qkv_proj is not None:
             return
         projections = self.q_proj, self.k_proj, self.v_proj
-        if any(type(projection) is not nn.Linear for projection in projections):
+        if any(type(projection) is not nn.Linear for projection in projections) or not _is_bare(*projections):
             return
         weight, bias = (torch.cat([getattr(one, kind) for one in projections]) for kind in ("weight", "bias"))
         self.qkv_proj = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
@@ -658,15 +720,16 @@ class _Student:
         """
         if hasattr(self.base_model, "_gate_draw"):
             raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
-        self.base_model._refuse_fused("saved")
+        self.base_model.refuse_fused("saved")
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def fuse(self):
         """
-        Prepares the student for inference, in place: folds the weight norm of the positional convolution, makes one
-        linear map of query, key and value, and on a CPU puts the weights of convolutions in the order that kernels
-        read, all of which is otherwise done anew in each forward. Outputs stay the same (1e-5).
+        Prepares the student for inference, in place, and sets it to eval mode: folds the weight norm of the positional
+        convolution and makes one linear map of query, key and value; on a CPU it puts the weights of convolutions in
+        the order that kernels read and computes the positional one by the Fourier transform. Outputs stay the same
+        (1e-5). The Fourier transform of its weight takes memory: 38 MB for Base models.
 
         Call it where the student is to run, after `.to(device)`. It can be neither saved nor trained any more;
         `from_pretrained` gives one that can.
@@ -679,13 +742,10 @@ class _Student:
         """
         if hasattr(self.base_model, "_gate_draw"):
             raise ValueError("This student has gates; call `prune()` before fusing it.")
-        self.requires_grad_(False)
-        for module in self.base_model.modules():
-            if isinstance(module, WavLMSkillStudentAttention):
+        self.requires_grad_(False).eval()
+        for module in list(self.base_model.modules()):
+            if isinstance(module, WavLMSkillStudentAttention | WavLMSkillStudentPositionalConvEmbedding):
                 module.fuse()
-            elif isinstance(module, WavLMSkillStudentPositionalConvEmbedding):
-                fold_weight_norm(module.conv)
-                _lay_out(module.conv)
             elif isinstance(module, WavLMSkillStudentConv1d):
                 _lay_out(module)
         self.base_model._is_fused = True
@@ -791,7 +851,7 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         A stock [`~transformers.WavLMModel`] with the same outputs. Convolutions stay as narrow as they are; heads and
         feed-forward units that were cut come back as zeros, so it loads anywhere and saves little.
         """
-        self._refuse_fused("made a stock model")
+        self.refuse_fused("made a stock model")
         if self.config.masked_group_norm and self.config.feat_extract_norm == "group":
             logger.warning(
                 "The stock model has no `masked_group_norm`: it gives the same outputs for clips without padding only."
@@ -828,16 +888,17 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         stock.load_state_dict(state | own)
         return stock.to(device=self.device, dtype=self.dtype).train(self.training)
 
-    def _refuse_fused(self, action):
+    def refuse_fused(self, use):
+        """Raises a `ValueError`, of `use` such as "saved", if the student is fused."""
         if getattr(self, "_is_fused", False):
-            raise ValueError(f"This student is fused and cannot be {action}; load it anew and do so before `fuse()`.")
+            raise ValueError(f"This student is fused and cannot be {use}; load it anew for that.")
 
     # Like `add_adapter` of transformers, these work where the package that does it is installed: a student loaded from
     # the Hub has no use for them, and the file that describes it holds no training code.
 
     def add_gates(self, units=("conv_channels", "attention_heads", "ffn_dims"), width_multiple=1):
         """Puts a trainable gate on each of `units`; see [`skill_hf.pruning.add_gates`]."""
-        self._refuse_fused("pruned")
+        self.refuse_fused("pruned")
         _pruning().add_gates(self, units, width_multiple)
 
     def named_gates(self):
