@@ -1,4 +1,4 @@
-"""Which operators take the time of a forward pass, of torch or of onnxruntime."""
+"""Which operators take the time of a forward pass, of torch or of onnxruntime, or of a training step."""
 
 import json
 from collections import Counter
@@ -14,6 +14,7 @@ GROUPS = {
     "convolutions": ("conv",),
     "attention": ("attention", "softmax"),
     "quantisation": ("quantizelinear",),
+    "optimizer": ("adam",),
     "matrix products": ("mm", "linear", "matmul", "einsum", "dot"),
     "activations": ("gelu", "sigmoid", "relu", "tanh"),
     "norms": ("norm", "var_mean", "rsqrt", "native_batch"),
@@ -46,11 +47,23 @@ def profile_call(call: Callable, device: torch.device, top: int = 12) -> dict:
     take the most.
     """
     call()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    profiler = start_profile(device)
+    call()
+    return end_profile(profiler, device, top)
+
+
+def start_profile(device: torch.device) -> profile:
+    """A profiler of torch that has begun; [`end_profile`] ends it."""
+    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"))
+    profiler.start()
+    return profiler
+
+
+def end_profile(profiler: profile, device: torch.device, top: int = 12) -> dict:
+    """As [`profile_call`], of all that was called since [`start_profile`]."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    profiler.stop()
     seconds, counts = Counter(), Counter()
     for event in profiler.key_averages():
         taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total

@@ -108,7 +108,9 @@ class BenchmarkArguments:
     )
     profile: bool = field(
         default=False,
-        metadata={"help": "Show which operators take the time of the first case, in all modes but `compiled`."},
+        metadata={
+            "help": "Show which operators take the time of the first case, in all modes but `compiled`, and of a step."
+        },
     )
     training_case: str = field(default="4x5", metadata={"help": "Batch of the training step, clips x seconds."})
     training_precisions: list[str] = field(
@@ -277,10 +279,15 @@ def measure_stage(args: BenchmarkArguments, precision: str, peaks: dict, keep) -
         runs=args.runs,
         warmup=args.warmup,
         seed=args.seed,
+        profile=args.profile,
     )
     rows = list(measure_training(settings, rivals, peaks))
     for row in rows:
+        profile = row.pop("profile")
         keep("training", row)
+        if profile is not None:
+            one = {"case": row["case"], "model": row["rival"], "precision": precision, "mode": "training step"}
+            keep("profiles", one | profile)
     sizes = [row for row in rows if row["kind"] == "skill" and not row["checkpointing"]]
     if len(sizes) > 1:
         average = average_over_stage(sizes, args.parse_schedule())

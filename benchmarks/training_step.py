@@ -22,6 +22,7 @@ import torch
 from compared_models import halfway_config, make_teacher, num_parameters, pruned_config, random_weights
 from dphubert_clone import DPHuBERT, TrainingStep
 from inference import Case
+from operators import end_profile, start_profile
 from torch import nn
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, WavLMModel
 
@@ -76,16 +77,18 @@ class Settings:
     runs: int
     warmup: int
     seed: int
+    profile: bool = False
 
     @property
     def steps(self) -> int:
-        return self.warmup + self.runs
+        """Those that are timed, and one more to be profiled."""
+        return self.warmup + self.runs + self.profile
 
 
 def measure_training(settings: Settings, rivals: list[Rival], peaks: dict) -> Iterator[dict]:
     """
     A row for each rival. `ratio` is its time over that of the first rival, the peer, and `memory_ratio` the same of
-    peak memory.
+    peak memory; `profile` says which operators take the time of one more step, if `settings` ask for it.
 
     Args:
         settings (`Settings`): of this precision.
@@ -118,7 +121,7 @@ def measure_training(settings: Settings, rivals: list[Rival], peaks: dict) -> It
             process.join()
     peer_median, peer_memory = None, None
     for rival in rivals:
-        counted, result = seconds[rival.name][settings.warmup :], results[rival.name]
+        counted, result = seconds[rival.name][settings.warmup :][: settings.runs], results[rival.name]
         middle, memory = median(counted), result["peak_bytes"]
         peer_median, peer_memory = peer_median or middle, peer_memory or memory
         peak = peaks["flops"].get(settings.precision)
@@ -174,26 +177,37 @@ def run_rival(rival: Rival, settings: Settings, connection: Connection) -> None:
         * (count_macs(teacher, settings.case.seconds) + 3 * count_macs(student, settings.case.seconds)),
     }
     steps = {"skill": skill_steps, "dphubert": dphubert_steps, "plain": plain_steps}[rival.kind]
-    steps(rival, settings, teacher, student, device, Baton(connection, device, settings.steps))
-    connection.send(result | {"peak_bytes": _peak_bytes(device)})
+    baton = Baton(connection, device, settings)
+    steps(rival, settings, teacher, student, device, baton)
+    connection.send(result | {"peak_bytes": baton.peak_bytes or _peak_bytes(device), "profile": baton.profile})
 
 
 class Baton:
-    """A rival's side of the turns: waits to be told to step, sends how long it took, and holds still till the end."""
+    """
+    A rival's side of the turns: waits to be told to step, sends how long it took, and holds still till the end. The
+    last step is profiled if the settings ask for it; the peak of memory is that before it.
+    """
 
-    def __init__(self, connection: Connection, device: torch.device, steps: int):
-        self.connection, self.device, self.steps = connection, device, steps
+    def __init__(self, connection: Connection, device: torch.device, settings: Settings):
+        self.connection, self.device, self.steps = connection, device, settings.steps
         self.num_done = 0
-        self._started = None
+        self.peak_bytes = self.profile = None
+        self._profiled_step = self.steps - 1 if settings.profile else None
+        self._started = self._profiler = None
 
     def wait(self) -> None:
         if not self.num_done:
             self.connection.send("built")
         self.connection.recv()
+        if self.num_done == self._profiled_step:
+            self.peak_bytes = _peak_bytes(self.device)
+            self._profiler = start_profile(self.device)
         self._started = self._now()
 
     def done(self) -> None:
         start, end = self._started, self._now()
+        if self._profiler is not None:
+            self.profile = end_profile(self._profiler, self.device)
         if self.device.type == "cuda":
             end.synchronize()
             self.connection.send(start.elapsed_time(end) / 1000)

@@ -131,7 +131,7 @@ def test_compiled_and_int8(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_training_step(directories, tmp_path, capsys):
-    arguments = ["--training_case", "2x0.5", "--training_rivals", "skill, pruned"]
+    arguments = ["--training_case", "2x0.5", "--training_rivals", "skill, pruned", "--profile"]
     results = run(directories, tmp_path, "--parts", "training", "--training_precisions", "fp32", *arguments)
     rows = {row["rival"]: row for row in results["training"]}
     assert list(rows) == ["plain peer", "skill, pruned"]
@@ -144,7 +144,15 @@ def test_training_step(directories, tmp_path, capsys):
     teacher, pruned = (peer["teacher_parameters"], rows["skill, pruned"]["student_parameters"])
     assert pruned == compared_models.num_parameters(WavLMForSkillStudent.from_pretrained(directories["pruned"]))
     assert peer["student_parameters"] == teacher > pruned
-    assert "| 2x0.5 | skill, pruned | fp32 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 2x0.5 | skill, pruned | fp32 |" in printed
+    assert [(row["model"], row["mode"]) for row in results["profiles"]] == [
+        ("plain peer", "training step"),
+        ("skill, pruned", "training step"),
+    ]
+    for row in results["profiles"]:
+        assert {"convolutions", "matrix products", "optimizer"} <= set(row["groups"])
+    assert "### Profile of skill, pruned, fp32 training step, 2x0.5" in printed
 
 
 def test_pruned_shapes():
