@@ -275,6 +275,21 @@ def test_the_page_says_what_the_results_say(name):
     assert tables.render(results).splitlines()[0] in page  # the machine, versions and seed
 
 
+def test_the_page_says_where_a_step_goes():
+    page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+    results = json.loads((RESULTS / "step_profile.json").read_text(encoding="utf-8"))
+    shares = [
+        {
+            group: f"{seconds / sum(row['groups'].values()):.0%}".replace("%", " %")
+            for group, seconds in row["groups"].items()
+        }
+        for row in results["profiles"]
+    ]
+    assert f"| group | {' | '.join(row['model'] for row in results['profiles'])} |" in page
+    for group in shares[0]:
+        assert f"| {group} | {' | '.join(row[group] for row in shares)} |" in page
+
+
 def test_the_page_says_what_shrinking_came_to(capsys):
     page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
     result, step = (
