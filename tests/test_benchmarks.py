@@ -262,7 +262,16 @@ def test_unknown_names(directories, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["compiled.json", "forward.json", "forward_h200.json", "fused.json", "int8.json", "step.json", "step_h200.json"],
+    [
+        "compiled.json",
+        "forward.json",
+        "forward_h200.json",
+        "fused.json",
+        "int8.json",
+        "long.json",
+        "step.json",
+        "step_h200.json",
+    ],
 )
 def test_the_page_says_what_the_results_say(name):
     page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
