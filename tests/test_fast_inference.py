@@ -52,6 +52,16 @@ def test_fused_student_copies_no_weight_of_a_convolution(monkeypatch):
     assert len(copied) == 6 and not any(copied)  # the first is a matrix product, the positional one a transform
 
 
+def test_fused_student_in_another_dtype_and_back():
+    student = pruned_student("base").fuse()
+    expected = copy.deepcopy(student)
+    student.to(torch.float64).to(torch.float32)
+    assert_same_hidden_states(expected, student, padded_batch())
+    student.to(torch.bfloat16)
+    with torch.no_grad():
+        assert student(torch.randn(1, 4000, dtype=torch.bfloat16)).last_hidden_state.isfinite().all()
+
+
 @pytest.mark.parametrize("kernel, padding, groups", [(128, 64, 4), (5, 0, 1), (6, 3, 2)])
 def test_fourier_transform_gives_the_same_convolution(kernel, padding, groups):
     torch.manual_seed(0)

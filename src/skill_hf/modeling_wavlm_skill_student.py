@@ -353,7 +353,9 @@ class FourierConv1d(nn.Module):
         self.step = self.block - self.kernel + 1  # samples of a block that no other one wraps around into
         spectrum = torch.fft.rfft(conv.weight.detach(), n=self.block).conj()  # (C', C / groups, F): a correlation
         spectrum = spectrum.unflatten(0, (self.groups, -1)).permute(3, 0, 2, 1)  # (F, groups, C / groups, C' / groups)
-        self.register_buffer("spectrum", spectrum.resolve_conj().contiguous(), persistent=False)
+        # As pairs of real numbers, since `.to(dtype)` of a module would drop the imaginary part of complex ones.
+        spectrum = torch.view_as_real(spectrum.resolve_conj().contiguous())
+        self.register_buffer("spectrum", spectrum, persistent=False)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach(), persistent=False)
 
     def forward(self, hidden_states):
@@ -366,7 +368,7 @@ class FourierConv1d(nn.Module):
         windows = padded.unfold(1, self.block, self.step)  # (B, blocks, C, block)
         features = torch.fft.rfft(windows).unflatten(2, (self.groups, -1))  # (B, blocks, groups, C / groups, F)
         features = features.permute(4, 2, 0, 1, 3).flatten(2, 3)  # (F, groups, B * blocks, C / groups)
-        features = (features @ self.spectrum).unflatten(2, (batch, blocks))
+        features = (features @ torch.view_as_complex(self.spectrum)).unflatten(2, (batch, blocks))
         features = torch.fft.irfft(features.permute(2, 3, 1, 4, 0), n=self.block)  # (B, blocks, groups, C', block)
         features = features[..., : self.step].flatten(2, 3).mT.flatten(1, 2)[:, :length]
         return features if self.bias is None else features + self.bias
