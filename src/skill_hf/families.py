@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .modeling_wavlm_skill_student import WavLMForSkillStudent
@@ -94,8 +93,9 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
 
 def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
-    `teacher` with the faster forward that its family's student has; the weights are shared. A model of another class
-    than the stock one or the student may compute something else and is returned as it is. Hooks stay behind.
+    `teacher` with the faster forward that its family's student has, fused for the device that it is on; most weights
+    are shared. A model of another class than the stock one or the student may compute something else and is returned
+    as it is. Hooks stay behind.
 
     With `autocast_dtype`, weights that autocast would cast to it in every forward are cast here, once, and it runs
     under autocast only, with the same outputs.
@@ -104,18 +104,18 @@ def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = 
         return teacher
     student = empty_student(teacher.config)
     student.load_state_dict(teacher.state_dict(), assign=True)
-    student.requires_grad_(False).eval()
+    student.fuse()
     if autocast_dtype is not None:
         _cast_products(student, autocast_dtype)
     return student
 
 
 def _cast_products(student: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts the weights of linear maps and convolutions, but for those that something is computed of beforehand."""
+    """Casts the weights of linear maps and convolutions, but for one that something is computed of beforehand."""
     folded = {
         layer.conv for layer in student.feature_extractor.conv_layers if isinstance(layer.layer_norm, nn.GroupNorm)
     }
     for module in student.modules():
-        if isinstance(module, nn.Linear | nn.Conv1d) and module not in folded and not is_parametrized(module):
+        if isinstance(module, nn.Linear | nn.Conv1d) and module not in folded:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))

@@ -420,11 +420,34 @@ class OutputBias(nn.Module):
         return self.bias.expand(*hidden_states.shape[:-1], -1)
 
 
+def fast_dropout(hidden_states, p, training):
+    """
+    As [`~torch.nn.functional.dropout`], but on the CPU a random number has 16 bits: torch's own takes seven times as
+    long, a tenth of a training step. The probability is rounded to a multiple of 2^-16, and what is left scaled by
+    the rounded one, so that the expected value stays.
+    """
+    kept = round((1 - p) * 2**16)
+    plain = type(hidden_states) is torch.Tensor and hidden_states.is_cpu and not _is_traced()
+    if not (training and plain and 0 < kept < 2**16):
+        return nn.functional.dropout(hidden_states, p, training)
+    words = hidden_states.new_empty(-(-hidden_states.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    numbers = words.view(torch.int16)[: hidden_states.numel()].view(hidden_states.shape)
+    mask = torch.lt(numbers, kept - 2**15, out=torch.empty_like(hidden_states, requires_grad=False))
+    return hidden_states * mask.mul_(2**16 / kept)
+
+
+class WavLMSkillStudentDropout(nn.Dropout):
+    """[`~torch.nn.Dropout`] by [`fast_dropout`]."""
+
+    def forward(self, hidden_states):
+        return fast_dropout(hidden_states, self.p, self.training)
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
     """Attention that returns its weights; signature and shapes are those of transformers' attention functions."""
-    scores = query @ key.transpose(-1, -2) * scaling + attention_mask
+    scores = (query @ key.transpose(-1, -2)).mul_(scaling).add_(attention_mask)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    output = fast_dropout(weights, dropout, module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -541,7 +564,9 @@ class WavLMSkillStudentAttention(nn.Module):
                 padding = torch.finfo(bias.dtype).min / 2
                 bias += bias.new_zeros(()).where(mask, padding)[:, None, None, :]
             attention = eager_attention_forward
-            if implementation != "eager":
+            dropout = self.dropout if self.training else 0.0
+            # On a CPU the fused attention has no kernel with dropout, and does the same as the eager one, but slower.
+            if implementation != "eager" and not (dropout and query.is_cpu):
                 attention = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "flex_attention" else implementation]
             output, weights = attention(
                 self,
@@ -549,10 +574,11 @@ class WavLMSkillStudentAttention(nn.Module):
                 key,
                 value,
                 attention_mask=bias,
-                dropout=self.dropout if self.training else 0.0,
+                dropout=dropout,
                 scaling=scaling,
                 is_causal=False,
             )  # (B, T, H, head_dim)
+            weights = weights if implementation == "eager" else None
         return self.out_proj(output.reshape(batch, frames, -1)), weights, position_bias
 
     def _project(self, hidden_states):
@@ -634,14 +660,14 @@ class WavLMSkillStudentFeedForward(nn.Module):
             self.intermediate_act_fn = (
                 ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
             )
-            self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+            self.intermediate_dropout = WavLMSkillStudentDropout(config.activation_dropout)
             self.output_dense = nn.Linear(size, config.hidden_size)
             self.output_bias = None
         else:
             self.intermediate_dense = self.output_dense = None
             removed = layer_index in config.removed_ffn_blocks
             self.output_bias = None if removed else OutputBias(config.hidden_size)
-        self.output_dropout = nn.Dropout(config.hidden_dropout)
+        self.output_dropout = WavLMSkillStudentDropout(config.hidden_dropout)
 
     def forward(self, hidden_states):
         """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
@@ -819,8 +845,11 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     def __init__(self, config):
         super().__init__(config)
         self.feature_extractor = WavLMSkillStudentFeatureEncoder(config)
+        self.feature_projection.dropout = WavLMSkillStudentDropout(config.feat_proj_dropout)
         self.encoder.pos_conv_embed = WavLMSkillStudentPositionalConvEmbedding(config)
+        self.encoder.dropout = WavLMSkillStudentDropout(config.hidden_dropout)
         for index, layer in enumerate(self.encoder.layers):
+            layer.dropout = WavLMSkillStudentDropout(config.hidden_dropout)
             layer.attention = WavLMSkillStudentAttention(config, index)
             layer.feed_forward = WavLMSkillStudentFeedForward(config, index)
         self.post_init()
