@@ -256,7 +256,7 @@ def test_weights_cast_once_are_those_that_autocast_casts(layout):
         expected, found = (model(inputs, output_hidden_states=True).hidden_states for model in (fast, cast))
     for one, other in zip(expected, found, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    assert cast.encoder.layers[0].attention.qkv_proj.weight.dtype == torch.bfloat16
+    assert cast.encoder.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
     assert all(torch.equal(weight, weights[name]) for name, weight in teacher.state_dict().items())
 
 

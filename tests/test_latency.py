@@ -117,7 +117,7 @@ def test_drawn_architectures_are_narrower_students():
 
 
 def test_time_is_that_of_the_part_that_takes_it(monkeypatch):
-    student = build_student(tiny_teacher()).eval()
+    student, other = (build_student(tiny_teacher()).eval() for _ in range(2))
     slow = student.encoder.layers[1].feed_forward
     forward = slow.forward
 
@@ -127,7 +127,9 @@ def test_time_is_that_of_the_part_that_takes_it(monkeypatch):
 
     monkeypatch.setattr(slow, "forward", wait)
     with torch.no_grad():
-        seconds = measure_parts(student, torch.randn(2, 8000), num_runs=3)
+        shares = measure_parts(student, other, torch.randn(2, 8000), num_runs=3)
+    reference = shares.pop("reference")
+    seconds = {part: share * reference for part, share in shares.items()}
     assert set(seconds) == {
         "whole",
         "projection",
@@ -141,7 +143,7 @@ def test_time_is_that_of_the_part_that_takes_it(monkeypatch):
 
 
 def test_a_batch_that_the_convolutions_take_in_parts_is_measured_whole(monkeypatch):
-    student = build_student(tiny_teacher()).eval()
+    student, other = (build_student(tiny_teacher()).eval() for _ in range(2))
     student.feature_extractor.max_values = {"cpu": 1}
     slow = student.feature_extractor.conv_layers[2]
     forward = slow.forward
@@ -152,7 +154,28 @@ def test_a_batch_that_the_convolutions_take_in_parts_is_measured_whole(monkeypat
 
     monkeypatch.setattr(slow, "forward", wait)
     with torch.no_grad():
-        assert measure_parts(student, torch.randn(3, 4000), num_runs=2)["convolution.2"] > 0.06
+        shares = measure_parts(student, other, torch.randn(3, 4000), num_runs=2)
+    assert shares["convolution.2"] * shares["reference"] > 0.05  # of 0.06, as the reference may be disturbed
+
+
+def test_a_device_that_slows_down_changes_no_share(monkeypatch):
+    student, other = (build_student(tiny_teacher()).eval() for _ in range(2))
+    clock, speed = [0.0], [1.0]
+
+    def take(seconds):
+        clock[0] += seconds * speed[0]
+        speed[0] *= 1.5
+
+    monkeypatch.setattr("skill_hf.latency.time.perf_counter", lambda: clock[0])
+    student.feature_projection.register_forward_pre_hook(lambda *_: take(1.0))
+    student.encoder.layers[0].attention.register_forward_hook(lambda *_: take(2.0))
+    other.feature_projection.register_forward_hook(lambda *_: take(8.0))
+    with torch.no_grad():
+        shares = measure_parts(student, other, torch.randn(1, 4000), num_runs=5)
+    # The reference's 8 seconds are 1.5^-1 times as long before and 1.5^2 times after, by the speed at the first part.
+    around = 8 * (1.5**-1 + 1.5**2) / 2
+    assert shares["whole"] == pytest.approx((1 + 1.5 * 2) / around)
+    assert shares["attention.0"] == pytest.approx(1.5 * 2 / around)
 
 
 def test_measured_costs_make_a_recipe():

@@ -93,9 +93,10 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
 
 def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
-    `teacher` with the faster forward that its family's student has, fused for the device that it is on; most weights
-    are shared. A model of another class than the stock one or the student may compute something else and is returned
-    as it is. Hooks stay behind.
+    `teacher` with the faster forward that its family's student has, for the device that it is on. A model of another
+    class than the stock one or the student may compute something else and is returned as it is. Hooks stay behind.
+    The weights are shared, but for that of the positional convolution: the student's `fuse()` would copy more of them
+    and win little more.
 
     With `autocast_dtype`, weights that autocast would cast to it in every forward are cast here, once, and it runs
     under autocast only, with the same outputs.
@@ -104,7 +105,8 @@ def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = 
         return teacher
     student = empty_student(teacher.config)
     student.load_state_dict(teacher.state_dict(), assign=True)
-    student.fuse()
+    student.requires_grad_(False).eval()
+    student.encoder.pos_conv_embed.fuse()
     if autocast_dtype is not None:
         _cast_products(student, autocast_dtype)
     return student

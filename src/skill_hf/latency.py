@@ -45,7 +45,8 @@ def fit_latency(
 ) -> dict:
     r"""
     Measures random students of a teacher and fits what each of their units costs. Their weights are random, too: time
-    depends on shapes alone.
+    depends on shapes alone. Each takes turns with the unpruned one, so that a device that slows down for a while, as
+    they get hot or have other work to do, does not count as a slow architecture.
 
     The model of costs is that of [`~skill_hf.budgets.UnitCosts`], linear in the numbers of units and in the products
     of the channels of neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths
@@ -110,10 +111,16 @@ def fit_latency(
     with _threads(num_threads), torch.no_grad(), torch.random.fork_rng(devices=[]):
         num_threads = torch.get_num_threads()
         clips = torch.randn(batch_size, samples).to(device, getattr(torch, dtype))
-        for architecture in tqdm(architectures, desc="Measuring", unit="architecture", disable=not progress):
+
+        def build(architecture: PreTrainedConfig) -> PreTrainedModel:
             with device:
-                student = STUDENT_CLASSES[config.model_type](architecture)
-            timings.append(measure_parts(student.to(clips.dtype).eval(), clips, num_runs))
+                return STUDENT_CLASSES[config.model_type](architecture).to(clips.dtype).eval()
+
+        reference = build(config)
+        for architecture in tqdm(architectures, desc="Measuring", unit="architecture", disable=not progress):
+            timings.append(measure_parts(build(architecture), reference, clips, num_runs))
+    usual = np.median([timing.pop("reference") for timing in timings])
+    timings = [{part: share * usual for part, share in timing.items()} for timing in timings]
     measured_on = {
         "device": device_name(device),
         "dtype": dtype,
@@ -161,15 +168,21 @@ def draw_architecture(config: PreTrainedConfig, rng: np.random.Generator) -> Pre
     return config
 
 
-def measure_parts(student: PreTrainedModel, clips: torch.Tensor, num_runs: int = 5) -> dict[str, float]:
+def measure_parts(
+    student: PreTrainedModel, reference: PreTrainedModel, clips: torch.Tensor, num_runs: int = 5
+) -> dict[str, float]:
     """
-    Seconds of a forward and of its parts, each the median of `num_runs`: `whole`, `projection`, and of each layer
-    `convolution.0`, `attention.0`, `feed_forward.0`.
+    Time of a forward and of its parts as shares of the forwards of another model just before and after it, each the
+    median of `num_runs`: `whole`, `projection`, and of each layer `convolution.0`, `attention.0`, `feed_forward.0`.
 
     Args:
         student (`PreTrainedModel`): on its device, in eval mode.
-        clips (`torch.Tensor` of shape `(batch, samples)`): on the same device, in the student's dtype.
+        reference (`PreTrainedModel`): the other model, another object on the same device.
+        clips (`torch.Tensor` of shape `(batch, samples)`): on the same device, in the dtype of both.
         num_runs (`int`, *optional*, defaults to 5): forwards after the first ones, which don't count.
+
+    Returns:
+        `dict[str, float]`: the shares, and as `reference` the median seconds of the other model.
     """
     parts = {"whole": student, "projection": student.feature_projection}
     parts |= {f"convolution.{index}": layer for index, layer in enumerate(student.feature_extractor.conv_layers)}
@@ -189,20 +202,27 @@ def measure_parts(student: PreTrainedModel, clips: torch.Tensor, num_runs: int =
     for name, module in parts.items():
         handles.append(module.register_forward_pre_hook(lambda *_, times=times[name]: times.append(now())))
         handles.append(module.register_forward_hook(lambda *_, times=times[name]: times.append(now())))
+    others = []
     for _ in range(NUM_WARMUPS + num_runs):
         student(clips)
+        others.append(now())
+        reference(clips)
+        others.append(now())
     for handle in handles:
         handle.remove()
     if on_gpu:
         torch.cuda.synchronize(clips.device)
 
-    def seconds(start, end) -> float:
-        return start.elapsed_time(end) / 1e3 if on_gpu else end - start
+    def seconds(of: list) -> list[float]:
+        pairs = zip(of[::2], of[1::2], strict=True)
+        return [start.elapsed_time(end) / 1e3 if on_gpu else end - start for start, end in pairs]
 
     # A student may take a batch through its convolutions in parts, which are calls of their own.
-    calls = {name: [seconds(*pair) for pair in zip(of[::2], of[1::2], strict=True)] for name, of in times.items()}
-    runs = {name: np.reshape(of, (NUM_WARMUPS + num_runs, -1)).sum(1) for name, of in calls.items()}
-    return {name: float(np.median(of[NUM_WARMUPS:])) for name, of in runs.items()}
+    runs = {name: np.reshape(seconds(of), (NUM_WARMUPS + num_runs, -1)).sum(1) for name, of in times.items()}
+    others = np.array(seconds(others)[NUM_WARMUPS - 1 :])
+    around = (others[1:] + others[:-1]) / 2
+    shares = {name: float(np.median(of[NUM_WARMUPS:] / around)) for name, of in runs.items()}
+    return shares | {"reference": float(np.median(others))}
 
 
 def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[str, float]]) -> dict:

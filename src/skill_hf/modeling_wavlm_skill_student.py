@@ -445,8 +445,9 @@ class WavLMSkillStudentDropout(nn.Dropout):
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
     """Attention that returns its weights; signature and shapes are those of transformers' attention functions."""
-    scores = (query @ key.transpose(-1, -2)).mul_(scaling).add_(attention_mask)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = nn.functional.softmax(
+        (query @ key.transpose(-1, -2)).mul_(scaling).add_(attention_mask), dim=-1, dtype=torch.float32
+    ).to(value.dtype)
     output = fast_dropout(weights, dropout, module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 
