@@ -286,7 +286,7 @@ def test_the_page_says_what_the_results_say(name):
 
 def test_the_page_says_where_a_step_goes():
     page = (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
-    results = json.loads((RESULTS / "step_profile.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / "step.json").read_text(encoding="utf-8"))
     shares = [
         {
             group: f"{seconds / sum(row['groups'].values()):.0%}".replace("%", " %")

@@ -203,11 +203,12 @@ def measure_parts(
         handles.append(module.register_forward_pre_hook(lambda *_, times=times[name]: times.append(now())))
         handles.append(module.register_forward_hook(lambda *_, times=times[name]: times.append(now())))
     others = []
-    for _ in range(NUM_WARMUPS + num_runs):
+    for run in range(NUM_WARMUPS + num_runs):
         student(clips)
-        others.append(now())
-        reference(clips)
-        others.append(now())
+        if run >= NUM_WARMUPS - 1:  # just before a forward that counts, or after one
+            others.append(now())
+            reference(clips)
+            others.append(now())
     for handle in handles:
         handle.remove()
     if on_gpu:
@@ -219,7 +220,7 @@ def measure_parts(
 
     # A student may take a batch through its convolutions in parts, which are calls of their own.
     runs = {name: np.reshape(seconds(of), (NUM_WARMUPS + num_runs, -1)).sum(1) for name, of in times.items()}
-    others = np.array(seconds(others)[NUM_WARMUPS - 1 :])
+    others = np.array(seconds(others))
     around = (others[1:] + others[:-1]) / 2
     shares = {name: float(np.median(of[NUM_WARMUPS:] / around)) for name, of in runs.items()}
     return shares | {"reference": float(np.median(others))}
