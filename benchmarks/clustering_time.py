@@ -21,7 +21,7 @@ def measure_clustering(
 ) -> Iterator[dict]:
     """
     A row for each measure; `ratio` is its time over that of the stock teacher's bare forward. The teacher is clustered
-    as the trainer does it, with its own weights in the student's faster forward.
+    as the trainer does it, in the student's faster forward.
     """
     fast = fast_teacher(teacher)
     clips = case.noise(seed, torch.device("cpu"))

@@ -78,6 +78,23 @@ def test_attention_drops_weights_whichever_implementation_is_asked_for():
     assert (mean - exact).abs().max() < 0.1 * exact.std()
 
 
+def test_half_precision_keeps_the_attention_that_rounds_least(monkeypatch):
+    student = build_student(tiny_teacher(attention_dropout=0.3)).bfloat16()
+    student.set_attn_implementation("sdpa")
+    calls, fused = [], nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    hidden_states = torch.randn(1, 9, student.config.hidden_size)
+    student.encoder.layers[0].attention(hidden_states.bfloat16())
+    assert len(calls) == 1
+    student.float().encoder.layers[0].attention(hidden_states)
+    assert len(calls) == 1
+
+
 def test_checkpoints_draw_the_same_again():
     gradients = []
     for checkpointing in (False, True):

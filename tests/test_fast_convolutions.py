@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
 
 from skill_hf import WavLMSkillStudentConfig
-from skill_hf.families import build_student, fast_teacher
+from skill_hf.families import build_student, fast_teacher, load_teacher
 from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
 from skill_hf.pruning import seed_gates
 
@@ -247,6 +247,24 @@ def test_bfloat16_autocast_trains_near_float32(layout):
     assert torch.cosine_similarity(*grads, dim=0) > 0.95  # 0.96 where the processor multiplies in bfloat16
 
 
+def test_the_fast_teacher_transforms_its_positional_weight_once(layout):
+    teacher = tiny_teacher(layout).eval()
+    fast, inputs = fast_teacher(teacher), torch.randn(2, 4000)
+    calls = []
+    fast.encoder.pos_conv_embed.fourier.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        expected, found = (model(inputs, output_hidden_states=True).hidden_states for model in (teacher, fast))
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert calls == [1]
+    shared = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
+    own = {name for name, tensor in fast.state_dict().items() if tensor.data_ptr() not in shared}
+    assert own == {"encoder.pos_conv_embed.conv.weight"}
+    assert nn.utils.parametrize.is_parametrized(teacher.encoder.pos_conv_embed.conv)
+    with pytest.raises(ValueError, match="fused"):
+        load_teacher(fast)
+
+
 def test_weights_cast_once_are_those_that_autocast_casts(layout):
     teacher = tiny_teacher(layout).eval()
     weights = {name: weight.clone() for name, weight in teacher.state_dict().items()}
@@ -257,6 +275,8 @@ def test_weights_cast_once_are_those_that_autocast_casts(layout):
     for one, other in zip(expected, found, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
     assert cast.encoder.layers[0].attention.q_proj.weight.dtype == torch.bfloat16
+    assert cast.encoder.pos_conv_embed.conv.weight.dtype == torch.bfloat16
+    assert cast.encoder.pos_conv_embed.fourier is None
     assert all(torch.equal(weight, weights[name]) for name, weight in teacher.state_dict().items())
 
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .modeling_wavlm_skill_student import WavLMForSkillStudent
+from .modeling_wavlm_skill_student import WavLMForSkillStudent, fold_weight_norm
 
 
 # A family is one line here. Gates and pruning go by the module names that all of wav2vec 2.0's descendants share; what
@@ -106,8 +106,11 @@ def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = 
     student = empty_student(teacher.config)
     student.load_state_dict(teacher.state_dict(), assign=True)
     student.requires_grad_(False).eval()
-    student.encoder.pos_conv_embed.fuse()
-    if autocast_dtype is not None:
+    student._is_fused = True  # in part: it cannot be saved or trained
+    if autocast_dtype is None:
+        student.encoder.pos_conv_embed.fuse()
+    else:  # which knows no Fourier transform
+        fold_weight_norm(student.encoder.pos_conv_embed.conv)
         _cast_products(student, autocast_dtype)
     return student
 

@@ -45,8 +45,8 @@ def fit_latency(
 ) -> dict:
     r"""
     Measures random students of a teacher and fits what each of their units costs. Their weights are random, too: time
-    depends on shapes alone. Each takes turns with the unpruned one, so that a device that slows down for a while, as
-    they get hot or have other work to do, does not count as a slow architecture.
+    depends on shapes alone. Each takes turns with the unpruned one, so that a device that slows down for a while, for
+    heat or for other work, does not count as a slow architecture.
 
     The model of costs is that of [`~skill_hf.budgets.UnitCosts`], linear in the numbers of units and in the products
     of the channels of neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths
@@ -203,16 +203,22 @@ def measure_parts(
         handles.append(module.register_forward_pre_hook(lambda *_, times=times[name]: times.append(now())))
         handles.append(module.register_forward_hook(lambda *_, times=times[name]: times.append(now())))
     others = []
+
+    def wait() -> None:  # or a GPU's launches would hide behind what the other model left it to do
+        if on_gpu:
+            torch.cuda.synchronize(clips.device)
+
     for run in range(NUM_WARMUPS + num_runs):
+        wait()
         student(clips)
         if run >= NUM_WARMUPS - 1:  # just before a forward that counts, or after one
+            wait()
             others.append(now())
             reference(clips)
             others.append(now())
     for handle in handles:
         handle.remove()
-    if on_gpu:
-        torch.cuda.synchronize(clips.device)
+    wait()
 
     def seconds(of: list) -> list[float]:
         pairs = zip(of[::2], of[1::2], strict=True)
@@ -237,7 +243,7 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
 
     Args:
         architectures (`Sequence[PreTrainedConfig]`): configurations of students.
-        timings (`Sequence[dict[str, float]]`): seconds of the parts of each, as from [`measure_parts`].
+        timings (`Sequence[dict[str, float]]`): seconds of the parts of each, named as by [`measure_parts`].
     """
     whole = np.array([timing["whole"] for timing in timings])
     channels = np.array([[1, *config.conv_dim] for config in architectures])

@@ -5,8 +5,8 @@ stands alone; it differs from [`~transformers.WavLMModel`] in its attention and 
 
 - Each layer keeps its own subset of heads. The gated relative position bias (WavLM, arXiv 2110.13900, section 3.1) of
   head h reads the h-th slice of the layer's *input*, so the teacher's head indices stay in the config.
-- The bias goes into `scaled_dot_product_attention` as the attention bias, so that the fused kernels run. Relative
-  positions are looked up once per forward.
+- The bias goes into `scaled_dot_product_attention` as the attention bias, so that fused kernels run where they are at
+  hand. Relative positions are looked up once per forward.
 - A block may be empty. The embedding of relative positions is used by all layers; layer 0 only stores it.
 - `masked_group_norm` takes the statistics of the group norm over valid samples only.
 
@@ -422,9 +422,9 @@ class OutputBias(nn.Module):
 
 def fast_dropout(hidden_states, p, training):
     """
-    As [`~torch.nn.functional.dropout`], but on the CPU a random number has 16 bits: torch's own takes seven times as
-    long, a tenth of a training step. The probability is rounded to a multiple of 2^-16, and what is left scaled by
-    the rounded one, so that the expected value stays.
+    As [`~torch.nn.functional.dropout`], but on the CPU a random number has 16 bits: torch draws a long one for each
+    value, which takes 7 to 10 % of a training step. The probability is rounded to a multiple of 2^-16, and what is
+    left scaled by the rounded one, so that the expected value stays.
     """
     kept = round((1 - p) * 2**16)
     plain = type(hidden_states) is torch.Tensor and hidden_states.is_cpu and not _is_traced()
@@ -446,7 +446,7 @@ class WavLMSkillStudentDropout(nn.Dropout):
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
     """Attention that returns its weights; signature and shapes are those of transformers' attention functions."""
     weights = nn.functional.softmax(
-        (query @ key.transpose(-1, -2)).mul_(scaling).add_(attention_mask), dim=-1, dtype=torch.float32
+        torch.add(attention_mask, query @ key.transpose(-1, -2), alpha=scaling), dim=-1, dtype=torch.float32
     ).to(value.dtype)
     output = fast_dropout(weights, dropout, module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
@@ -566,9 +566,12 @@ class WavLMSkillStudentAttention(nn.Module):
                 bias += bias.new_zeros(()).where(mask, padding)[:, None, None, :]
             attention = eager_attention_forward
             dropout = self.dropout if self.training else 0.0
-            # On a CPU the fused attention has no kernel with dropout, and does the same as the eager one, but slower.
-            if implementation != "eager" and not (dropout and query.is_cpu):
-                attention = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "flex_attention" else implementation]
+            implementation = "sdpa" if implementation == "flex_attention" else implementation
+            # On a CPU the fused attention has no kernel with dropout, and takes the same steps as the eager one, but
+            # slower. In half precision it is the more precise one.
+            in_steps = implementation == "sdpa" and dropout and query.is_cpu and query.dtype == torch.float32
+            if implementation != "eager" and not in_steps:
+                attention = ALL_ATTENTION_FUNCTIONS[implementation]
             output, weights = attention(
                 self,
                 query,
@@ -579,7 +582,7 @@ class WavLMSkillStudentAttention(nn.Module):
                 scaling=scaling,
                 is_causal=False,
             )  # (B, T, H, head_dim)
-            weights = weights if implementation == "eager" else None
+            weights = None if in_steps else weights
         return self.out_proj(output.reshape(batch, frames, -1)), weights, position_bias
 
     def _project(self, hidden_states):
