@@ -263,6 +263,7 @@ def test_unknown_names(directories, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
+        "batches.json",
         "compiled.json",
         "forward.json",
         "forward_h200.json",
