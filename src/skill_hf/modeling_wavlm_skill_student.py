@@ -432,7 +432,7 @@ def fast_dropout(hidden_states, p, training):
         return nn.functional.dropout(hidden_states, p, training)
     words = hidden_states.new_empty(-(-hidden_states.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[: hidden_states.numel()].view(hidden_states.shape)
-    mask = torch.lt(numbers, kept - 2**15, out=torch.empty_like(hidden_states, requires_grad=False))
+    mask = torch.lt(numbers, kept - 2**15, out=torch.empty_like(hidden_states))
     return hidden_states * mask.mul_(2**16 / kept)
 
 
