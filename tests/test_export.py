@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import padded_batch, tiny_config
+from conftest import padded_batch, tiny_config, tiny_teacher
 from torch import nn
 from transformers import WavLMForAudioFrameClassification
 
@@ -32,6 +32,7 @@ from skill_hf.export import (
     export_program,
     quantize_onnx,
 )
+from skill_hf.families import build_student
 
 
 # Layer 0 keeps the relative positions of all, but no heads; layer 1 has no feed-forward block.
@@ -389,6 +390,21 @@ def test_compiles_without_graph_break(fresh_compiler, layout, masked, options):
     if not masked:
         del inputs["attention_mask"]
     assert_compiles(make_model(layout=layout), "eager", [inputs], **options)
+
+
+@pytest.mark.slow
+def test_convolutions_compile_to_train_on_other_lengths(fresh_compiler):
+    # By the whole of torch's compiler: it is its last part that some layouts of gradients are too much for.
+    teacher = tiny_teacher(conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2), num_hidden_layers=1)
+    module = build_student(teacher).feature_extractor.train()
+    compiled = torch.compile(module, dynamic=True)
+    for samples in (80, 93):
+        inputs, gradients = torch.randn(2, samples), []
+        for forward in (module, compiled):
+            module.zero_grad()
+            forward(inputs).square().sum().backward()
+            gradients.append({name: weight.grad for name, weight in module.named_parameters()})
+        torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

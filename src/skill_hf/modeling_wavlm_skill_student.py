@@ -56,6 +56,13 @@ def _is_plain():
     return exporting or torch.jit.is_tracing() or _is_transformed()
 
 
+def _runs_channels_last(hidden_states):
+    """Whether convolutions of these have the layout that is faster on a CPU."""
+    # torch's compiler (2.13) cannot order the strides of its gradients where the length is a symbol.
+    compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return hidden_states.device.type == "cpu" and not compiled and not _is_plain()
+
+
 def _is_bare(*modules):
     """Whether nobody looks at what goes into these modules and comes out of them."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in modules if module is not None)
@@ -160,7 +167,7 @@ class WavLMSkillStudentConv1d(nn.Conv1d):
     """
 
     def _conv_forward(self, hidden_states, weight, bias):
-        if hidden_states.device.type != "cpu" or _is_plain():
+        if not _runs_channels_last(hidden_states):
             return super()._conv_forward(hidden_states, weight, bias)
         gaps = self.kernel_size < self.stride  # between the windows
         if gaps or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -229,7 +236,7 @@ class WavLMSkillStudentConvLayer(nn.Module):
                 hidden_states = self.layer_norm(hidden_states)
             elif self.layer_norm is not None:
                 hidden_states = self.layer_norm(hidden_states.mT).mT
-        if hidden_states.device.type != "cpu" or _is_plain():
+        if not _runs_channels_last(hidden_states):
             return self._activate(hidden_states)
         # Channels last, which kernels and compilers take for contiguous only where it is the last dimension, too.
         return self._activate(hidden_states.mT).mT
@@ -387,8 +394,7 @@ class WavLMSkillStudentPositionalConvEmbedding(WavLMPositionalConvEmbedding):
     def forward(self, hidden_states):
         """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
         conv = self.conv
-        ours = isinstance(conv, nn.Conv1d) and _is_bare(conv) and not _is_plain()
-        if hidden_states.device.type != "cpu" or not ours:
+        if not (_runs_channels_last(hidden_states) and isinstance(conv, nn.Conv1d) and _is_bare(conv)):
             return super().forward(hidden_states)
         if self.fourier is not None and hidden_states.dtype == torch.float32 and not _is_traced():
             hidden_states = self.fourier(hidden_states).mT
