@@ -202,7 +202,7 @@ def measure_parts(
     for name, module in parts.items():
         handles.append(module.register_forward_pre_hook(lambda *_, times=times[name]: times.append(now())))
         handles.append(module.register_forward_hook(lambda *_, times=times[name]: times.append(now())))
-    others = []
+    others = []  # when the other model's forwards start and end
 
     def wait() -> None:  # or a GPU's launches would hide behind what the other model left it to do
         if on_gpu:
@@ -226,10 +226,10 @@ def measure_parts(
 
     # A student may take a batch through its convolutions in parts, which are calls of their own.
     runs = {name: np.reshape(seconds(of), (NUM_WARMUPS + num_runs, -1)).sum(1) for name, of in times.items()}
-    others = np.array(seconds(others))
-    around = (others[1:] + others[:-1]) / 2
+    other = np.array(seconds(others))
+    around = (other[1:] + other[:-1]) / 2
     shares = {name: float(np.median(of[NUM_WARMUPS:] / around)) for name, of in runs.items()}
-    return shares | {"reference": float(np.median(others))}
+    return shares | {"reference": float(np.median(other))}
 
 
 def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[str, float]]) -> dict:
