@@ -41,7 +41,15 @@ from dphubert_clone import DPHuBERT, check_agreement  # noqa: E402
 from inference import MODES, PRECISIONS, Case, OnnxFiles, measure_inference, profile_inference  # noqa: E402
 from machine import DTYPES, describe_machine, peak_bandwidth, peak_flops  # noqa: E402
 from tables import render  # noqa: E402
-from training_step import DPHUBERT, PLAIN, RIVALS, Settings, average_over_stage, measure_training  # noqa: E402
+from training_step import (  # noqa: E402
+    DPHUBERT,
+    PLAIN,
+    RIVALS,
+    Settings,
+    average_over_stage,
+    is_of_stage,
+    measure_training,
+)
 
 from skill_hf.similarity import SIMILARITY  # noqa: E402
 
@@ -118,6 +126,9 @@ class BenchmarkArguments:
     )
     training_rivals: list[str] | None = field(
         default=None, metadata={"help": "Names of our rivals in the training step; all by default."}
+    )
+    training_compiler: str = field(
+        default="inductor", metadata={"help": "Backend of `torch.compile` for the rival that is compiled."}
     )
     schedule: list[str] = field(
         default_factory=lambda: ["0:1", "0.1:0.25", "1:0.25"],
@@ -280,6 +291,7 @@ def measure_stage(args: BenchmarkArguments, precision: str, peaks: dict, keep) -
         warmup=args.warmup,
         seed=args.seed,
         profile=args.profile,
+        compiler=args.training_compiler,
     )
     rows = list(measure_training(settings, rivals, peaks))
     for row in rows:
@@ -288,7 +300,7 @@ def measure_stage(args: BenchmarkArguments, precision: str, peaks: dict, keep) -
         if profile is not None:
             one = {"case": row["case"], "model": row["rival"], "precision": precision, "mode": "training step"}
             keep("profiles", one | profile)
-    sizes = [row for row in rows if row["kind"] == "skill" and not row["checkpointing"]]
+    sizes = [row for row in rows if is_of_stage(row)]
     if len(sizes) > 1:
         average = average_over_stage(sizes, args.parse_schedule())
         keep("stages", {"precision": precision, "average": average, "ratio": average / rows[0]["median"]})

@@ -40,7 +40,14 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import run_skill  # noqa: E402
 from inference import Case  # noqa: E402
 from machine import peak_flops  # noqa: E402
-from training_step import DPHUBERT, RIVALS, Settings, average_over_stage, measure_training  # noqa: E402
+from training_step import (  # noqa: E402
+    DPHUBERT,
+    RIVALS,
+    Settings,
+    average_over_stage,
+    is_of_stage,
+    measure_training,
+)
 
 
 class StepClock(TrainerCallback):
@@ -161,7 +168,7 @@ def stage_in_another_shape(of: dict, unpruned: int, training: list[dict]) -> flo
         training (`list[dict]`): rows of a training step in the other shape, of which the first is the peer's.
     """
     peer, *rows = training
-    rows = [row for row in rows if not row["checkpointing"] and row["precision"] == peer["precision"]]
+    rows = [row for row in rows if is_of_stage(row) and row["precision"] == peer["precision"]]
     steps = of["stage_1"][-1]["step"]
     sizes = [(line["step"] / steps, line["num_parameters"] / unpruned) for line in of["stage_1"]]
     return average_over_stage(rows, [(0.0, 1.0), *sizes]) / peer["median"]

@@ -45,12 +45,14 @@ class Rival:
         kind (`str`): `skill`, ours; `dphubert`, its own code; `plain`, stock models without gates.
         size (`str`): `unpruned`, `halfway` or `pruned`, what the student has left before gates are added.
         checkpointing (`bool`): whether activations are computed a second time instead of kept.
+        compiled (`bool`): whether the trainer compiles what it trains.
     """
 
     name: str
     kind: str
     size: str = "unpruned"
     checkpointing: bool = False
+    compiled: bool = False
 
 
 RIVALS = (
@@ -58,6 +60,7 @@ RIVALS = (
     Rival("skill, saving memory", "skill", checkpointing=True),
     Rival("skill, halfway", "skill", size="halfway"),
     Rival("skill, pruned", "skill", size="pruned"),
+    Rival("skill, compiled", "skill", compiled=True),
 )
 DPHUBERT = Rival("dphubert", "dphubert")
 PLAIN = Rival("plain peer", "plain")
@@ -78,6 +81,7 @@ class Settings:
     warmup: int
     seed: int
     profile: bool = False
+    compiler: str = "inductor"
 
     @property
     def steps(self) -> int:
@@ -131,6 +135,7 @@ def measure_training(settings: Settings, rivals: list[Rival], peaks: dict) -> It
             "kind": rival.kind,
             "size": rival.size,
             "checkpointing": rival.checkpointing,
+            "compiled": rival.compiled,
             "precision": settings.precision,
             **result,
             "seconds": counted,
@@ -142,12 +147,18 @@ def measure_training(settings: Settings, rivals: list[Rival], peaks: dict) -> It
         }
 
 
+def is_of_stage(row: dict) -> bool:
+    """Whether a row is of our rival at a size that a stage goes through, with the other settings as usual."""
+    # Results of before there was a compiled rival do not say that theirs are not.
+    return row["kind"] == "skill" and not row["checkpointing"] and not row.get("compiled", False)
+
+
 def average_over_stage(rows: list[dict], schedule: list[tuple[float, float]], steps: int = 1000) -> float:
     """
     Mean seconds of a step over a stage in which the student shrinks.
 
     Args:
-        rows (`list[dict]`): of our rival at several sizes, without checkpointing, in one precision.
+        rows (`list[dict]`): those that `is_of_stage`, in one precision.
         schedule (`list[tuple[float, float]]`): pairs of the share of the stage that is over and the share of the
             teacher's parameters that the student has left then, with straight lines between them.
         steps (`int`): points of the stage that are averaged over.
@@ -256,6 +267,8 @@ def skill_steps(rival, settings, teacher, student, device, baton) -> None:
                 per_device_train_batch_size=settings.case.clips,
                 bf16=settings.precision == "bf16",
                 gradient_checkpointing=rival.checkpointing,
+                torch_compile=rival.compiled,
+                torch_compile_backend=settings.compiler if rival.compiled else None,
                 use_cpu=device.type == "cpu",
                 dataloader_pin_memory=device.type == "cuda",
                 seed=settings.seed,

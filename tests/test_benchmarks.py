@@ -1,6 +1,7 @@
 """`benchmarks/run_benchmarks.py`: the real command on tiny models, and the pruned shapes. No time is asserted."""
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -131,10 +132,12 @@ def test_compiled_and_int8(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_training_step(directories, tmp_path, capsys):
-    arguments = ["--training_case", "2x0.5", "--training_rivals", "skill, pruned", "--profile"]
+    rivals = ["--training_rivals", "skill, pruned", "skill, compiled", "--training_compiler", "eager"]
+    arguments = ["--training_case", "2x0.5", *rivals, "--profile"]
     results = run(directories, tmp_path, "--parts", "training", "--training_precisions", "fp32", *arguments)
     rows = {row["rival"]: row for row in results["training"]}
-    assert list(rows) == ["plain peer", "skill, pruned"]
+    assert list(rows) == ["plain peer", "skill, pruned", "skill, compiled"]
+    assert [row["compiled"] for row in rows.values()] == [False, False, True]
     peer = rows["plain peer"]
     for row in rows.values():
         assert len(row["seconds"]) == 3
@@ -149,6 +152,7 @@ def test_training_step(directories, tmp_path, capsys):
     assert [(row["model"], row["mode"]) for row in results["profiles"]] == [
         ("plain peer", "training step"),
         ("skill, pruned", "training step"),
+        ("skill, compiled", "training step"),
     ]
     for row in results["profiles"]:
         assert {"convolutions", "matrix products", "optimizer"} <= set(row["groups"])
@@ -197,7 +201,8 @@ def test_stage_that_shrinks_in_another_shape():
         {"student_parameters": size, "median": seconds, "checkpointing": checkpointing}
         for size, seconds, checkpointing in ((100, 8.0, False), (100, 4.0, False), (100, 6.0, True), (50, 2.0, False))
     ]
-    rows = [row | {"teacher_parameters": 100, "precision": "fp32"} for row in rows]
+    rows = [row | {"teacher_parameters": 100, "precision": "fp32", "kind": "skill"} for row in rows]
+    rows.append(rows[1] | {"median": 1.0, "compiled": True})
     run = {"stage_1": [{"step": 5, "num_parameters": 10}, {"step": 10, "num_parameters": 5}]}
     # Of 8 seconds of the peer: half of the stage at 4, then from there to 2.
     assert shrinking.stage_in_another_shape(run, 10, rows) == pytest.approx((4 + 3) / 2 / 8)
@@ -264,7 +269,9 @@ def test_unknown_names(directories, tmp_path):
     "name",
     [
         "batches.json",
+        "batches10.json",
         "compiled.json",
+        "compiled_step.json",
         "forward.json",
         "forward_h200.json",
         "fused.json",
@@ -298,6 +305,32 @@ def test_the_page_says_where_a_step_goes():
     assert f"| group | {' | '.join(row['model'] for row in results['profiles'])} |" in page
     for group in shares[0]:
         assert f"| {group} | {' | '.join(row[group] for row in shares)} |" in page
+
+
+def test_the_page_says_what_units_cost():
+    page = " ".join((RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8").split())
+    costs = json.loads((RESULTS / "latency.json").read_text(encoding="utf-8"))
+    of, errors = costs["picoseconds"], costs["errors"]
+    channels = [1, *[512] * 7]
+    parts = {
+        "convolutions": sum(map(math.prod, zip(channels, channels[1:], of["channel_pairs"], strict=False)))
+        + 512 * sum(of["conv_channels"]),
+        "attention": 12 * (12 * of["attention_heads"] + of["any_head"]),
+        "feed-forward": 12 * (3072 * of["ffn_dims"] + of["any_ffn_dim"]),
+        "what no gate changes": of["fixed"],
+    }
+    whole = sum(parts.values()) + 512 * of["projection"]
+    for part, cost in parts.items():
+        assert f"| {part} | {100 * cost / whole:.0f} % |" in page
+    second, last = (of["channel_pairs"][index] / 1e6 for index in (1, -1))
+    assert f"{second:.2f} us for a pair of channels of the second convolution, {last:.2f} us of the last |" in page
+    head, heads, units, block = (of[name] / 1e9 for name in ("attention_heads", "any_head", "ffn_dims", "any_ffn_dim"))
+    assert f"{head:.1f} ms for a head, {heads:.1f} ms for what the heads of a layer share |" in page
+    assert f"{100 * units:.1f} ms for 100 units, {block:.1f} ms for what a block has besides |" in page
+    heldout = errors["heldout"]
+    assert f"{heldout['mean']:.1f} % off on average and {heldout['worst']:.1f} % at worst" in page
+    assert f"the unpruned model {errors['unpruned']:.1f} %. " in page
+    assert f"({errors['fitted']['mean']:.1f} % off on average)" in page
 
 
 def test_the_page_says_what_shrinking_came_to(capsys):
