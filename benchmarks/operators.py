@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # The first group that one of these words leads to; what is left are sums, products and masks.
 GROUPS = {
+    "compiled": ("compiledfxgraph",),  # whose names end with a hash, in which any other word may be
     "convolutions": ("conv",),
     "attention": ("attention", "softmax"),
     "quantisation": ("quantizelinear",),

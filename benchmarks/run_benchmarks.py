@@ -58,7 +58,13 @@ logger = logging.getLogger("benchmarks")
 
 PARTS = ("inference", "training", "clustering")
 CASES = tuple(f"{clips}x{seconds}" for clips in (1, 4, 16) for seconds in (2, 10, 30))
-QUICK = {"cases": ["1x2", "4x10"], "modes": ["eager"], "precisions": ["fp32", "bf16"], "training_precisions": ["fp32"]}
+QUICK = {
+    "cases": ["1x2", "4x10"],
+    "modes": ["eager"],
+    "precisions": ["fp32", "bf16"],
+    "training_precisions": ["fp32"],
+    "training_rivals": [rival.name for rival in RIVALS if not rival.compiled],
+}
 
 
 @dataclass
@@ -125,7 +131,11 @@ class BenchmarkArguments:
         default_factory=lambda: list(DTYPES), metadata={"help": f"Of the training step: {', '.join(DTYPES)}."}
     )
     training_rivals: list[str] | None = field(
-        default=None, metadata={"help": "Names of our rivals in the training step; all by default."}
+        default=None,
+        metadata={
+            "help": "Names of rivals in the training step, beside the peer; by default all of ours. With a clone of"
+            " DPHuBERT `plain peer` is one that can be named."
+        },
     )
     training_compiler: str = field(
         default="inductor", metadata={"help": "Backend of `torch.compile` for the rival that is compiled."}
@@ -155,7 +165,7 @@ class BenchmarkArguments:
             ("precisions", PRECISIONS),
             ("modes", MODES),
             ("training_precisions", DTYPES),
-            ("training_rivals", [rival.name for rival in RIVALS]),
+            ("training_rivals", [rival.name for rival in (PLAIN, *RIVALS)]),
             ("measures", SIMILARITY),
         ):
             for value in getattr(self, name) or ():
@@ -276,7 +286,8 @@ def measure_stage(args: BenchmarkArguments, precision: str, peaks: dict, keep) -
     """All rivals of the training step in one precision, and the average of a stage that shrinks."""
     pruned = (args.models or args.pruned or [None])[0]
     rivals = [PLAIN if args.dphubert is None else DPHUBERT]
-    rivals += [rival for rival in RIVALS if args.training_rivals is None or rival.name in args.training_rivals]
+    names = args.training_rivals or [rival.name for rival in RIVALS]
+    rivals += [rival for rival in (PLAIN, *RIVALS) if rival.name in names and rival not in rivals]
     if pruned is None and any(rival.size != "unpruned" for rival in rivals):
         raise ValueError("The training step at smaller sizes needs a pruned shape or a student: name one.")
     settings = Settings(

@@ -1,7 +1,7 @@
 """
 Measures on this machine how long each unit of a student takes, for recipes whose target is a share of the time.
 
-A teacher's shape, one clip of 10 seconds at a time, on two threads of the CPU; some minutes for WavLM Base:
+A teacher's shape, one clip of 10 seconds at a time, on two threads of the CPU; ten minutes for WavLM Base:
 
     python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
         --num_threads 2 --output latency.json

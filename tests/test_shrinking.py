@@ -247,6 +247,7 @@ class CloseGates(TrainerCallback):
     """Stands in for hundreds of steps after which gates have closed: some at step 1, more at step 5."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model = getattr(model, "_orig_mod", model)  # of one that is compiled
         if model.has_gates and state.global_step in (1, 5):
             close(model.student, share=4 if state.global_step == 1 else 3)
 
@@ -309,6 +310,30 @@ def test_killed_and_resumed_is_bitwise_the_same(layout, killed_at, tmp_path, cli
         make_shrinking(tmp_path / "whole", clips, layout=layout, recipe={"shrink_steps": 3}).train(
             resume_from_checkpoint=True
         )
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_killed_ends_like_one_in_eager_mode(fresh_compiler, tmp_path, clips):
+    def make(name, *callbacks, **kwargs):
+        settings = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0)
+        teacher = tiny_teacher(apply_spec_augment=False, **settings)
+        kwargs |= {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-4}
+        recipe = RECIPE | {"final_steps": 2, "sparsity_warmup_steps": 2}
+        return make_trainer(tmp_path / name, clips, teacher, recipe, [CloseGates(), *callbacks], **kwargs)
+
+    eager = make("eager")
+    eager.train()
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"}
+    with pytest.raises(Kill):
+        make("compiled", KillAt(4), **settings).train()
+    compiled = make("compiled", **settings)
+    compiled.train(resume_from_checkpoint=True)
+    sizes = [[row["num_parameters"] for row in of.state.log_history if "loss" in row] for of in (eager, compiled)]
+    assert sizes[0] == sizes[1] and len(set(sizes[0])) == 3
+    expected, actual = eager.model.state_dict(), compiled.model.state_dict()
+    assert expected.keys() == actual.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, atol=1e-5, rtol=1e-4)
 
 
 def test_without_checkpoints_and_with_less_memory(tmp_path, clips):

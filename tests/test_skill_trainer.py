@@ -388,26 +388,6 @@ def test_gradient_checkpointing_and_bf16_train(tmp_path, clips):
     assert np.isfinite(trainer.evaluate()["eval_distillation_loss"])
 
 
-@pytest.mark.slow
-def test_a_compiled_run_that_was_killed_ends_like_one_in_eager_mode(fresh_compiler, tmp_path, clips):
-    settings = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0)
-    teacher = tiny_teacher(num_hidden_layers=2, apply_spec_augment=False, **settings)
-    kwargs = {"teacher": teacher, "recipe": {"shrink_steps": 2}, "max_steps": 6, "learning_rate": 1e-4}
-    eager = make_trainer(tmp_path / "eager", clips, **kwargs)
-    eager.train()
-    kwargs |= {"torch_compile": True, "torch_compile_backend": "eager"}
-    with pytest.raises(Kill):
-        make_trainer(tmp_path / "compiled", clips, callbacks=[KillAt(3)], **kwargs).train()
-    compiled = make_trainer(tmp_path / "compiled", clips, **kwargs)
-    compiled.train(resume_from_checkpoint=True)
-    expected, actual = eager.model.state_dict(), compiled.model.state_dict()
-    assert expected.keys() == actual.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(actual[name], weight, atol=1e-5, rtol=1e-4)
-    loss = eager.evaluate()["eval_distillation_loss"]
-    assert compiled.evaluate()["eval_distillation_loss"] == pytest.approx(loss, rel=1e-4)
-
-
 @pytest.mark.parametrize("autocast", [True, False])
 def test_targets_need_no_weights_in_float32_under_autocast(tmp_path, clips, autocast):
     trainer = make_trainer(tmp_path, clips, bf16=True)

@@ -113,6 +113,8 @@ def shrink(trainer) -> None:
     cut = pruning.shrink(student, trainer.wanted_cost, trainer.distiller.costs)
     if cut is None:
         return
+    if trainer.args.torch_compile:
+        torch.compiler.reset()  # or what was compiled for larger students would count against torch's limit
     trainer.distiller.costs = budget.unit_costs(student)
     # accelerate wraps the optimizer
     cut_optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer), before, student, cut)
