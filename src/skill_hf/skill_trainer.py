@@ -311,6 +311,12 @@ class SkillDistillationTrainer(Trainer):
                 self.student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
             self.distiller = self._make_distiller()
         self.student.config.apply_spec_augment = False
+        if user_args.torch_compile:
+            # transformers hooks the layers in the first forward that asks for hidden states, for which a compiler
+            # would leave its graph and begin anew.
+            clip = torch.zeros(1, samples_per_frame(self.student.config), device=self.student.device)
+            with torch.no_grad():
+                self.student.eval()(clip.to(self.student.dtype), output_hidden_states=True)
         boundary = None
         try:
             if self.stage == 1:
