@@ -267,7 +267,6 @@ def skill_steps(rival, settings, teacher, student, device, baton) -> None:
                 per_device_train_batch_size=settings.case.clips,
                 bf16=settings.precision == "bf16",
                 gradient_checkpointing=rival.checkpointing,
-                torch_compile=rival.compiled,
                 torch_compile_backend=settings.compiler if rival.compiled else None,
                 use_cpu=device.type == "cpu",
                 dataloader_pin_memory=device.type == "cuda",

@@ -247,7 +247,6 @@ class CloseGates(TrainerCallback):
     """Stands in for hundreds of steps after which gates have closed: some at step 1, more at step 5."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        model = getattr(model, "_orig_mod", model)  # of one that is compiled
         if model.has_gates and state.global_step in (1, 5):
             close(model.student, share=4 if state.global_step == 1 else 3)
 

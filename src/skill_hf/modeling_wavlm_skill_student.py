@@ -170,7 +170,7 @@ class WavLMSkillStudentConv1d(nn.Conv1d):
         if not _runs_channels_last(hidden_states):
             return super()._conv_forward(hidden_states, weight, bias)
         gaps = self.kernel_size < self.stride  # between the windows
-        if gaps or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if gaps or not torch.is_grad_enabled():
             return _channels_last_conv(hidden_states, weight, bias, self.stride[0])
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
