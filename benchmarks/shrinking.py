@@ -97,7 +97,7 @@ def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str)
     classes = (
         run_skill.ModelArguments, run_skill.DataArguments, run_skill.SkillConfig, run_skill.SkillTrainingArguments,
     )  # fmt: skip
-    parsed = run_skill.ArgumentParser(classes).parse_dict(settings)
+    parsed = run_skill.ArgumentParser(classes).build(settings)
     set_seed(seed)
     clock = StepClock()
     trainer = run_skill.make_trainer(*parsed, run_skill.StageClock())

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from example_utils import DEMO_DATA, REPOSITORY, complain, load_config, parse
 
+from skill_hf.files import write_json
 from skill_hf.latency import DTYPES, fit_latency
-from skill_hf.superb.features import write_json
 
 
 logger = logging.getLogger("calibrate_latency")

@@ -2,8 +2,7 @@
 
 import importlib.util
 import logging
-import os
-import sys
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,13 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from run_skill import REPOSITORY, ArgumentParser
-from transformers import AutoConfig, AutoFeatureExtractor, TrainingArguments
+from example_settings import REPOSITORY, Count, Positive, Share, parse, run_script
+from transformers import AutoConfig, AutoFeatureExtractor, Trainer, TrainingArguments
 
+from skill_hf.checkpointing import last_complete_checkpoint
 from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
 from skill_hf.encoders import ignores_padding
+from skill_hf.files import keep_sources, read_json, try_directory
 
 
 logger = logging.getLogger(__name__)
@@ -34,23 +35,17 @@ class ModelArguments:
         default=False, metadata={"help": "Draw all weights at random, and train them all: a baseline."}
     )
     freeze_feature_encoder: bool = field(default=True, metadata={"help": "Leave the convolutions as they are."})
-    mask_time_prob: float = field(
+    mask_time_prob: Share = field(
         default=0.0,
         metadata={"help": "Share of frames that SpecAugment masks; the model's own is for pretraining."},
     )
     lora: bool = field(default=False, metadata={"help": "Train low-rank adapters and the head alone (needs peft)."})
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "The adapters' output is scaled by alpha / rank."})
+    lora_rank: Count = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: Positive = field(default=16.0, metadata={"help": "The adapters' output is scaled by alpha / rank."})
     lora_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
         metadata={"help": "Last part of the names of the linear layers that get an adapter."},
     )
-
-    def __post_init__(self):
-        if not 0 <= self.mask_time_prob <= 1:
-            raise ValueError(f"`mask_time_prob` must be between 0 and 1, but is {self.mask_time_prob}.")
-        if self.lora_rank < 1:
-            raise ValueError(f"`lora_rank` must be at least 1, but is {self.lora_rank}.")
 
 
 @dataclass
@@ -232,27 +227,96 @@ def pad_clips(rows: list[dict], feature_extractor: transformers.Wav2Vec2FeatureE
     return batch
 
 
-def parse(arguments: list[str] | None, kinds: tuple) -> tuple:
-    """Settings from the command line, one object of each of `kinds`; wrong ones raise a `ValueError`."""
-    return ArgumentParser(kinds).parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+class TrainingError(ValueError):
+    """A training that came to nothing, by its settings or its data."""
 
 
-def complain(error: Exception) -> int:
-    """Prints one line that says what is wrong, and returns the exit status."""
-    rank = int(os.environ.get("RANK", 0))
-    print(f"error{f' (process {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+class FineTuner(Trainer):
+    """A trainer that stops at the first loss that is not finite, and saves no weights that are not."""
+
+    began = False
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        self.began = True
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {loss.item()} after {self.state.global_step} steps; nothing was saved. Lower"
+                f" `learning_rate`, which is {self.args.learning_rate}, or check the model's weights."
+            )
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        wrong = [name for name, tensor in self.model.named_parameters() if not torch.isfinite(tensor).all()]
+        if wrong:
+            raise TrainingError(
+                f"`{wrong[0]}` and {len(wrong) - 1} other weights hold NaN or infinite values after"
+                f" {self.state.global_step} steps; they are not saved. Lower `learning_rate`, which is"
+                f" {self.args.learning_rate}."
+            )
+        super().save_model(output_dir, _internal_call)
 
 
-def run(arguments: list[str] | None, kinds: tuple, prepare: Callable, report: Callable) -> int:
+def check_output(output_dir: str, head: str, sources: dict[str, str | None]) -> None:
     """
-    Prepares, trains, merges the adapters if there are any, saves, tests and reports.
+    Raises:
+        `ValueError`: if `output_dir` can't be written to, is a source, or holds a model without this `head`.
+    """
+    keep_sources(output_dir, sources)
+    config = Path(output_dir) / "config.json"
+    if config.is_file():
+        found = read_json(config)
+        architectures = found.get("architectures") if isinstance(found, dict) else None
+        if not (isinstance(architectures, list) and str(architectures[0] if architectures else "").endswith(head)):
+            raise ValueError(
+                f"`output_dir`, {output_dir}, holds another model ({architectures}), which would be overwritten; name"
+                " another."
+            )
+    try_directory(output_dir)
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """
+    Directory of the checkpoint that `resume_from_checkpoint` names; `True` is the last complete one.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    named = str(args.resume_from_checkpoint)
+    if named.lower() in ("none", "false"):
+        return None
+    checkpoint = last_complete_checkpoint(args.output_dir) if named.lower() == "true" else named
+    if checkpoint is None:
+        raise ValueError(
+            f"There is no checkpoint to resume from in `output_dir`, {args.output_dir}; leave out"
+            " `resume_from_checkpoint`."
+        )
+    if not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint, it has no trainer_state.json; correct its path.")
+    return checkpoint
+
+
+def train(trainer: FineTuner, checkpoint: str | None) -> dict[str, float]:
+    """Metrics of the training. A checkpoint that can't be loaded is a `ValueError`."""
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except Exception as error:  # what is wrong with a file raises what its reader does
+        if checkpoint is None or trainer.began:
+            raise
+        raise ValueError(f"The checkpoint {checkpoint} cannot be resumed: {error or repr(error)}") from error
+
+
+def run(arguments: list[str] | None, kinds: tuple, head: str, prepare: Callable, report: Callable) -> int:
+    """
+    Prepares, trains, merges the adapters if there are any, tests, saves and reports.
 
     Args:
         arguments (`list[str]`, *optional*): the command line.
         kinds (`tuple`): classes of [`ModelArguments`], [`DataArguments`] and [`FineTuningArguments`].
-        prepare (`Callable`): makes a trainer, and a `peft.LoraModel` or `None`, of these. What goes wrong in here is
-            printed as one line; what goes wrong later is no fault of the settings and is raised.
+        head (`str`): how the names of the model classes with this head end, such as `"ForCTC"`.
+        prepare (`Callable`): makes a [`FineTuner`], and a `peft.LoraModel` or `None`, of these. What goes wrong until
+            the first step is printed as one line; after that, what is neither a [`TrainingError`] nor of the machine
+            is raised.
         report (`Callable`): takes the trainer, the data arguments and a dict of results; it prints and saves them.
 
     Returns:
@@ -260,34 +324,60 @@ def run(arguments: list[str] | None, kinds: tuple, prepare: Callable, report: Ca
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    try:
+    trainer = None
+
+    def body() -> None:
+        nonlocal trainer
         model_args, data_args, training_args = parse(arguments, kinds)
+        sources = {"model": model_args.model, "dataset_name": data_args.dataset_name}
+        sources["test_dataset_name"] = data_args.test_dataset_name
+        check_output(training_args.output_dir, head, sources)
+        checkpoint = checkpoint_to_resume(training_args)
         trainer, adapters = prepare(model_args, data_args, training_args)
-    except (ValueError, OSError) as error:
-        return complain(error)
-    logger.info(
-        "%s parameters, of which %s train; %d clips to train on, %d to test on",
-        f"{trainer.model.num_parameters():,}",
-        f"{trainer.model.num_parameters(only_trainable=True):,}",
-        len(trainer.train_dataset),
-        len(trainer.eval_dataset),
-    )
-    resume = training_args.resume_from_checkpoint
-    trained = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    if adapters is not None:
-        adapters.merge_and_unload()
+        logger.info(
+            "%s parameters, of which %s train; %d clips to train on, %d to test on",
+            f"{trainer.model.num_parameters():,}",
+            f"{trainer.model.num_parameters(only_trainable=True):,}",
+            len(trainer.train_dataset),
+            len(trainer.eval_dataset),
+        )
+        results = train(trainer, checkpoint)
+        if adapters is not None:
+            adapters.merge_and_unload()
+        results |= evaluate_and_save(trainer)
+        if trainer.is_world_process_zero():
+            results |= {
+                "model": model_args.model,
+                "from_scratch": model_args.from_scratch,
+                "lora": model_args.lora,
+                "seed": training_args.seed,
+                "parameters": trainer.model.num_parameters(),
+                "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
+            }
+            report(trainer, data_args, results)
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
+
+    def is_input(error: Exception) -> bool:
+        return trainer is None or not trainer.began or isinstance(error, TrainingError)
+
+    return run_script(body, is_input)
+
+
+def evaluate_and_save(trainer: FineTuner) -> dict[str, float]:
+    """
+    Metrics of the test set. Weights whose outputs are not finite are not saved; what else goes wrong in the test does
+    not cost the training.
+    """
+    try:
+        metrics = trainer.evaluate()
+    except Exception:
+        trainer.save_model()
+        raise
+    if not math.isfinite(metrics["eval_loss"]):
+        raise TrainingError(
+            f"The loss of the test set is {metrics['eval_loss']} after {trainer.state.global_step} steps; nothing was"
+            f" saved. Lower `learning_rate`, which is {trainer.args.learning_rate}."
+        )
     trainer.save_model()
-    results = {**trained.metrics, **trainer.evaluate()}
-    if trainer.is_world_process_zero():
-        results |= {
-            "model": model_args.model,
-            "from_scratch": model_args.from_scratch,
-            "lora": model_args.lora,
-            "seed": training_args.seed,
-            "parameters": trainer.model.num_parameters(),
-            "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
-        }
-        report(trainer, data_args, results)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    return 0
+    return metrics

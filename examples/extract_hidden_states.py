@@ -18,7 +18,11 @@ Of a dataset: one vector for each layer, the mean over time, as numpy arrays tha
 
 Every file holds one array of shape `(layers, frames, hidden size)`, or `(layers, hidden size)` for means, in the order
 of `--layers`; 0 is what enters the first layer. In safetensors its name is `hidden_states`. `index.csv` lists the
-clips, their files, and how many samples and frames they have. The same command goes on with a run that was stopped.
+clips, their files, and how many samples and frames they have. The same command resumes a run that was stopped.
+
+Memory grows with the square of a clip's length. Clips longer than `--longest_seconds` are therefore left out, as are
+those that the memory turns out too small for; each is named. `--max_seconds` crops clips instead. Values too large for
+`--save_dtype float16` are an error, which names the clip.
 
 Hidden states are those of the clip alone, whatever is beside it in a batch: to 1e-4 in float32. Students and models
 with layer norms ignore padding. Other models with a group norm, such as WavLM Base, can't: with these, only clips of
@@ -26,10 +30,11 @@ the very same length share a batch.
 """
 
 import csv
-import json
+import hashlib
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -37,27 +42,22 @@ from pathlib import Path, PurePosixPath
 import datasets
 import numpy as np
 import torch
-from example_utils import (
-    DEMO_DATA,
-    DEMO_STUDENT,
-    check_column,
-    complain,
-    load_config,
-    load_feature_extractor,
-    parse,
-)
-from run_skill import REPOSITORY
-from safetensors.numpy import save_file
+from example_settings import REPOSITORY, Count, Seconds, checked_device, is_out_of_memory, parse, run_script
+from example_utils import DEMO_DATA, DEMO_STUDENT, check_column, load_config, load_feature_extractor
+from safetensors.numpy import save as serialize
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
 from skill_hf.encoders import PretrainedEncoder, make_batches
+from skill_hf.files import read_json, try_directory, write_json
+from skill_hf.superb.features import cast_states
 
 
 logger = logging.getLogger("extract_hidden_states")
 
 COLUMNS = ("clip", "file_name", "samples", "frames")
+MAX_NAME_BYTES = 255  # of Linux, macOS and Windows
 
 
 @dataclass
@@ -94,13 +94,16 @@ class ExtractArguments:
     save_dtype: str = field(
         default="float32", metadata={"help": "Precision to save in.", "choices": ["float32", "float16"]}
     )
-    max_seconds: float | None = field(
+    max_seconds: Seconds | None = field(
         default=None, metadata={"help": "Length in seconds that clips are cropped to; by default they stay whole."}
     )
-    batch_seconds: float = field(
+    longest_seconds: Seconds = field(
+        default=120.0, metadata={"help": "Clips longer than this in seconds are left out, unless they are cropped."}
+    )
+    batch_seconds: Seconds = field(
         default=60.0, metadata={"help": "Most audio in a batch in seconds, padding included."}
     )
-    buffer_clips: int = field(default=256, metadata={"help": "Clips that are sorted by length at a time."})
+    buffer_clips: Count = field(default=256, metadata={"help": "Clips that are sorted by length at a time."})
     device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; by default a GPU if there is."})
 
     def __post_init__(self):
@@ -110,12 +113,6 @@ class ExtractArguments:
             self.audio_dir = str(DEMO_DATA / "audio" / "heldout")
         if self.id_column is not None and self.dataset_name is None:
             raise ValueError("`id_column` is a column of `dataset_name`; files of `audio_dir` have names.")
-        for name in ("batch_seconds", "buffer_clips", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be above 0, but is {value}.")
-        if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_clips(args: ExtractArguments) -> tuple[datasets.Dataset, list[str]]:
@@ -130,16 +127,64 @@ def load_clips(args: ExtractArguments) -> tuple[datasets.Dataset, list[str]]:
     if args.id_column is None:
         return dataset, [f"{row:08d}" for row in range(len(dataset))]
     check_column(dataset, args.id_column, "id_column")
-    names = [str(name) for name in dataset[args.id_column]]
-    seen = set()
+    return dataset, [str(name) if isinstance(name, (str, int)) else "" for name in dataset[args.id_column]]
+
+
+def file_names(names: list[str], suffix: str, folds_case: bool = False) -> dict[str, str]:
+    """
+    The file of each clip, a relative path: its name with `suffix`. What is too long for a file system ends in a
+    checksum instead.
+
+    Args:
+        names (`list[str]`): of the clips.
+        suffix (`str`): such as `.npy`.
+        folds_case (`bool`, *optional*): whether the file system takes `a` and `A` for one name.
+
+    Raises:
+        `ValueError`: if a name can't be one of a file in a folder, or two clips fall on one file.
+    """
+    files, owners = {}, {}
     for name in names:
-        # A name becomes the path of a file, which must not leave the output directory.
-        if name in seen:
-            raise ValueError(f"Two clips have the name {name!r} in `{args.id_column}`; choose another `id_column`.")
-        if not name.strip() or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{name!r} in `{args.id_column}` cannot name a file; choose another `id_column`.")
-        seen.add(name)
-    return dataset, names
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        odd = any(character == "\0" or unicodedata.category(character) == "Cs" for character in name)
+        if odd or not parts or not name.strip() or name.startswith("/") or ".." in parts:
+            raise ValueError(f"{name!r} cannot name a file; choose another `id_column`.")
+        parts = [*(_shortened(part) for part in parts[:-1]), _shortened(parts[-1], suffix) + suffix]
+        file = "/".join(parts)
+        key = unicodedata.normalize("NFC", file).casefold() if folds_case else file
+        if key in owners:
+            twice = f"Two clips have the name {name!r}" if owners[key] == name else None
+            raise ValueError(
+                f"{twice or f'The clips {owners[key]!r} and {name!r} fall on one file, {file}'}; choose another"
+                " `id_column`."
+            )
+        owners[key], files[name] = name, file
+    for key, name in owners.items():
+        for parent in PurePosixPath(key).parents:
+            if str(parent) in owners:
+                raise ValueError(
+                    f"The file of {owners[str(parent)]!r} is a folder of {name!r}; choose another `id_column`."
+                )
+    return files
+
+
+def _shortened(part: str, suffix: str = "") -> str:
+    room = MAX_NAME_BYTES - len(f"{suffix}.part")
+    content = part.encode()
+    if len(content) <= room:
+        return part
+    checksum = hashlib.sha256(content).hexdigest()[:16]
+    return f"{content[: room - 17].decode(errors='ignore')}-{checksum}"
+
+
+def _folds_case(directory: Path) -> bool:
+    """Whether the file system of a directory takes `a` and `A` for one name."""
+    probe = directory / ".try-case"
+    probe.touch()
+    try:
+        return (directory / ".TRY-CASE").exists()
+    finally:
+        probe.unlink()
 
 
 class Folder:
@@ -148,48 +193,78 @@ class Folder:
 
     Args:
         directory (`Path`): made if missing.
+        names (`list[str]`): of all clips.
         file_format (`str`): `safetensors` or `npy`.
         settings (`dict`): what the contents depend on.
 
     Raises:
-        `ValueError`: if the directory holds hidden states of other settings.
+        `ValueError`: if the directory can't be written to, holds hidden states of other settings or something else
+            that would be overwritten, or a clip can't have a file of its own.
     """
 
-    def __init__(self, directory: Path, file_format: str, settings: dict):
+    def __init__(self, directory: Path, names: list[str], file_format: str, settings: dict):
         self.directory, self.file_format = directory, file_format
+        suffix = f".{file_format}"
+        self.files = file_names(names, suffix)  # once before anything is made
+        try_directory(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        if _folds_case(directory):
+            self.files = file_names(names, suffix, folds_case=True)
+        self.index = directory / "index.csv"
         path = directory / "settings.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+        if path.is_file():
+            self._compare(path, settings)
+        else:
+            for file in (self.index.name, *self.files.values()):
+                if (directory / file).exists():
+                    raise ValueError(
+                        f"{directory} has {file} already, which is not of this script; name another `output_dir`."
+                    )
+        rows = self._read_index()
+        write_json(path, settings)
+        self.done = {row[0] for row in rows if (directory / row[1]).is_file()}
+        part = self.index.with_name("index.csv.part")
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(row for row in rows if row[0] in self.done)])
+        os.replace(part, self.index)
+
+    def _compare(self, path: Path, settings: dict) -> None:
+        before = read_json(path)
+        if not isinstance(before, dict) or not settings.keys() & before.keys():
+            raise ValueError(f"{path} is not of this script; name another `output_dir`.")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{directory} has hidden states with `{name}` {before.get(name)!r}, not {value!r}; name another"
-                    " `output_dir`."
+                    f"{self.directory} has hidden states with `{name}` {before.get(name)!r}, not {value!r}; name"
+                    " another `output_dir`."
                 )
-        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        self.index = directory / "index.csv"
-        rows = []
-        if self.index.is_file():
+
+    def _read_index(self) -> list[list[str]]:
+        """Rows of the index but one that was being written when a run was stopped."""
+        if not self.index.is_file():
+            return []
+        try:
             with open(self.index, newline="", encoding="utf-8") as file:
-                # A run may have been stopped in the middle of its last line.
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row[-1].isdigit()]
-        self.done = {row[0] for row in rows if (directory / row[1]).is_file()}
-        with open(self.index, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *(row for row in rows if row[0] in self.done)])
+                header, *rows = list(csv.reader(file)) or [list(COLUMNS)]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.index} cannot be read ({error}); name another `output_dir`.") from error
+        if tuple(header) != COLUMNS:
+            raise ValueError(f"{self.index} is not of this script; name another `output_dir`.")
+        return [row for row in rows if len(row) == len(COLUMNS) and row[-1].isdigit()]
 
     def save(self, name: str, states: np.ndarray, num_samples: int, num_frames: int) -> None:
-        path = self.directory / f"{name}.{self.file_format}"
+        path = self.directory / self.files[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         if self.file_format == "npy":
             with open(part, "wb") as file:
                 np.save(file, states)
         else:
-            save_file({"hidden_states": states}, part, metadata={"clip": name})
+            # `save_file` raises errors of its own where the disk is full.
+            part.write_bytes(serialize({"hidden_states": states}, metadata={"clip": name}))
         os.replace(part, path)
         with open(self.index, "a", newline="", encoding="utf-8") as file:
-            row = (name, path.relative_to(self.directory).as_posix(), num_samples, num_frames)
-            csv.writer(file, lineterminator="\n").writerow(row)
+            csv.writer(file, lineterminator="\n").writerow((name, self.files[name], num_samples, num_frames))
         self.done.add(name)
 
 
@@ -204,65 +279,90 @@ def load_encoder(args: ExtractArguments) -> PretrainedEncoder:
     wrong = [layer for layer in layers if not -number <= layer < number]
     if wrong:
         raise ValueError(f"`layers` holds {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}.")
+    device = checked_device(args.device)
     feature_extractor = load_feature_extractor(args.model, config)
-    model = AutoModel.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype))
-    try:
-        model = model.to(args.device)
-    except RuntimeError as error:
-        raise ValueError(f"The device `{args.device}` cannot be used: {str(error).splitlines()[0]}") from error
+    model = AutoModel.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype)).to(device)
     return PretrainedEncoder(model, feature_extractor, [layer % number for layer in layers])
 
 
 def read_clips(args, dataset, names, done, encoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and normalised waveforms of the clips that are not done; a clip that cannot be read is left out."""
+    """
+    Names and normalised waveforms of the clips that are not done; one that cannot be read or is too long is left out.
+    """
+    longest = args.longest_seconds if args.max_seconds is None else args.max_seconds
     for row, name in enumerate(names):
         if name in done:
             continue
         try:
             samples = read_audio(
-                dataset[row]["audio"], encoder.sampling_rate, args.max_seconds, min_samples=encoder.min_samples
+                dataset[row]["audio"],
+                encoder.sampling_rate,
+                longest if args.max_seconds is not None else longest + 1,  # no more of hours is decoded
+                min_samples=encoder.min_samples,
             )
+            if len(samples) > round(longest * encoder.sampling_rate):
+                raise AudioError(
+                    f"{name} is longer than {longest:g} s; raise `longest_seconds` if there is memory for it, or crop"
+                    " clips by `max_seconds`."
+                )
         except AudioError as error:
             logger.warning("Left out: %s", error)
             continue
         yield name, encoder.prepare(samples)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+def encode(encoder: PretrainedEncoder, batch: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """
+    Name, number of samples and hidden states, `(frames, layers, hidden size)`, of each clip. Where the memory is too
+    small for the batch, each clip is tried alone, and left out if that is too much, too.
+    """
     try:
-        (args,) = parse(arguments, (ExtractArguments,))
-        dataset, names = load_clips(args)
-        encoder = load_encoder(args)
-        settings = {
-            "speech": [os.path.abspath(args.audio_dir)]
-            if args.audio_dir is not None
-            else [args.dataset_name, args.dataset_config_name, args.split, args.id_column],
-            "model": os.path.abspath(args.model) if os.path.isdir(args.model) else args.model,
-            "layers": encoder.layers,
-            "mean_over_time": args.mean_over_time,
-            "file_format": args.file_format,
-            "dtype": args.dtype,
-            "save_dtype": args.save_dtype,
-            "max_seconds": args.max_seconds,
-        }
-        folder = Folder(Path(args.output_dir), args.file_format, settings)
-    except (ValueError, OSError) as error:
-        return complain(error)
+        states = encoder([waveform for _, waveform in batch])
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            seconds = len(batch[0][1]) / encoder.sampling_rate
+            logger.warning("Left out: the memory is too small for %s of %.0f s", batch[0][0], seconds)
+            return
+        states = None  # the error holds what was computed
+    if states is None:
+        for clip in batch:
+            yield from encode(encoder, [clip])
+        return
+    for (name, waveform), of in zip(batch, states, strict=True):
+        yield name, len(waveform), of
+
+
+def extract(args: ExtractArguments) -> None:
+    dataset, names = load_clips(args)
+    file_names(names, f".{args.file_format}")
+    encoder = load_encoder(args)
+    settings = {
+        "speech": [os.path.abspath(args.audio_dir)]
+        if args.audio_dir is not None
+        else [args.dataset_name, args.dataset_config_name, args.split, args.id_column],
+        "model": os.path.abspath(args.model) if os.path.isdir(args.model) else args.model,
+        "layers": encoder.layers,
+        "mean_over_time": args.mean_over_time,
+        "file_format": args.file_format,
+        "dtype": args.dtype,
+        "save_dtype": args.save_dtype,
+        "max_seconds": args.max_seconds,
+    }
+    folder = Folder(Path(args.output_dir), names, args.file_format, settings)
     already = len(folder.done)
     clips = read_clips(args, dataset, names, frozenset(folder.done), encoder)
     most_samples = int(args.batch_seconds * encoder.sampling_rate)
     with tqdm(total=len(names), initial=already, desc="Hidden states", unit="clip") as bar:
         for batch in make_batches(clips, most_samples, args.buffer_clips, encoder.equal_lengths):
-            for (name, waveform), states in zip(batch, encoder([waveform for _, waveform in batch]), strict=True):
-                array = (states.mean(0) if args.mean_over_time else states.transpose(0, 1)).cpu().numpy()
-                # safetensors writes the memory as it lies, whatever the strides.
-                array = np.ascontiguousarray(array, args.save_dtype)
-                folder.save(name, array, len(waveform), len(states))
+            for name, num_samples, states in encode(encoder, batch):
+                kept = states.mean(0) if args.mean_over_time else states.transpose(0, 1)
+                array = cast_states(kept, args.save_dtype, f"the clip {name}", "save_dtype")
+                folder.save(name, array, num_samples, len(states))
             bar.update(len(batch))
     if not folder.done:
-        return complain(AudioError(f"None of the {len(names)} clips can be read; the warnings above say why."))
+        raise AudioError(f"None of the {len(names)} clips can be used; the warnings above say why.")
     logger.info(
         "%d clips in %s, %d of them new, %d left out",
         len(folder.done),
@@ -270,7 +370,12 @@ def main(arguments: list[str] | None = None) -> int:
         len(folder.done) - already,
         len(names) - len(folder.done),
     )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    return run_script(lambda: extract(*parse(arguments, (ExtractArguments,))))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ A student from the Hub on 100 hours of LibriSpeech:
 `--lora` trains low-rank adapters and the head alone; `--from_scratch` the same architecture with random weights.
 
 A dataset has a column of audio, of any rate, and a column of transcripts. Characters are those of the training
-transcripts, in capitals and without punctuation. `output_dir` then holds a model for `AutoModelForCTC`, its
-`Wav2Vec2Processor`, and `all_results.json`; `pipeline("automatic-speech-recognition")` takes it as it is, and the
-error rates are those of that pipeline, which hears each test clip alone.
+transcripts, in capitals, without punctuation and symbols; marks such as the vowels of Hindi stay. `output_dir` then
+holds a model for `AutoModelForCTC`, its `Wav2Vec2Processor`, and `all_results.json`;
+`pipeline("automatic-speech-recognition")` takes it as it is, and the error rates are those of that pipeline, which
+hears each test clip alone.
 """
 
 import importlib.util
@@ -35,10 +36,11 @@ from pathlib import Path
 
 import datasets
 import torch
+from example_settings import REPOSITORY, Seconds, Share
 from example_utils import (
     DEMO_DATA,
-    REPOSITORY,
     DataArguments,
+    FineTuner,
     FineTuningArguments,
     ModelArguments,
     add_lora,
@@ -68,16 +70,20 @@ logger = logging.getLogger("example_utils")
 
 PAD, UNKNOWN, SPACE = "<pad>", "<unk>", "|"  # the padding token is CTC's blank, too
 
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u02bc\uff07", "'"))
+JOINERS = "\u200c\u200d"  # part of the spelling of Persian, Sinhala and others
+EMOJI_MARK = re.compile("[\ufe00-\ufe0f\u20e3\U000e0100-\U000e01ef]")  # selectors of a variant, a key's frame
+
 
 @dataclass
 class CTCModelArguments(ModelArguments):
-    mask_time_prob: float = field(default=0.1, metadata={"help": "Share of frames that SpecAugment masks."})
+    mask_time_prob: Share = field(default=0.1, metadata={"help": "Share of frames that SpecAugment masks."})
 
 
 @dataclass
 class CTCDataArguments(DataArguments):
     text_column: str = field(default="text", metadata={"help": "Column of the dataset with the transcript."})
-    max_seconds: float = field(
+    max_seconds: Seconds = field(
         default=20.0, metadata={"help": "Length in seconds above which training clips are left out."}
     )
 
@@ -86,8 +92,6 @@ class CTCDataArguments(DataArguments):
             self.dataset_name = str(DEMO_DATA / "audio" / "train")
             self.test_dataset_name = str(DEMO_DATA / "audio" / "heldout")
             self.test_split = "train"  # the one split of a folder
-        if not self.max_seconds > 0:
-            raise ValueError(f"`max_seconds` must be above 0, but is {self.max_seconds}.")
 
 
 @dataclass
@@ -118,9 +122,31 @@ class CTCCollator:
 
 
 def normalise_text(text: str | None) -> str:
-    """Capitals, digits and apostrophes, single spaces between words; empty if there is no text."""
-    text = unicodedata.normalize("NFKC", text or "").replace("’", "'").upper()
-    return " ".join(re.sub(r"[^\w']|_", " ", text).split())
+    """
+    Capitals, digits and apostrophes, single spaces between words; empty if there is no text.
+
+    Punctuation and symbols (Unicode's categories P and S) become spaces; letters, digits and the marks on them stay,
+    in every script. Apostrophes stay beside a letter, joiners between two of them. All is in NFC, so that a letter
+    with its accent has one spelling. NFKC would change more than that: it splits vowels of Thai and Lao in two, and
+    makes a mark without a letter of a spacing accent.
+    """
+    text = unicodedata.normalize("NFC", text or "").translate(APOSTROPHES)
+    kept = []
+    for character in text:
+        category = unicodedata.category(character)
+        if character in JOINERS or character == "'":
+            kept.append(character)
+        elif category[0] in "PSZ" or category == "Cc":
+            kept.append(" ")
+        elif category[0] == "M":
+            # What makes an emoji of a character is a mark, too; and a mark needs something to stand on.
+            if not EMOJI_MARK.match(character) and kept and kept[-1] != " ":
+                kept.append(character)
+        elif category not in ("Cf", "Cs"):  # neither directions nor half a character
+            kept.append(character)
+    text = re.sub(r"(?<=[\s'])'+(?=[\s'])", " ", f" {''.join(kept)} ")
+    text = re.sub(rf"(?<![^\s'])[{JOINERS}]+|[{JOINERS}]+(?![^\s'])", "", text)
+    return " ".join(unicodedata.normalize("NFC", text.upper()).split())
 
 
 def make_tokenizer(texts: list[str]) -> Wav2Vec2CTCTokenizer:
@@ -194,7 +220,7 @@ def prepare(model_args: CTCModelArguments, data_args: CTCDataArguments, training
     train = keep(train, enough, "they have too few frames for their transcripts")
     adapters = add_lora(model, model_args) if model_args.lora else None
     processor = Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
-    trainer = Trainer(
+    trainer = FineTuner(
         model=model,
         args=training_args,
         data_collator=CTCCollator(processor),
@@ -234,7 +260,7 @@ def report(trainer: Trainer, data_args: CTCDataArguments, results: dict) -> None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(arguments, (CTCModelArguments, CTCDataArguments, CTCTrainingArguments), prepare, report)
+    return run(arguments, (CTCModelArguments, CTCDataArguments, CTCTrainingArguments), "ForCTC", prepare, report)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,11 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 import torch
+from example_settings import REPOSITORY, Seconds
 from example_utils import (
     DEMO_DATA,
-    REPOSITORY,
     DataArguments,
+    FineTuner,
     FineTuningArguments,
     ModelArguments,
     add_lora,
@@ -57,13 +58,11 @@ from skill_hf.data import read_audio
 @dataclass
 class KeywordDataArguments(DataArguments):
     label_column: str = field(default="label", metadata={"help": "Column of the dataset with the keyword."})
-    max_seconds: float = field(default=2.0, metadata={"help": "Length in seconds that clips are cropped to."})
+    max_seconds: Seconds = field(default=2.0, metadata={"help": "Length in seconds that clips are cropped to."})
 
     def __post_init__(self):
         if self.dataset_name is None:
             self.dataset_name = str(DEMO_DATA / "keywords")
-        if not self.max_seconds > 0:
-            raise ValueError(f"`max_seconds` must be above 0, but is {self.max_seconds}.")
 
 
 @dataclass
@@ -141,7 +140,7 @@ def prepare(model_args: ModelArguments, data_args: KeywordDataArguments, trainin
         )
     model = prepare_model(model_args, AutoModelForAudioClassification, config)
     adapters = add_lora(model, model_args) if model_args.lora else None
-    trainer = Trainer(
+    trainer = FineTuner(
         model=model,
         args=training_args,
         data_collator=KeywordCollator(feature_extractor),
@@ -175,7 +174,13 @@ def report(trainer: Trainer, data_args: KeywordDataArguments, results: dict) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(arguments, (ModelArguments, KeywordDataArguments, KeywordTrainingArguments), prepare, report)
+    return run(
+        arguments,
+        (ModelArguments, KeywordDataArguments, KeywordTrainingArguments),
+        "ForSequenceClassification",
+        prepare,
+        report,
+    )
 
 
 if __name__ == "__main__":

@@ -29,10 +29,8 @@ no arguments at all: the demo of `examples/demo/`, offline and within 10 minutes
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -42,9 +40,16 @@ from pathlib import Path
 
 import datasets
 import torch
-import yaml
+from example_settings import (
+    REPOSITORY,
+    ArgumentParser,
+    Count,
+    Seconds,
+    read_settings,
+    run_script,
+)
 from safetensors import safe_open
-from transformers import AutoModel, HfArgumentParser, TrainerCallback, set_seed
+from transformers import AutoModel, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
 from skill_hf.data import calibration_waveforms, load_audio_dir, load_speech_dataset
@@ -52,7 +57,6 @@ from skill_hf.data import calibration_waveforms, load_audio_dir, load_speech_dat
 
 logger = logging.getLogger("run_skill")
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_SETTINGS = REPOSITORY / "examples" / "demo" / "demo.json"
 
 
@@ -76,29 +80,20 @@ class DataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; by default none."})
     audio_column: str = field(default="audio", metadata={"help": "Column of the dataset with the audio."})
     streaming: bool = field(default=False, metadata={"help": "Read the dataset on the fly; needs max_steps."})
-    shuffle_buffer: int = field(default=500, metadata={"help": "Rows that a stream is shuffled within."})
+    shuffle_buffer: Count = field(default=500, metadata={"help": "Rows that a stream is shuffled within."})
     audio_dir: str | None = field(default=None, metadata={"help": "Folder of audio to train on, with all below it."})
     eval_audio_dir: str | None = field(default=None, metadata={"help": "Folder of audio to evaluate on."})
-    max_seconds: float = field(default=15.6, metadata={"help": "Length in seconds that clips are cropped to."})
-    min_seconds: float = field(
+    max_seconds: Seconds = field(default=15.6, metadata={"help": "Length in seconds that clips are cropped to."})
+    min_seconds: Seconds = field(
         default=2.0, metadata={"help": "Shorter clips are padded to this length in seconds rather than crop others."}
     )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Clips to evaluate on; by default all."})
+    max_eval_samples: Count | None = field(default=None, metadata={"help": "Clips to evaluate on; by default all."})
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.audio_dir is None):
             raise ValueError("Give the training data by either `dataset_name` or `audio_dir`.")
         if self.eval_split is not None and (self.dataset_name is None or self.eval_audio_dir is not None):
             raise ValueError("`eval_split` is a split of `dataset_name` and excludes `eval_audio_dir`; drop one.")
-        if self.max_eval_samples is not None and self.max_eval_samples < 1:
-            raise ValueError(f"`max_eval_samples` must be at least 1, but is {self.max_eval_samples}.")
-
-
-class ArgumentParser(HfArgumentParser):
-    """Raises what is wrong instead of printing the usage of some hundred options."""
-
-    def error(self, message: str):
-        raise ValueError(message)
 
 
 class StageClock(TrainerCallback):
@@ -128,37 +123,12 @@ class StageClock(TrainerCallback):
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]:
     """Settings from the command line, from the one file that it names, or those of the demo if it is empty."""
     parser = ArgumentParser((ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments))
-    if not arguments:
-        settings = json.loads(DEMO_SETTINGS.read_text(encoding="utf-8"))
-        for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir", "output_dir"):
-            settings[name] = str(REPOSITORY / settings[name])
-        return parser.parse_dict(settings)
-    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
-        try:
-            return parser.parse_dict(read_settings(arguments[0], parser))
-        except TypeError as error:
-            raise ValueError(f"A value in {arguments[0]} is of the wrong type: {error}.") from error
-    return parser.parse_args_into_dataclasses(arguments)
-
-
-def read_settings(path: str, parser: ArgumentParser) -> dict:
-    """Settings of a JSON or YAML file, with numbers that it holds as text read as on the command line."""
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold names and values, but holds a {type(settings).__name__}.")
-    numbers = {action.dest: action.type for action in parser._actions if action.type in (int, float)}
-    for name, value in settings.items():
-        # YAML takes 1e-4 for text; it would want 1.0e-4.
-        if isinstance(value, str) and name in numbers:
-            try:
-                settings[name] = numbers[name](value)
-            except ValueError:
-                raise ValueError(f"`{name}` in {path} must be a number, but is {value!r}.") from None
-    return settings
+    if arguments:
+        return parser.parse(arguments)
+    settings = read_settings(str(DEMO_SETTINGS))
+    for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir", "output_dir"):
+        settings[name] = str(REPOSITORY / settings[name])
+    return parser.build(settings)
 
 
 def load_data(args: DataArguments, seed: int) -> tuple:
@@ -314,15 +284,8 @@ def run(arguments: list[str], clock: StageClock) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     clock = StageClock()
-    try:
-        run(sys.argv[1:] if arguments is None else arguments, clock)
-    except (ValueError, OSError) as error:
-        if clock.training_began:
-            raise
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error{f' (process {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    words = sys.argv[1:] if arguments is None else arguments
+    return run_script(lambda: run(words, clock), is_input=lambda error: not clock.training_began)
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def test_the_default_data_is_the_demo_s(monkeypatch):
     [
         ({"model": "no/such-directory/x"}, "The model `no/such-directory/x` cannot be loaded"),
         ({"text_column": "words"}, "has no column `words`; correct `text_column`, one of: audio, speaker"),
-        ({"max_seconds": -1}, "`max_seconds` must be above 0, but is -1.0"),
+        ({"max_seconds": -1}, "`max_seconds` must be a number above 0 and at most 1000000, but is -1.0"),
         ({"max_seconds": 0.5}, "No clip is left of 4: they are longer than 0.5 s"),
         ({"train_split": "validation"}, "has no split `validation`"),
         ({"lora": True, "lora_modules": ["nothing"]}, "Target modules .*nothing.* not found"),

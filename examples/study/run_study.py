@@ -54,9 +54,9 @@ from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArgumen
 from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
+from skill_hf.files import write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
 from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
-from skill_hf.superb.features import write_json  # noqa: E402
 
 
 logger = logging.getLogger("run_study")

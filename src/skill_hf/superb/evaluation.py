@@ -1,7 +1,6 @@
 """Trains the head of a task on cached hidden states, once for each learning rate, and scores the best one."""
 
 import copy
-import json
 import logging
 import math
 import os
@@ -17,7 +16,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..checkpointing import last_complete_checkpoint
 from ..encoders import FilterBank, PretrainedEncoder
-from .features import CachedHiddenStates, cache_hidden_states, check_settings, write_json
+from ..files import read_json, try_directory, write_json
+from .features import CachedHiddenStates, cache_hidden_states, check_settings
 from .tasks import Splits, Task
 
 
@@ -156,6 +156,7 @@ def evaluate_task(
     if args.eval_strategy == "no":
         raise ValueError("`eval_strategy` is no, but the validation set chooses the head; make it steps or epoch.")
     first = examples["train"][0]["hidden_states"]
+    try_directory(args.output_dir)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     values = args.to_dict()
     settings = {**(settings or {}), **{name: values[name] for name in TRAINING_SETTINGS}, "patience": patience}
@@ -165,7 +166,7 @@ def evaluate_task(
         directory = Path(args.output_dir) / f"learning_rate_{learning_rate:g}"
         path = directory / "result.json"
         if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = read_json(path)
         else:
             set_seed(args.seed)
             head = task.build_head(first.shape[1], first.shape[2])

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data import AudioError, read_audio
 from ..encoders import FilterBank, PretrainedEncoder, make_batches
+from ..files import read_json, try_directory, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class CachedHiddenStates(torch.utils.data.Dataset):
     """
 
     def __init__(self, directory: Path):
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(directory / SETTINGS)
         shape, dtype = (settings["num_layers"], settings["hidden_size"]), np.dtype(settings["dtype"])
         index = np.array(sorted(_read_index(directory)), dtype=np.int64).reshape(-1, 3)
         self.rows, self._starts, self.num_frames = index[:, 0].tolist(), index[:, 1], index[:, 2]
@@ -94,6 +95,7 @@ def cache_hidden_states(
     if "audio" not in dataset.column_names:
         raise ValueError(f"The data set has no column `audio`, but {', '.join(dataset.column_names)}; rename yours.")
     directory = Path(directory)
+    try_directory(directory, "cache_dir")
     directory.mkdir(parents=True, exist_ok=True)
     settings = {
         **(settings or {}),
@@ -126,12 +128,7 @@ def cache_hidden_states(
                 rows, waveforms = zip(*batch, strict=True)
                 for row, states in zip(rows, encoder(list(waveforms)), strict=True):
                     states = states.mean(0, keepdim=True) if mean_over_time else states
-                    array = states.cpu().numpy().astype(dtype)
-                    if not np.isfinite(array).all():
-                        raise ValueError(
-                            f"The hidden states of row {row} are NaN or too large for {dtype}; keep them in float32"
-                            " (`cache_dtype`), and if that doesn't help, check the model's weights."
-                        )
+                    array = cast_states(states, dtype, f"row {row}", "cache_dtype")
                     states_file.write(array.tobytes())
                     states_file.flush()
                     writer.writerow((row, total, len(array)))
@@ -165,11 +162,31 @@ def _read_clips(
         yield row, encoder.prepare(samples)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes a file at once: a process that is stopped, or another one that writes it too, leaves no half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def cast_states(states: torch.Tensor, dtype: str, clip: str, setting: str) -> np.ndarray:
+    """
+    Hidden states as they are stored.
+
+    Args:
+        states (`torch.Tensor`): float32, of any shape.
+        dtype (`str`): `"float16"` or `"float32"`.
+        clip, setting (`str`): for the error: whose they are, and what names `dtype`.
+
+    Returns:
+        `np.ndarray`: contiguous, of `dtype` and of the same shape.
+
+    Raises:
+        `ValueError`: if they are not finite, or not in `dtype`.
+    """
+    values = states.cpu().numpy()
+    largest = float(np.abs(values).max(initial=0))
+    if not np.isfinite(largest):
+        raise ValueError(f"The hidden states of {clip} hold NaN or infinite values; check the weights of the model.")
+    if largest > np.finfo(dtype).max:
+        raise ValueError(
+            f"The hidden states of {clip} reach {largest:.3g}, too large for {dtype} (at most"
+            f" {np.finfo(dtype).max:.0f}); keep them in float32 (`{setting}`)."
+        )
+    return np.ascontiguousarray(values, dtype)
 
 
 def check_settings(directory: Path, settings: dict, what: str) -> None:
@@ -181,7 +198,9 @@ def check_settings(directory: Path, settings: dict, what: str) -> None:
     """
     path = directory / SETTINGS
     settings = json.loads(json.dumps(settings))  # as it is read back: a tuple is a list
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    before = read_json(path) if path.is_file() else settings
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} holds no settings of {what}; name another directory.")
     for name in before | settings:
         if before.get(name) != settings.get(name):
             raise ValueError(
@@ -201,7 +220,10 @@ def _read_index(directory: Path) -> list[tuple[int, int, int]]:
     complete = text[: text.rfind("\n") + 1]
     if len(complete) < len(text):
         path.write_text(complete, encoding="utf-8")
-    return [tuple(map(int, line.split(","))) for line in complete.splitlines()]
+    rows = [line.split(",") for line in complete.splitlines()]
+    if not all(len(row) == 3 and all(value.isascii() and value.isdigit() for value in row) for row in rows):
+        raise ValueError(f"{path} is no index of hidden states; remove {directory}, they are then computed again.")
+    return [tuple(map(int, row)) for row in rows]
 
 
 def _read_written(directory: Path, bytes_per_frame: int) -> list[tuple[int, int, int]]:
