@@ -88,7 +88,7 @@ def write_bad_files(directory):
         "inf.wav": "NaN or infinite",
         "cut.flac": "no audio that can be decoded",
         "piped.flac": "does not tell its length",
-        "folder.wav": "does not exist",
+        "folder.wav": "is a directory",
         "missing.wav": "does not exist",
     }
 
@@ -147,7 +147,10 @@ def test_arrays_tensors_and_decoders_are_read():
 def test_urls_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "clips.zip", "w") as archive:
         archive.writestr("a.wav", encoded(noise(0.5), subtype="FLOAT"))
-    np.testing.assert_array_equal(read_audio(f"zip://a.wav::{tmp_path}/clips.zip"), noise(0.5))
+    url = f"zip://a.wav::{tmp_path}/clips.zip"
+    np.testing.assert_array_equal(read_audio(url, protocols=("zip",)), noise(0.5))
+    with pytest.raises(AudioError, match="names the protocol `zip`, which is not read"):
+        read_audio(url)
 
 
 def test_only_the_window_that_is_asked_for_is_read(tmp_path):
@@ -181,7 +184,7 @@ def test_bad_files_raise_one_clear_line(tmp_path):
         (np.zeros((2, 3, 4)), "3 axes"),
         (np.array([1, 2, 3]), "int64"),
         ([[0.1, 0.2], [0.3]], "ragged"),
-        (None, "not floats"),
+        (None, "no audio"),
         ({"path": None, "bytes": None}, "neither a path nor bytes"),
         ({"array": np.zeros(5), "sampling_rate": None}, "sampling rate None"),
         (b"", "empty"),
@@ -228,8 +231,8 @@ def test_unreadable_files_are_left_out_counted_and_named(tmp_path, caplog):
     names = {row["path"].rsplit("/", 1)[1] for row in dataset["audio"]}
     assert {"good.wav", "better.wav"} <= names and not names & {"text.wav", "empty.wav", "header.wav", "piped.flac"}
     (warning,) = caplog.messages
-    assert f"Left out {9 - len(dataset)} of 9" in warning
-    assert all(name in warning for name in ("text.wav", "empty.wav", "header.wav", "piped.flac"))
+    assert f"Left out {10 - len(dataset)} of 10" in warning
+    assert all(name in warning for name in ("text.wav", "empty.wav", "header.wav", "piped.flac", "folder.wav"))
 
 
 def test_audio_dir_without_audio(tmp_path):
@@ -481,15 +484,26 @@ def test_unreadable_rows_are_left_out_and_named_once(tmp_path, caplog):
         assert sum(words in message for message in caplog.messages) == 1
 
 
-def test_a_batch_with_nothing_readable(tmp_path):
+@pytest.mark.parametrize("crop", ["random", "none"])
+def test_a_batch_with_nothing_readable_has_no_valid_sample(tmp_path, crop):
     good, bad = {"audio": noise(3.0)}, {"audio": str(tmp_path / "missing.wav")}
-    with pytest.raises(AudioError, match="None of the 2 clips of a batch.*missing.wav"):
-        SpeechCollator(NORMALISING)([bad, bad])
-    # In the middle of a run a clip read before stands in.
+    collator = SpeechCollator(NORMALISING, crop=crop)
+    for rows in ([bad, bad], [good], [bad]):
+        batch = collator(rows)
+        if rows[0] is good:
+            assert set(batch) == {"input_values"} and batch["input_values"].shape == (1, 3 * RATE)
+        else:  # no clip of an earlier batch, which would count twice
+            assert batch["input_values"].shape == batch["attention_mask"].shape == (1, 400)
+            assert not batch["input_values"].any() and not batch["attention_mask"].any()
+    assert collator.num_skipped == 3
+
+
+def test_clips_left_out_by_workers_are_counted(tmp_path):
+    rows = [{"audio": noise(0.5, seed)} for seed in range(6)] + [{"audio": str(tmp_path / "missing.wav")}] * 5
     collator = SpeechCollator(NORMALISING)
-    before = collator([good])["input_values"]
-    assert torch.equal(collator([bad])["input_values"], before)
-    assert collator.num_skipped == 1
+    batches = list(DataLoader(TorchRows(rows), 2, collate_fn=collator, num_workers=2))
+    assert collator.num_skipped == 5
+    assert sum(batch.get("attention_mask", batch["input_values"] * 0 + 1).any(1).sum() for batch in batches) == 6
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
 
-from .data import disable_audio_decoding, read_audio, samples_per_frame
+from .data import AudioError, disable_audio_decoding, open_row, samples_per_frame
 
 
 class SimilarityAccumulator(ABC):
@@ -430,37 +431,36 @@ def _squared_distances(frames: torch.Tensor) -> torch.Tensor:
     return norms.double().square_().sum(0)
 
 
-def checked_input_values(audio: Iterable, feature_extractor, min_samples: int) -> Iterator[torch.Tensor]:
-    """Checks each waveform and yields it as the 1-D float32 input of the model."""
+def checked_input_values(
+    audio: Iterable, feature_extractor, min_samples: int, protocols: Sequence[str] = ()
+) -> Iterator[torch.Tensor]:
+    """Checks each waveform or row and yields it as the 1-D float32 input of the model."""
     rate = 16_000 if feature_extractor is None else feature_extractor.sampling_rate
-    for index, waveform in enumerate(disable_audio_decoding(audio)):
-        prepared = feature_extractor is None
-        if isinstance(waveform, Mapping):
-            column = "input_values" if waveform.get("input_values") is not None else "audio"
-            prepared = prepared or column == "input_values"
-            waveform = read_audio(waveform.get(column), rate)
-        if isinstance(waveform, torch.Tensor):
-            waveform = waveform.detach().float().cpu() if waveform.is_floating_point() else waveform.cpu()
-        values = np.asarray(waveform)
-        if values.ndim != 1:
-            raise ValueError(
-                f"`audio` must hold 1-D waveforms of one channel each, but item {index} ({type(waveform).__name__})"
-                f" has shape {values.shape}."
-            )
-        if len(values) < min_samples:
-            raise ValueError(
-                f"Waveform {index} has {len(values)} samples, too few for one frame; the model needs {min_samples}."
-            )
-        if not np.issubdtype(values.dtype, np.floating):
-            raise ValueError(
-                f"Waveform {index} holds {values.dtype} values; convert samples to floats between -1 and 1."
-            )
-        if not np.isfinite(values).all():
-            raise ValueError(f"Waveform {index} has NaN or infinite samples; remove it or repair the file.")
-        values = values.astype(np.float32)
-        if not prepared:
+    for index, row in enumerate(disable_audio_decoding(audio)):
+        if not isinstance(row, Mapping):
+            shape = _shape(row)
+            if shape is not None and len(shape) != 1:
+                raise AudioError(
+                    f"`audio` must hold 1-D waveforms of one channel each, but item {index} ({type(row).__name__}) has"
+                    f" shape {shape}."
+                )
+            row = {"audio": row}
+        try:
+            with open_row(row, rate, protocols) as (clip, raw):
+                values = clip.read(rate, min_samples=min_samples)
+        except AudioError as error:
+            raise AudioError(f"Waveform {index}: {error}") from error
+        if raw and feature_extractor is not None:
             values = feature_extractor(values, sampling_rate=rate, return_tensors="np").input_values[0]
         yield torch.as_tensor(values)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """`None` if there is none, as of ragged lists: what reads them says it more clearly."""
+    try:
+        return tuple(np.shape(value))
+    except Exception:
+        return None
 
 
 def equal_length_batches(waveforms: Iterable[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:

@@ -1,0 +1,305 @@
+"""One clip: from whatever a row holds to samples at one rate, or to one error that says what is wrong."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+
+from .audio_decoding import DecodingError, open_stored
+from .remote_files import RemoteFileError, is_url, read_url
+
+
+# Rates in Hz that audio comes in; a header that says anything else is broken.
+MIN_RATE, MAX_RATE = 2_000, 384_000
+
+# Below this peak (-80 dB of full scale) a clip is silence; 16 bits reach down to -90 dB.
+SILENT_PEAK = 1e-4
+
+# The mean of channels that has less than this share of their energy is what is left after they cancel.
+CANCELLED_ENERGY = 1e-3
+
+_NAME_CHARACTERS = 200
+
+
+class AudioError(ValueError):
+    """Audio, or a set of it, that cannot be used; the message is one line: which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class ClipLevels:
+    """
+    Attributes:
+        silent (`bool`): no sample of any channel reaches [`SILENT_PEAK`].
+        cancelled (`bool`): the channels are each other's opposite, so that their mean is nearly nothing.
+    """
+
+    silent: bool
+    cancelled: bool
+
+
+class Clip:
+    """
+    One clip that is open. Stored audio is decoded as it is asked for, a block at a time.
+
+    Attributes:
+        rate (`int`): in Hz.
+    """
+
+    def __init__(self, name: str, rate: int, stream: Any):
+        self.name = name
+        self.rate = rate
+        self._stream = stream
+
+    def read(
+        self,
+        sampling_rate: int,
+        max_seconds: float | None = None,
+        choose_start: Callable[[int], int] | None = None,
+        min_samples: int = 1,
+    ) -> np.ndarray:
+        """As [`read_audio`]."""
+        length = samples_in(max_seconds, self.rate)
+        start = 0
+        if choose_start is not None:
+            total = self._stream.num_frames()
+            start = choose_start(max(0, total - length) if length < total else 0)
+        blocks = self._stream.blocks(start, None if math.isinf(length) else length)
+        parts = [self._mono(block) for block in blocks]
+        samples = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        if self.rate != sampling_rate and len(samples):
+            samples = soxr.resample(samples, self.rate, sampling_rate)
+            samples = crop_samples(samples, samples_in(max_seconds, sampling_rate))
+        if len(samples) < min_samples:
+            raise AudioError(
+                f"{self.name} has {len(samples)} samples at {sampling_rate} Hz, too few (needed: {min_samples}); leave"
+                " it out."
+            )
+        return samples
+
+    def seconds(self) -> float:
+        """Length, from the header, or by decoding where the header's is an estimate."""
+        num_frames = self._stream.num_frames()
+        if not num_frames:
+            raise AudioError(f"{self.name} has a header but no samples; leave it out.")
+        return num_frames / self.rate
+
+    def levels(self) -> ClipLevels:
+        """Goes through the whole clip in blocks, so that what is wrong anywhere in it shows, in little memory."""
+        peak = energy = mono_energy = 0.0
+        for block in self._stream.blocks():
+            mono = self._mono(block)
+            peak = max(peak, float(np.abs(block).max()))
+            energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
+            mono_energy += float(np.square(mono, dtype=np.float64).sum())
+        silent = peak < SILENT_PEAK
+        return ClipLevels(silent, cancelled=not silent and mono_energy < CANCELLED_ENERGY * energy)
+
+    def _mono(self, block: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            mono = block.mean(axis=1, dtype=np.float32)
+        # A sum, which is finite only if all samples are, is the faster check.
+        if not np.isfinite(mono.sum(dtype=np.float64)):
+            raise AudioError(f"{self.name} holds NaN or infinite samples; repair it or leave it out.")
+        return mono
+
+
+class _Array:
+    """Samples in memory, with what [`Clip`] asks of a stream."""
+
+    def __init__(self, samples: np.ndarray):
+        self.samples = samples  # (samples, channels)
+
+    def num_frames(self) -> int:
+        return len(self.samples)
+
+    def blocks(self, start: int = 0, length: int | None = None) -> Iterator[np.ndarray]:
+        block = self.samples[start : None if length is None else start + length]
+        if len(block):
+            yield block
+
+
+@contextlib.contextmanager
+def open_clip(value: Any, sampling_rate: int = 16_000, protocols: Sequence[str] = ()) -> Iterator[Clip]:
+    """
+    Opens what [`read_audio`] takes.
+
+    Raises:
+        [`AudioError`]: if it is none of that, or cannot be used; also for what goes wrong while it is open.
+    """
+    name = _clip_name(value)
+    try:
+        if callable(getattr(value, "get_all_samples", None)):
+            decoded = value.get_all_samples()
+            value = {"array": decoded.data, "sampling_rate": decoded.sample_rate}
+        stored = _stored(value, name, protocols)
+        if stored is not None:
+            with open_stored(stored) as stream:
+                yield Clip(name, _checked_rate(stream.rate, name), stream)
+        elif isinstance(value, Mapping):
+            rate = _checked_rate(value.get("sampling_rate"), name)
+            yield Clip(name, rate, _Array(_samples(value["array"], name)))
+        else:
+            yield Clip(name, _checked_rate(sampling_rate, name), _Array(_samples(value, name)))
+    except (DecodingError, RemoteFileError) as error:
+        raise AudioError(f"{name} {error}.") from error
+    except AudioError:
+        raise
+    except Exception as error:  # decoders, numpy and tensors of all kinds raise what they like
+        reason = " ".join(str(error).split())[:_NAME_CHARACTERS]
+        raise AudioError(f"{name} cannot be read ({type(error).__name__}: {reason}); leave it out.") from error
+
+
+def read_audio(
+    value: Any,
+    sampling_rate: int = 16_000,
+    max_seconds: float | None = None,
+    choose_start: Callable[[int], int] | None = None,
+    min_samples: int = 1,
+    protocols: Sequence[str] = (),
+) -> np.ndarray:
+    """
+    Reads one clip as a mono waveform: channels are averaged, then resampled (by soxr, in its high quality).
+
+    Stored audio is read until its decoder ends: the length that an mp3 tells may be an estimate, and an Ogg file may
+    be a chain of streams.
+
+    Args:
+        value (`str`, `PathLike`, `bytes`, `dict`, `np.ndarray`, `torch.Tensor` or `list[float]`):
+            Path or URL of a file, its content, a dict of `path` and `bytes`, a dict of `array` and `sampling_rate`, a
+            torchcodec decoder, or floats that already have `sampling_rate`, of shape `(samples,)`, or with channels as
+            the shorter of two axes.
+        sampling_rate (`int`, *optional*, defaults to 16000):
+            Rate in Hz of the result.
+        max_seconds (`float`, *optional*):
+            Length that is read at most; the rest of a file is not decoded, unless its length is unknown.
+        choose_start (`Callable[[int], int]`, *optional*):
+            Picks where a longer clip is read, from 0 to the number of spare samples that it is given, both included;
+            the beginning by default.
+        min_samples (`int`, *optional*, defaults to 1):
+            Samples that the result must have.
+        protocols (`Sequence[str]`, *optional*):
+            Protocols of URLs to read beside `http`, `https` and `hf`, such as `s3`; also those of chained ones.
+
+    Returns:
+        `np.ndarray` of shape `(samples,)`, float32.
+
+    Raises:
+        [`AudioError`]: if the clip is missing, empty, no audio, corrupt, too short, holds NaN or infinite samples, has
+            a rate outside 2 to 384 kHz or a URL that is not read, or a server that takes too long.
+        `ValueError`: if `max_seconds` is not above 0.
+    """
+    check_seconds("max_seconds", max_seconds)
+    with open_clip(value, sampling_rate, protocols) as clip:
+        return clip.read(sampling_rate, max_seconds, choose_start, min_samples)
+
+
+def audio_seconds(path: str) -> float:
+    """
+    Length of a local file in seconds: from its header, or by decoding it where the header's is an estimate.
+
+    Raises:
+        [`AudioError`]: if it cannot be used.
+    """
+    with open_clip(path) as clip:
+        return clip.seconds()
+
+
+def check_seconds(name: str, seconds: float | None) -> None:
+    """Raises a `ValueError` unless `seconds` is `None` or a number above 0."""
+    if seconds is not None and not (isinstance(seconds, (int, float, np.number)) and seconds > 0):
+        raise ValueError(f"`{name}` must be a number of seconds above 0, but is {seconds!r}.")
+
+
+def samples_in(seconds: float | None, rate: float) -> int | float:
+    return math.inf if seconds is None or math.isinf(seconds) else round(seconds * rate)
+
+
+def crop_samples(
+    samples: np.ndarray, length: int | float, choose_start: Callable[[int], int] | None = None
+) -> np.ndarray:
+    if len(samples) <= length:
+        return samples
+    start = choose_start(len(samples) - length) if choose_start else 0
+    return samples[start : start + length]
+
+
+def _stored(value: Any, name: str, protocols: Sequence[str]) -> str | bytes | None:
+    """The local path or the content of stored audio, after it was fetched; `None` if `value` holds samples."""
+    if isinstance(value, (str, os.PathLike)):
+        path, content = value, None
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        path, content = None, value
+    elif isinstance(value, Mapping):
+        path, content = value.get("path"), value.get("bytes")
+        if content is None and value.get("array") is not None:
+            return None
+    else:
+        return None
+    if content is not None:
+        if not isinstance(content, (bytes, bytearray, memoryview)):
+            raise AudioError(f"{name} has a {type(content).__name__} for `bytes`; give the content of a file.")
+        return bytes(content)
+    if path is None:
+        raise AudioError(f"{name} has neither a path nor bytes nor an array; leave it out.")
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise AudioError(f"{name} has a {type(path).__name__} for `path`; give the path of a file.")
+    path = os.fsdecode(path)
+    return read_url(path, protocols) if is_url(path) else path
+
+
+def _checked_rate(rate: Any, name: str) -> int:
+    """A rate as a whole number of Hz, whichever kind of number it is."""
+    if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
+        rate = rate.item()
+    is_number = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool)
+    if not is_number or not MIN_RATE <= rate <= MAX_RATE or rate != int(rate):
+        shown = repr(rate)[:_NAME_CHARACTERS]
+        raise AudioError(
+            f"{name} has the sampling rate {shown}; it must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}."
+        )
+    return int(rate)
+
+
+def _samples(value: Any, name: str) -> np.ndarray:
+    """Float samples of shape `(samples, channels)` from an array, tensor or list of floats."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "meta":
+            raise AudioError(f"{name} is a tensor on the meta device, which has no samples; give it its data.")
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    if value is None:
+        raise AudioError(f"{name} has no audio (None); leave it out.")
+    try:
+        samples = np.asarray(value)
+    except ValueError:
+        raise AudioError(f"{name} is ragged; give one list of floats, or one per channel.") from None
+    if samples.dtype.kind != "f" and (samples.size or samples.dtype.kind not in "fiu"):
+        kind = f"{samples.dtype}, not floats" if samples.dtype.kind != "O" else "objects (None? lists?), not floats"
+        raise AudioError(f"{name} holds {kind}; scale integers to between -1 and 1.")
+    if samples.ndim not in (1, 2):
+        raise AudioError(f"{name} has {samples.ndim} axes; give samples, or samples and channels.")
+    with np.errstate(over="ignore"):
+        samples = samples.astype(np.float32, copy=False)
+    if not samples.size:
+        return np.zeros((0, 1), np.float32)
+    if samples.ndim == 1:
+        return samples[:, None]
+    return samples.T if np.argmin(samples.shape) == 0 else samples
+
+
+def _clip_name(value: Any) -> str:
+    """The path, in printable characters; else what kind of value it is."""
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(path, (str, os.PathLike)):
+        shown = "".join(
+            character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
+            for character in str(path)[: _NAME_CHARACTERS + 1]
+        )
+        return f"`{shown[:_NAME_CHARACTERS]}{'...' if len(shown) > _NAME_CHARACTERS else ''}`"
+    return f"A clip without a path ({type(value).__name__})"

@@ -1,0 +1,124 @@
+"""Files behind a URL: which protocols are read, for how long, and how much of them."""
+
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fsspec
+
+
+# What rows of a data set may name without being asked. Others (`reference`, `file`, `memory`, `data`, ...) reach code,
+# memory or files of this machine that a data set has no business with.
+PROTOCOLS = ("http", "https", "hf")
+
+# A server has this long to begin, and after that must keep up a rate; so one that trickles ends like a silent one.
+REMOTE_SECONDS = 10.0
+REMOTE_BYTES_PER_SECOND = 64 * 2**10
+REMOTE_MAX_BYTES = 256 * 2**20
+
+_CHUNK_BYTES = 2**20
+
+
+class RemoteFileError(OSError):
+    """A URL that is not read, or could not be; the message is what is wrong, in one line."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a protocol; all others are paths of local files, whatever they hold."""
+    return "://" in path and not os.path.isabs(path)
+
+
+def check_protocols(url: str, protocols: Sequence[str] = ()) -> None:
+    """
+    Args:
+        url (`str`): has `://`; links of a chain, such as `zip://a.wav::/data/clips.zip`, are parted by `::`.
+        protocols (`Sequence[str]`, *optional*): those that the user allows beside [`PROTOCOLS`].
+
+    Raises:
+        [`RemoteFileError`]: if a protocol is not allowed, or the URL is a chain of default ones, which none needs.
+    """
+    named = [protocol.lower() for protocol in protocols]
+    first, *rest = [_protocol(link) for link in url.split("::")]
+    # An address such as `http://[::1]/a.wav` is no chain. The last link of one may be a path.
+    links = [first] if first in PROTOCOLS else [first, *filter(None, rest)]
+    unknown = next((link for link in links if link not in (*PROTOCOLS, *named)), None)
+    if unknown is not None:
+        raise RemoteFileError(
+            f"names the protocol `{unknown}`, which is not read, only paths and {', '.join(PROTOCOLS)} URLs are;"
+            " name it in `protocols` if you trust the data set"
+        )
+
+
+def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
+    """
+    Content behind a URL of an allowed protocol.
+
+    Raises:
+        [`RemoteFileError`]: if the protocol is not allowed or not installed, the server does not begin to answer in
+            [`REMOTE_SECONDS`] or stays below [`REMOTE_BYTES_PER_SECOND`], or the content exceeds
+            [`REMOTE_MAX_BYTES`].
+    """
+    check_protocols(url, protocols)
+    protocol = _protocol(url)
+    try:
+        if protocol in PROTOCOLS or "::" not in url:
+            filesystem = fsspec.filesystem(protocol)  # here, since fsspec keeps one for each thread
+            # A stream; by default fsspec would first ask for the size and then for ranges.
+            settings = {"block_size": 0} if protocol in ("http", "https") else {}
+            return _read_in_time(lambda: filesystem.open(url, "rb", **settings))
+        return _read_in_time(lambda: fsspec.open(url, "rb"))
+    except RemoteFileError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise RemoteFileError(f"cannot be fetched ({_reason(error)})") from error
+
+
+def _read_in_time(open_file: Callable[[], Any]) -> bytes:
+    # Time-outs of the libraries are per packet, per request or for none: only another thread can be left waiting.
+    chunks: queue.SimpleQueue = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def read() -> None:
+        try:
+            with open_file() as file:
+                while not stopped.is_set() and (chunk := file.read(_CHUNK_BYTES)):
+                    chunks.put(chunk)
+            chunks.put(b"")
+        except BaseException as error:  # noqa: B036  (raised below, in the thread that waits)
+            chunks.put(error)
+
+    start = time.monotonic()
+    threading.Thread(target=read, daemon=True, name="skill_hf remote file").start()
+    content = bytearray()
+    try:
+        while True:
+            deadline = start + REMOTE_SECONDS + len(content) / REMOTE_BYTES_PER_SECOND
+            try:
+                chunk = chunks.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise RemoteFileError(
+                    f"did not arrive in time ({len(content)} bytes in {time.monotonic() - start:.0f} s)"
+                ) from None
+            if isinstance(chunk, BaseException):
+                raise chunk
+            if not chunk:
+                return bytes(content)
+            content += chunk
+            if len(content) > REMOTE_MAX_BYTES:
+                raise RemoteFileError(f"is larger than {REMOTE_MAX_BYTES // 2**20} MiB")
+    finally:
+        stopped.set()
+
+
+def _protocol(link: str) -> str:
+    """`zip` of `zip://a.wav`, `data` of `data:audio/wav;base64,`, `simplecache` of itself, nothing of a path."""
+    match = re.match(r"\s*(?:([^/\\?#]*?):(?://|(?=[^/\\]))|([a-zA-Z]+)$)", link)
+    return (match.group(1) or match.group(2) or "").lower() if match else ""
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
