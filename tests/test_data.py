@@ -493,7 +493,7 @@ def test_a_batch_with_nothing_readable_has_no_valid_sample(tmp_path, crop):
         if rows[0] is good:
             assert set(batch) == {"input_values"} and batch["input_values"].shape == (1, 3 * RATE)
         else:  # no clip of an earlier batch, which would count twice
-            assert batch["input_values"].shape == batch["attention_mask"].shape == (1, 400)
+            assert batch["input_values"].shape == batch["attention_mask"].shape == (1, 2 * RATE)
             assert not batch["input_values"].any() and not batch["attention_mask"].any()
     assert collator.num_skipped == 3
 

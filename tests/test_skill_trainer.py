@@ -629,3 +629,86 @@ def test_two_processes_equal_one(tmp_path):
     assert losses[-1] < losses[0]
     assert type(AutoModel.from_pretrained(tmp_path / "2")) is WavLMForSkillStudent
     assert type(WavLMForSkillStudent.from_pretrained(tmp_path / "2").to_wavlm()) is WavLMModel
+
+
+# ---- Clips that cannot be read ----
+
+BAD = {"audio": np.full(40_000, np.nan, np.float32)}
+
+
+def test_held_out_loss_does_not_depend_on_the_batch_size_whatever_is_bad(clips, tmp_path):
+    """Group norm, clips of many lengths, and batches of which all, some or no clips can be read."""
+    heldout = [BAD, BAD, *clips[:3], BAD, clips[3], BAD]
+    student = build_student(tiny_teacher())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    losses = {}
+    for size, workers in ((1, 0), (2, 0), (2, 2), (5, 0), (8, 0)):
+        for rows in (heldout, clips[:4]):
+            settings = {"per_device_eval_batch_size": size, "dataloader_num_workers": workers}
+            trainer = make_trainer(tmp_path, clips, model=student, evaluate_on=rows, **settings)
+            trainer.layer_groups = [[0, 1], [2, 3]]
+            metrics = trainer.evaluate()
+            assert metrics["eval_loss"] == metrics["eval_distillation_loss"]
+            losses[size, workers, len(rows)] = metrics["eval_loss"]
+            assert trainer.eval_data_collator.num_skipped == len(rows) - 4
+    assert list(losses.values()) == pytest.approx([next(iter(losses.values()))] * len(losses), abs=1e-5)
+    assert -0.99 < losses[1, 0, 4] < 1
+
+
+@pytest.mark.parametrize("layout, batch_size, accumulate", [("base", 1, 1), ("large", 2, 2)])
+def test_training_skips_what_cannot_be_read(clips, tmp_path, caplog, batch_size, accumulate, layout):
+    # More than a batch, so that some batches have nothing else, the first of a stage too.
+    rows = [BAD] * 5 + [{"audio": clip["input_values"]} for clip in clips[:7]]
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        tiny_teacher(layout),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        max_steps=12,
+        evaluate_on=rows,
+        recipe={"layer_groups": [[0, 1], [2, 3]], "calibration_samples": 12},
+    )
+    trainer.train()
+    assert trainer.data_collator.num_skipped >= 5
+    assert "Clips left out of training batches so far" in caplog.text
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    logged = [row for row in trainer.state.log_history if "distillation_loss" in row]
+    assert logged and all(row["distillation_loss"] != 0 and np.isfinite(row["grad_norm"]) for row in logged)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_a_batch_without_a_clip_changes_nothing_but_the_penalty(clips, tmp_path):
+    trainer = make_trainer(tmp_path, clips, recipe={"layer_groups": [[0, 1], [2, 3]]})
+    trainer._setup()
+    trainer.steps = trainer.skill_config.resolve_steps(9)
+    trainer.stage = 1
+    trainer.student.add_gates(trainer.skill_config.pruning_units)
+    trainer.student.config.apply_spec_augment = False
+    distiller = trainer._make_distiller().train()
+    batch = trainer.data_collator([BAD, BAD])
+    outputs = distiller(**batch, targets=trainer.teacher_targets(**batch), gate_seed=0, target_sparsity=0.5)
+    assert outputs["num_frames"] == 0
+    assert all(outputs[name] == 0 for name in ("distillation_loss", "l1_loss", "cosine_loss"))
+    assert outputs["loss"] == outputs["lagrangian_loss"]
+    outputs["loss"].backward()
+    for name, parameter in distiller.named_parameters():
+        if parameter.grad is not None and not name.endswith("log_alpha") and "lambda" not in name:
+            assert not parameter.grad.any(), name
+    assert distiller.lambda_1.grad.isfinite()
+
+
+@pytest.mark.parametrize("where", ["train", "heldout"])
+def test_sets_that_are_mostly_bad_are_refused_at_the_start(clips, tmp_path, where):
+    bad = [BAD] * 4 + clips[:3]
+    trainer = make_trainer(
+        tmp_path,
+        bad if where == "train" else clips,
+        evaluate_on={"a": clips[:3], "b": bad} if where == "heldout" else clips[:3],
+        recipe={"layer_groups": [[0, 1], [2, 3]], "calibration_samples": 20},
+    )
+    with pytest.raises(ValueError, match="4 of the 7 clips tried cannot be read; the first: row .* NaN"):
+        trainer.train()
+    assert trainer.state.global_step == 0

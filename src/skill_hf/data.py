@@ -145,7 +145,9 @@ class SpeechCollator:
                 errors.append(error)
         self._count(errors)
         if not clips:
-            nothing = torch.zeros(1, self.min_samples)
+            # As long as a clip may be padded to: a single frame is more than some networks and settings can take.
+            rate = self.feature_extractor.sampling_rate
+            nothing = torch.zeros(1, max(self.min_samples, int(samples_in(self.min_seconds, rate))))
             return {"input_values": nothing, "attention_mask": nothing.long()}
         if self.crop == "random":
             shortest = min(len(samples) for samples, _ in clips)

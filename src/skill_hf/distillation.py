@@ -100,7 +100,7 @@ class SkillDistiller(nn.Module):
         if self.has_gates:
             seed_gates(self.student, gate_seed)
         hidden_states = self.student(
-            input_values, attention_mask=attention_mask, output_hidden_states=True
+            input_values, attention_mask=attended(attention_mask), output_hidden_states=True
         ).hidden_states
         means = group_means(hidden_states, self.student_groups)
         predictions = torch.stack(
@@ -109,7 +109,10 @@ class SkillDistiller(nn.Module):
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
         sums = distillation_sums(predictions, targets, frame_mask)
-        terms = {name: value / (frames if num_frames is None else num_frames) for name, value in sums.items()}
+        divisor = frames if num_frames is None else num_frames
+        if torch.is_tensor(divisor):
+            divisor = divisor + (divisor == 0)  # of a batch without a valid frame all sums are 0
+        terms = {name: value / divisor for name, value in sums.items()}
         loss = distillation_loss = sum(self.weights[name] * term for name, term in terms.items())
         sparsity = self.sparsity()
         penalty = torch.zeros_like(loss)
@@ -150,7 +153,7 @@ def target_means(
     for index, layer in enumerate(layers[: len(layers) - tied], start=1):
         hooks.append(layer.register_forward_hook(lambda module, args, output, index=index: add(index, output[0])))
     try:
-        output = teacher(input_values, attention_mask=attention_mask)
+        output = teacher(input_values, attention_mask=attended(attention_mask))
         if tied:
             add(len(layers), output.last_hidden_state)
     finally:
@@ -159,9 +162,22 @@ def target_means(
     return torch.stack([means[number] for number in range(len(groups))])
 
 
+def attended(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """
+    A mask over samples as models take it. A clip without a valid sample, which stands for a batch that could not be
+    read, is attended throughout: softmax over nothing would be NaN, and so would gradients of what is masked later.
+    """
+    if attention_mask is None:
+        return None
+    return torch.where(attention_mask.bool().any(-1, keepdim=True), attention_mask, torch.ones_like(attention_mask))
+
+
 def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """`(batch, frames)`, True where a frame is no padding, from a mask over samples; `None` without padding."""
-    return None if attention_mask is None else model._get_feature_vector_attention_mask(frames, attention_mask)
+    if attention_mask is None:
+        return None
+    mask = model._get_feature_vector_attention_mask(frames, attended(attention_mask))
+    return mask & attention_mask.bool().any(-1, keepdim=True)
 
 
 def identity_map(size: int) -> nn.Linear:

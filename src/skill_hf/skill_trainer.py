@@ -30,7 +30,14 @@ from . import pruning, publishing
 from .budgets import make_budget
 from .checkpointing import TRAINER_STATE_NAME, find_checkpoint, read_same_recipe, write_skill_state
 from .clustering import cluster_layers, layer_tree
-from .data import SpeechCollator, calibration_waveforms, disable_audio_decoding, samples_per_frame
+from .data import (
+    AudioError,
+    SpeechCollator,
+    calibration_waveforms,
+    check_clips,
+    disable_audio_decoding,
+    samples_per_frame,
+)
 from .distillation import SkillDistiller, target_means
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .losses import sparsity_at
@@ -43,6 +50,9 @@ from .skill_training_args import SkillTrainingArguments
 
 
 logger = logging.getLogger(__name__)
+
+# Held-out clips that are tried before training.
+EVAL_CLIPS_TRIED = 32
 
 # A cut whose cost is off by more than this share of the teacher's has its gates shifted to the target first.
 COST_TOLERANCE = 0.005
@@ -225,6 +235,7 @@ class SkillDistillationTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("There is no `train_dataset` to calibrate on.")
         config = self.skill_config
+        self._check_eval_clips()
         waveforms = calibration_waveforms(
             self.train_dataset,
             config.calibration_samples,
@@ -232,6 +243,7 @@ class SkillDistillationTrainer(Trainer):
             seed=self.args.seed,
             feature_extractor=self.processing_class,
             min_samples=samples_per_frame(self.student.config),
+            protocols=getattr(self.data_collator, "protocols", ()),
         )
         if config.layer_groups is not None:
             for _ in waveforms:  # nothing to measure, but audio that cannot be read should show now
@@ -261,6 +273,21 @@ class SkillDistillationTrainer(Trainer):
         self.layer_groups = [[row + first for row in group] for group in cluster_layers(self.layer_similarity, config)]
         config.validate_projection_groups(len(self.layer_groups))
         logger.info("Groups of hidden states: %s", self.layer_groups)
+
+    def _check_eval_clips(self) -> None:
+        """An evaluation set that cannot be read should show now, not at the first evaluation."""
+        collator = self.eval_data_collator
+        if not isinstance(collator, SpeechCollator) or self.eval_dataset is None:
+            return
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for dataset in sets:
+            check_clips(
+                dataset,
+                EVAL_CLIPS_TRIED,
+                self.processing_class,
+                min_samples=collator.min_samples,
+                protocols=collator.protocols,
+            )
 
     def layer_tree(self) -> np.ndarray | None:
         """The tree of the clustering as scipy's linkage matrix, for a dendrogram; `None` with groups set by hand."""
@@ -586,6 +613,8 @@ class SkillDistillationTrainer(Trainer):
             # Each pass over the data has its own crops, and those of stage 2 are none of stage 1.
             self.data_collator.epoch = 2 * epoch + (self.stage == 2)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+        if getattr(self.data_collator, "num_skipped", 0):
+            logger.warning("Clips left out of training batches so far: %d.", self.data_collator.num_skipped)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         return super().create_scheduler(self.steps.final if self.stage == 2 else self.steps.joint, optimizer)
@@ -602,7 +631,8 @@ class SkillDistillationTrainer(Trainer):
         if not batch_samples:  # a stream that has come to its end
             return None
         lengths = torch.cat([_lengths(batch) for batch in batch_samples])
-        frames = self.student._get_feat_extract_output_lengths(lengths).sum().to(device)
+        # A batch that could not be read is one clip without a valid sample: no frames.
+        frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum().to(device)
         return self.accelerator.gather(frames).sum() if self.accelerator.num_processes > 1 else frames
 
     def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
@@ -636,7 +666,9 @@ class SkillDistillationTrainer(Trainer):
         )
         if model.training:
             # Each micro-batch holds its share of the step's loss: a step's is their sum, and weighs 1 in all.
-            self._add_to(self._train_sums, outputs, 1.0, weight=penalty_scale)
+            # A step without a valid frame is not one of zero loss.
+            counts = 1.0 if num_items_in_batch is None else (num_items_in_batch > 0).float()
+            self._add_to(self._train_sums, outputs, counts, weight=penalty_scale * counts)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _target_sparsity(self, step: int) -> float:
@@ -669,11 +701,28 @@ class SkillDistillationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_sums = {}
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # So that a clip's frames are what they are without any other beside it, whatever the batch size.
+        configs = [model.config for model in (self.student, self._target_teacher)]
+        configs = [config for config in configs if hasattr(config, "masked_group_norm")]
+        before = [config.masked_group_norm for config in configs]
+        for config in configs:
+            config.masked_group_norm = True
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        finally:
+            for config, masked in zip(configs, before, strict=True):
+                config.masked_group_norm = masked
         means = self._mean_over_processes(self._eval_sums)
+        if self._eval_sums and not means:
+            raise AudioError("No clip of the evaluation set can be read; the warnings above say why.")
         for name in ("distillation_loss", "l1_loss", "l2_loss", "cosine_loss"):
             if name in means:
                 output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
+        if means:
+            # The Trainer averages over batches, whatever they hold.
+            output.metrics[f"{metric_key_prefix}_loss"] = means["distillation_loss"]
         return output
 
     # ---- Logs ----
@@ -692,6 +741,8 @@ class SkillDistillationTrainer(Trainer):
         values = torch.stack([value.float().reshape(()) for value in sums.values()])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.gather(values[None]).sum(0)
+        if not values[list(sums).index("weight")]:
+            return {}
         means = dict(zip(sums, (values / values[list(sums).index("weight")]).tolist(), strict=True))
         del means["weight"]
         return means
