@@ -66,6 +66,7 @@ LAYERS = {
         "data",
         "distillation",
         "families",
+        "gates",
         "losses",
         "model_card",
         "pruning",

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,8 +12,7 @@ LOW, HIGH = -0.1, 1.1  # the interval that the concrete distribution is stretche
 EPSILON = 1e-6
 # P(z != 0) = sigmoid(log_alpha - OPEN_SHIFT)
 OPEN_SHIFT = BETA * math.log(-LOW / HIGH)
-# Out of training a gate that stays open has the value sigmoid(MAGIC * log_alpha / BETA), as in CoFi
-# (arXiv 2204.00408).
+# In eval mode a gate that stays open has the value sigmoid(MAGIC * log_alpha / BETA), as in CoFi (arXiv 2204.00408).
 MAGIC = 0.8
 
 
@@ -22,16 +22,20 @@ class HardConcreteGate(nn.Module):
 
     In training a gate is `z = clip(s (HIGH - LOW) + LOW, 0, 1)` with
     `s = sigmoid((log u - log(1 - u) + log_alpha) / BETA)` and uniform `u` (Louizos et al., arXiv 1712.01312, equations
-    10 to 12). Out of training the expected number of closed gates, rounded, are 0, those of the smallest `log_alpha`;
-    the others are `sigmoid(0.8 log_alpha / BETA)`.
+    10 to 12). In eval mode the expected number of closed gates, rounded, are 0, those of the smallest `log_alpha`; the
+    others are `sigmoid(0.8 log_alpha / BETA)`.
 
     Args:
         size (`int`): number of units.
         drop_probability (`float`): share of units that is closed in a concrete sample to begin with.
-        min_open (`int`, *optional*, defaults to 0): units that stay open out of training whatever `log_alpha` says.
+        min_open (`int`, *optional*, defaults to 0): units that stay open in eval mode whatever `log_alpha` says.
         multiple_of (`int`, *optional*, defaults to 1):
-            What the number of units that are open out of training is rounded to a multiple of, where there are as
-            many; then `min_open` is one such multiple, if it is anything.
+            What the number of units that are open in eval mode is rounded to a multiple of, where there are as many;
+            then `min_open` is one such multiple, if it is anything.
+
+    Attributes:
+        shift (`float`): what [`~skill_hf.pruning.fit_gates`] adds to `log_alpha` where units are chosen, and nowhere
+            else: a negative shift closes more units, but does not scale down the ones that stay.
     """
 
     def __init__(self, size: int, drop_probability: float, min_open: int = 0, multiple_of: int = 1):
@@ -40,6 +44,7 @@ class HardConcreteGate(nn.Module):
         self.log_alpha = nn.Parameter(torch.empty(size).normal_(mean, 0.01))
         self.multiple_of = multiple_of if multiple_of <= size else 1
         self.min_open = max(min_open, self.multiple_of) if min_open else 0
+        self.shift = 0.0
         self.value: torch.Tensor | None = None  # drawn once per forward of the model, read wherever the unit acts
 
     def __getstate__(self):
@@ -50,20 +55,25 @@ class HardConcreteGate(nn.Module):
     def size(self) -> int:
         return self.log_alpha.numel()
 
+    def log_odds(self) -> torch.Tensor:
+        """Logit of P(z != 0) of each unit, `(size,)`, with the shift that units are chosen by."""
+        return self.log_alpha + self.shift - OPEN_SHIFT
+
     def open_probability(self) -> torch.Tensor:
         """P(z != 0) of each unit, `(size,)` (arXiv 1712.01312, equation 12)."""
-        return torch.sigmoid(self.log_alpha - OPEN_SHIFT)
+        return torch.sigmoid(self.log_odds())
 
     def num_open(self) -> int:
-        """Units that are open out of training: the expected number, rounded."""
+        """Units that are open in eval mode: the expected number, rounded."""
         multiples = round(self.open_probability().sum().item() / self.multiple_of)
         return max(min(multiples, self.size // self.multiple_of) * self.multiple_of, self.min_open)
 
     def deterministic(self) -> torch.Tensor:
-        """The value out of training, `(size,)`."""
+        """The value in eval mode, `(size,)`."""
         left = self.log_alpha.topk(self.num_open()).indices
         kept = torch.zeros_like(self.log_alpha).index_fill(0, left, 1.0)
-        return kept * torch.sigmoid(MAGIC * self.log_alpha / BETA)
+        # The larger of the values before and after the shift: training knew the kept units by the first.
+        return kept * torch.sigmoid(MAGIC * (self.log_alpha + max(self.shift, 0.0)) / BETA)
 
     def extra_repr(self) -> str:
         return f"size={self.size}"
@@ -78,6 +88,14 @@ def sample(log_alpha: torch.Tensor, generator: torch.Generator | None = None) ->
     noise = noise.to(log_alpha.device) * (1 - 2 * EPSILON) + EPSILON
     concrete = torch.sigmoid((torch.logit(noise) + log_alpha) / BETA)
     return (concrete * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def noise_seed(*numbers: int) -> int:
+    """
+    A seed of 32 bits that depends on every one of `numbers`, such as the run's seed and the step: torch's generator on
+    the CPU reads no more than 32 bits of a seed, so numbers that are packed into more of them would be ignored.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class KeptLayerNorm(nn.LayerNorm):

@@ -7,10 +7,10 @@ import torch
 
 def group_means(hidden_states: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]) -> torch.Tensor:
     """
-    Mean hidden state of each group, `(groups, batch, frames, hidden_size)`, from hidden states of shape
+    Mean hidden state of each group, `(groups, batch, frames, hidden_size)`, float32, from hidden states of shape
     `(batch, frames, hidden_size)` (SKILL, arXiv 2402.16830: the average representation of a cluster).
     """
-    return torch.stack([sum(hidden_states[index] for index in group) / len(group) for group in groups])
+    return torch.stack([sum(hidden_states[index].float() for index in group) / len(group) for group in groups])
 
 
 def distillation_sums(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .budgets import ParameterBudget, UnitCosts
-from .gates import OPEN_SHIFT, DrawHook, GatedForward, GateHook, HardConcreteGate, KeptLayerNorm
+from .gates import DrawHook, GatedForward, GateHook, HardConcreteGate, KeptLayerNorm
 
 
 # Probability that a unit is closed to begin with (DPHuBERT, arXiv 2305.17651).
@@ -136,7 +136,7 @@ def expected_cost(student, costs: UnitCosts) -> torch.Tensor:
     if not gates:
         return torch.tensor(costs.count(student, lambda gate: (gate.size, 1)), dtype=torch.float64)
     # All gates at once: a GPU takes as long for a short tensor.
-    log_odds = torch.cat([gate.log_alpha for gate in gates]) - OPEN_SHIFT
+    log_odds = torch.cat([gate.log_odds() for gate in gates])
     log_odds = log_odds if log_odds.device.type == "mps" else log_odds.double()
     sizes = [gate.size for gate in gates]
     num_open = torch.stack([of.sum() for of in torch.sigmoid(log_odds).split(sizes)])
@@ -158,8 +158,12 @@ def min_cost(student, costs: UnitCosts) -> int:
 @torch.no_grad()
 def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
     """
-    Shifts all `log_alpha` by one common number, found by bisection, so that `prune` leaves what was asked for; where
-    whole units do not allow that, those of the finest kind of unit by a further one. Returns the common shift.
+    Shifts the `log_alpha` that units are chosen by, all by one common number that is found by bisection, so that
+    `prune` leaves what was asked for; where whole units do not allow that, those of the finest kind of unit by a
+    further one. Returns the common shift.
+
+    The shift chooses units and does nothing else: `log_alpha` stays, and units that are kept keep the larger of their
+    values before and after it (see [`~skill_hf.gates.HardConcreteGate`]).
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
@@ -190,15 +194,15 @@ def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
 
 
 def _bisect_shift(student, gates: list[HardConcreteGate], wanted: int, costs: UnitCosts, below: bool = False) -> float:
-    """Shifts `log_alpha` of `gates` to where `prune` leaves the cost nearest to `wanted`, or just below."""
-    start = [gate.log_alpha.clone() for gate in gates]
+    """Adds to the shift of `gates` what makes `prune` leave the cost nearest to `wanted`, or just below."""
+    start = [gate.shift for gate in gates]
 
     def cost_at(shift: float) -> int:
-        for gate, log_alpha in zip(gates, start, strict=True):
-            gate.log_alpha.copy_(log_alpha + shift)
+        for gate, before in zip(gates, start, strict=True):
+            gate.shift = before + shift
         return cost_after_pruning(student, costs)
 
-    reach = 30.0 + max(log_alpha.abs().max().item() for log_alpha in start)
+    reach = 30.0 + max(gate.log_odds().abs().max().item() for gate in gates)
     low, high = -reach, reach
     for _ in range(50):
         middle = (low + high) / 2
@@ -211,8 +215,8 @@ def _bisect_shift(student, gates: list[HardConcreteGate], wanted: int, costs: Un
 @torch.no_grad()
 def prune(student) -> None:
     """
-    Cuts every unit whose gate is closed out of training, folds the values of the open gates into the linear map behind
-    them, and removes the gates, in place. The outputs are those of the gated student in eval mode.
+    Cuts every unit whose gate is closed in eval mode, folds the values of the open gates into the next linear map, and
+    removes the gates, in place. The outputs are those of the gated student in eval mode.
 
     Raises:
         `ValueError`: if the student has no gates.
@@ -230,7 +234,7 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     """
     Cuts the units that are closed for good, in place, and keeps the gates of the others with their values.
 
-    Closed for good are units that are open with a probability below `CLOSED_PROBABILITY` and closed out of training.
+    Closed for good are units that are open with a probability below `CLOSED_PROBABILITY` and closed in eval mode.
     Where all of them are more than the target asks for, those most likely to open stay, and so they do where the rest
     would be no multiple of the gate's `multiple_of`. The outputs in eval mode remain what they are as long as the
     probabilities of the units that go, which are counted no more, do not sum up to another whole unit that is open. In
@@ -380,7 +384,7 @@ class Cut:
 
 
 def _folded(student) -> dict[str, torch.Tensor]:
-    """The state dict without gates, whose values out of training are multiplied into the linear map behind each."""
+    """The state dict without gates, with the gates' values in eval mode multiplied into the next linear map."""
     gates = dict(named_gates(student))
     prefixes = tuple(f"{name}." for name in gates)
     state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(prefixes)}

@@ -40,6 +40,7 @@ from .data import (
 )
 from .distillation import SkillDistiller, target_means
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
+from .gates import noise_seed
 from .losses import sparsity_at
 from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe
@@ -658,9 +659,9 @@ class SkillDistillationTrainer(Trainer):
             **inputs,
             targets=self.teacher_targets(**inputs),
             target_sparsity=self._target_sparsity(step),
-            # Noise of the gates is a function of the step: the same in each micro-batch, on each process, after
+            # Noise of the gates is a function of seed and step: the same in each micro-batch, on each process, after
             # resuming.
-            gate_seed=(self.args.seed << 32) + step,
+            gate_seed=noise_seed(self.args.seed, step),
             num_frames=num_items_in_batch,
             penalty_scale=penalty_scale,
         )
