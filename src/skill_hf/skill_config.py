@@ -7,6 +7,8 @@ import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import fields
+
 
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
@@ -24,6 +26,9 @@ SKILL_CONFIG_NAME = "skill_config.json"
 FULL_STEPS = 75_000
 FULL_FINAL_STEPS = 25_000
 FULL_WARMUP_STEPS = 5_000  # of the sparsity target, and of the learning rate in the final stage
+FULL_GATE_LEARNING_RATE = 0.02
+# What `log_alpha` must be able to travel in the first stage, wherever that is set by default.
+GATE_TRAVEL = 12.0
 
 
 def _help(default, text: str):
@@ -57,10 +62,11 @@ class SkillConfig:
         include_embeddings (`bool`, *optional*, defaults to `True`):
             Whether hidden state 0, the input of the first layer, is grouped too.
         layer_groups (`list[list[int]]`, *optional*):
-            Groups of hidden-state indices set by hand, which switches clustering off; `[[0],[4],[8],[12]]` is
-            DPHuBERT.
+            Groups of hidden-state indices set by hand, which switches clustering off. `[[0],[4],[8],[12]]` are
+            DPHuBERT's layers of a Base model, except that its layer 0 is taken before the positional convolution.
         projection_groups (`list[list[int]]`, *optional*):
-            Indices of groups that share one projection, such as `[[0],[1,2,3]]`; by default each group has its own.
+            Indices of groups that share one projection; by default each group has its own. DPHuBERT's recipe is
+            `layer_groups=[[0],[4],[8],[12]]` with `projection_groups=[[0],[1,2,3]]`.
         student_layers (`str`, *optional*, defaults to `"group"`):
             What predicts a group: `group`, the mean of the student's same layers, or `last`, its last layer.
         calibration_samples (`int`, *optional*, defaults to 256):
@@ -94,16 +100,18 @@ class SkillConfig:
             What each unit costs in time, as [`~skill_hf.latency.fit_latency`] returns it, or the JSON file that
             `examples/calibrate_latency.py` has written, whose content becomes part of the recipe. Goes with
             `budget="latency"` and with no other.
-        sparsity_warmup_steps (`int`, *optional*, defaults to 5000):
-            Steps over which the target rises from 0; the default shrinks in proportion when a run is shorter than
-            75000.
+        sparsity_warmup_steps (`int`, *optional*):
+            Steps over which the target rises from 0; by default a tenth of the first stage, at most 5000.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
             What may be removed; `attention_blocks` and `ffn_blocks` as well.
         width_multiple (`int`, *optional*, defaults to 1):
             What the cut rounds the channels of convolutions and the units of feed-forward blocks to a multiple of;
             with 8 or 16 matrix products of half precision run on the tensor cores of GPUs.
-        gate_learning_rate (`float`, *optional*, defaults to 0.02):
-            Learning rate of the gates and of the Lagrange multipliers.
+        gate_learning_rate (`float`, *optional*):
+            Peak learning rate of the gates and of the Lagrange multipliers; by default DPHuBERT's 0.02, and more in
+            short runs, where a gate would not get from open to closed with it (see [`gate_travel`]).
+        shared_gate_noise (`bool`, *optional*, defaults to `True`):
+            Whether all micro-batches and processes of a step draw the same noise of the gates.
         shrink_steps (`int`, *optional*, defaults to 0):
             Every so many optimizer steps the first stage cuts the units that are closed for good and goes on with a
             smaller student, which takes less time and memory; 0 for never. Needs an optimizer whose state has the
@@ -112,9 +120,9 @@ class SkillConfig:
             Steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*, defaults to 1e-4):
             Peak learning rate of the second stage.
-        final_warmup_steps (`int`, *optional*, defaults to 5000):
-            Learning-rate warm-up of the second stage; the default shrinks in proportion when that is below 25000
-            steps.
+        final_warmup_steps (`int`, *optional*):
+            Learning-rate warm-up of the second stage; by default a fifth of it, at most 5000. Each stage starts with a
+            learning rate of 0, as transformers' schedules do.
 
     Example:
 
@@ -136,7 +144,7 @@ class SkillConfig:
     contiguous: bool = _help(False, "Whether groups must be runs of neighbouring layers.")
     include_embeddings: bool = _help(True, "Whether hidden state 0, the input of the first layer, is grouped too.")
     layer_groups: list[list[int]] | str | None = _help(
-        None, "Groups of hidden-state indices set by hand, as JSON: [[0],[4],[8],[12]] is DPHuBERT."
+        None, "Groups of hidden-state indices set by hand, as JSON: [[0],[4],[8],[12]] are DPHuBERT's layers."
     )
     projection_groups: list[list[int]] | str | None = _help(
         None, "Indices of groups that share one projection, as JSON: [[0],[1,2,3]]; by default each its own."
@@ -157,8 +165,8 @@ class SkillConfig:
     latency_costs: dict | str | None = _help(
         None, "JSON file of examples/calibrate_latency.py: what each unit costs in time. Goes with latency as budget."
     )
-    sparsity_warmup_steps: int = _help(
-        FULL_WARMUP_STEPS, "Steps over which the target rises from 0; the default shrinks with shorter runs."
+    sparsity_warmup_steps: int | None = _help(
+        None, "Steps over which the target rises from 0; by default a tenth of the first stage, at most 5000."
     )
     pruning_units: list[str] = _help(
         ["conv_channels", "attention_heads", "ffn_dims"],
@@ -167,54 +175,46 @@ class SkillConfig:
     width_multiple: int = _help(
         1, "What the cut rounds widths of convolutions and feed-forward blocks to a multiple of, such as 8 or 16."
     )
-    gate_learning_rate: float = _help(0.02, "Learning rate of the gates and of the Lagrange multipliers.")
+    gate_learning_rate: float | None = _help(
+        None, "Peak learning rate of gates and Lagrange multipliers; by default 0.02, and more in short runs."
+    )
+    shared_gate_noise: bool = _help(
+        True, "Whether all micro-batches and processes of a step draw the same noise of the gates."
+    )
     shrink_steps: int = _help(
         0, "Every so many steps the first stage cuts the units that are closed for good; 0 for never."
     )
     final_steps: int | None = _help(None, "Steps of the second stage, after the cut; a third of all steps by default.")
     final_learning_rate: float = _help(1e-4, "Peak learning rate of the second stage.")
-    final_warmup_steps: int = _help(
-        FULL_WARMUP_STEPS, "Learning-rate warm-up of the second stage; the default shrinks with shorter runs."
+    final_warmup_steps: int | None = _help(
+        None, "Learning-rate warm-up of the second stage; by default a fifth of it, at most 5000."
     )
 
     def __post_init__(self):
-        self.layer_groups = _index_groups("layer_groups", self.layer_groups)
-        self.projection_groups = _index_groups("projection_groups", self.projection_groups)
-        self.latency_costs = _latency_costs(self.latency_costs)
-        _one_of("similarity", self.similarity, SIMILARITIES)
-        _one_of("linkage", self.linkage, LINKAGES)
-        _one_of("student_layers", self.student_layers, STUDENT_LAYERS)
-        _one_of("budget", self.budget, BUDGETS)
+        self.validate()
+
+    def validate(self) -> None:
+        """
+        Checks every field and gives it its own type: numpy's numbers become Python's, tuples become lists.
+
+        Raises:
+            `ValueError`: if a field has a value of another type or outside its range; the message names both.
+        """
+        for name, kind in FIELD_KINDS.items():
+            setattr(self, name, kind(name, getattr(self, name)))
         if (self.budget == "latency") != (self.latency_costs is not None):
+            missing = "no " if self.latency_costs is None else ""
             raise ValueError(
-                f"`budget` is {self.budget}, but there are {'no ' * (self.latency_costs is None)}`latency_costs`: they"
-                " go with `latency` and with no other budget. examples/calibrate_latency.py measures them."
+                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they go with `latency` and with"
+                " no other budget. examples/calibrate_latency.py measures them."
             )
-        if not self.pruning_units:
-            raise ValueError(f"`pruning_units` is empty; name at least one of {', '.join(PRUNING_UNITS)}.")
-        for unit in self.pruning_units:
-            _one_of("pruning_units", unit, PRUNING_UNITS)
         if self.num_clusters is not None and self.distance_threshold is not None:
             raise ValueError(
                 f"`num_clusters` ({self.num_clusters}) and `distance_threshold` ({self.distance_threshold}) both cut"
                 " the tree; set one of them or neither."
             )
-        if not 0 < self.target_sparsity < 1:
-            raise ValueError(
-                f"`target_sparsity` must lie between 0 and 1, both excluded, but is {self.target_sparsity}."
-            )
-        for name in ("num_clusters", "calibration_samples", "width_multiple"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("sparsity_warmup_steps", "shrink_steps", "final_steps", "final_warmup_steps"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("l1_weight", "l2_weight", "cosine_weight", "gate_learning_rate", "final_learning_rate"):
-            _at_least(name, getattr(self, name), 0)
         if self.l1_weight + self.l2_weight + self.cosine_weight == 0:
             raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
-        for name in ("distance_threshold", "calibration_seconds", "budget_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be above 0 and finite, but is {value}.")
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
 
@@ -237,8 +237,7 @@ class SkillConfig:
         Raises:
             `ValueError`: if a stage or its warm-up does not fit.
         """
-        if max_steps < 1:
-            raise ValueError(f"`max_steps` must be at least 1, but is {max_steps}.")
+        max_steps = fields.whole(1)("max_steps", max_steps)
         final = self.final_steps
         if final is None:
             final = round(max_steps * FULL_FINAL_STEPS / FULL_STEPS)
@@ -255,6 +254,15 @@ class SkillConfig:
             final_warmup=_fit_warmup("final_warmup_steps", self.final_warmup_steps, final, FULL_FINAL_STEPS),
         )
 
+    def resolve_gate_learning_rate(self, joint_steps: int) -> float:
+        """
+        The learning rate of the gates for a first stage of `joint_steps`: what was set by hand, or else 0.02, or more
+        where [`gate_travel`] would be below `GATE_TRAVEL` with it.
+        """
+        if self.gate_learning_rate is not None:
+            return self.gate_learning_rate
+        return max(FULL_GATE_LEARNING_RATE, GATE_TRAVEL / gate_travel(1.0, max(joint_steps, 1)))
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -265,10 +273,21 @@ class SkillConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "SkillConfig":
-        """Reads `skill_config.json` of `directory`; fields that this version does not know are left out."""
-        fields = json.loads((Path(directory) / SKILL_CONFIG_NAME).read_text(encoding="utf-8"))
-        known = {item.name for item in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in fields.items() if name in known})
+        """
+        Reads `skill_config.json` of `directory`; fields that this version does not know are left out.
+
+        Raises:
+            `ValueError`: if the file is missing, is not such a file, or a field has an impossible value.
+        """
+        path = Path(directory) / SKILL_CONFIG_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, not names and values")
+            return cls(**{name: value for name, value in values.items() if name in FIELD_KINDS})
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise ValueError(f"{path} is not a recipe of skill-hf: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -285,50 +304,29 @@ class StageSteps:
         return self.joint + self.final
 
 
-def _fit_warmup(name: str, steps: int, stage: int, full_stage: int) -> int:
-    """The default belongs to the full recipe and shrinks with the stage; a number set by hand must fit as it is."""
-    if steps == FULL_WARMUP_STEPS and stage < full_stage:
-        return round(stage * FULL_WARMUP_STEPS / full_stage)
+def gate_travel(learning_rate: float, joint_steps: int) -> float:
+    """
+    How far `log_alpha` can go in a first stage of `joint_steps`, all of them in one direction: an adaptive optimizer
+    moves it by about the learning rate in each, which is half of its peak on average.
+    """
+    return learning_rate * joint_steps / 2
+
+
+def _fit_warmup(name: str, steps: int | None, stage: int, full_stage: int) -> int:
+    """The default shrinks in proportion to the full recipe; a number set by hand must fit as it is."""
+    if steps is None:
+        return min(FULL_WARMUP_STEPS, round(stage * FULL_WARMUP_STEPS / full_stage))
     if stage and steps > stage:
         raise ValueError(f"`{name}` ({steps}) must not be above the steps of its stage ({stage}).")
     return steps
 
 
-def _one_of(name: str, value, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but is {value!r}.")
-
-
-def _at_least(name: str, value, minimum) -> None:
-    if value is not None and (not math.isfinite(value) or value < minimum):
-        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
-
-
-def _index_groups(name: str, value) -> list[list[int]] | None:
-    """Checks groups of indices; a string is read as JSON, since a command line has no lists of lists."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise ValueError(f"`{name}` must be JSON such as [[0],[1,2]], but is {value!r}.") from None
-    if value is None:
-        return None
-    good = isinstance(value, (list, tuple)) and value and all(isinstance(group, (list, tuple)) for group in value)
-    if not good or not all(group and all(type(i) is int and i >= 0 for i in group) for group in value):
-        raise ValueError(f"`{name}` must be a list of lists of indices such as [[0],[1,2]], but is {value!r}.")
-    if any(len(set(group)) < len(group) for group in value):
-        raise ValueError(f"`{name}` names an index twice in one group: {value!r}.")
-    return [list(group) for group in value]
-
-
-def _latency_costs(value) -> dict | None:
+def _latency_costs(name: str, value) -> dict:
     """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
-    if value is None:
-        return None
     try:
         # As it will be read back from skill_config.json: a tuple is a list.
         value = json.loads(Path(value).read_text(encoding="utf-8") if isinstance(value, str) else json.dumps(value))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"
             f" ({error})."
@@ -362,3 +360,35 @@ def _latency_costs(value) -> dict | None:
     if not any(cost if type(cost) is int else any(cost) for cost in value["picoseconds"].values()):
         refuse("picoseconds", "above 0 somewhere", value["picoseconds"])
     return value
+
+
+# The one type and range of each field of `SkillConfig`.
+FIELD_KINDS = {
+    "similarity": fields.one_of(SIMILARITIES),
+    "linkage": fields.one_of(LINKAGES),
+    "num_clusters": fields.optional(fields.whole(1)),
+    "distance_threshold": fields.optional(fields.number(above=0)),
+    "contiguous": fields.true_or_false,
+    "include_embeddings": fields.true_or_false,
+    "layer_groups": fields.optional(fields.index_groups),
+    "projection_groups": fields.optional(fields.index_groups),
+    "student_layers": fields.one_of(STUDENT_LAYERS),
+    "calibration_samples": fields.whole(1),
+    "calibration_seconds": fields.number(above=0),
+    "l1_weight": fields.number(least=0),
+    "l2_weight": fields.number(least=0),
+    "cosine_weight": fields.number(least=0),
+    "target_sparsity": fields.number(above=0, below=1),
+    "budget": fields.one_of(BUDGETS),
+    "budget_seconds": fields.number(above=0),
+    "latency_costs": fields.optional(_latency_costs),
+    "sparsity_warmup_steps": fields.optional(fields.whole(0)),
+    "pruning_units": fields.some_of(PRUNING_UNITS),
+    "width_multiple": fields.whole(1),
+    "gate_learning_rate": fields.optional(fields.number(least=0)),
+    "shared_gate_noise": fields.true_or_false,
+    "shrink_steps": fields.whole(0),
+    "final_steps": fields.optional(fields.whole(0)),
+    "final_learning_rate": fields.number(least=0),
+    "final_warmup_steps": fields.optional(fields.whole(0)),
+}

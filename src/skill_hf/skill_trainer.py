@@ -201,6 +201,7 @@ class SkillDistillationTrainer(Trainer):
         self.steps: StageSteps | None = None
         self.layer_groups: list[list[int]] | None = None
         self.layer_similarity: np.ndarray | None = None
+        self._micro_batch = 0
         self._train_sums: dict[str, torch.Tensor] = {}
         self._eval_sums: dict[str, torch.Tensor] = {}
         if self.skill_config.shrink_steps:
@@ -629,6 +630,7 @@ class SkillDistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Valid frames of all micro-batches of all processes: what the sums of the loss are divided by."""
+        self._micro_batch = 0  # the first of an optimizer step comes next
         if not batch_samples:  # a stream that has come to its end
             return None
         lengths = torch.cat([_lengths(batch) for batch in batch_samples])
@@ -650,6 +652,10 @@ class SkillDistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
+        noise = (self.args.seed, self.state.global_step)
+        if not self.skill_config.shared_gate_noise:
+            noise += (self.accelerator.process_index, self._micro_batch)
+            self._micro_batch += model.training
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, but frames were counted over all of them.
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
@@ -659,9 +665,8 @@ class SkillDistillationTrainer(Trainer):
             **inputs,
             targets=self.teacher_targets(**inputs),
             target_sparsity=self._target_sparsity(step),
-            # Noise of the gates is a function of seed and step: the same in each micro-batch, on each process, after
-            # resuming.
-            gate_seed=noise_seed(self.args.seed, step),
+            # A function of these numbers alone, so that it is the same after resuming.
+            gate_seed=noise_seed(*noise),
             num_frames=num_items_in_batch,
             penalty_scale=penalty_scale,
         )

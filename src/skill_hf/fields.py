@@ -1,0 +1,110 @@
+"""
+Types and ranges of settings, each checked in one place. A kind is a function of a setting's name and value: it returns
+the value as Python's own type, or raises a `ValueError` that names setting, value and range.
+"""
+
+import json
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+Kind = Callable[[str, Any], Any]
+
+
+def optional(kind: Kind) -> Kind:
+    """`None`, or what `kind` takes."""
+    return lambda name, value: None if value is None else kind(name, value)
+
+
+def one_of(allowed: Sequence[str]) -> Kind:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            refuse(name, f"one of {', '.join(allowed)}", value)
+        return str(value)
+
+    return check
+
+
+def some_of(allowed: Sequence[str]) -> Kind:
+    """A list or tuple that is not empty, each entry once."""
+
+    def check(name: str, value: Any) -> list[str]:
+        listed = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
+        if not listed or not value or not set(value) <= set(allowed) or len(set(value)) < len(value):
+            refuse(name, f"a list of at least one of {', '.join(allowed)}, each once", value)
+        return list(map(str, value))
+
+    return check
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    # Not by its truth: text such as "false" would count as true.
+    if not isinstance(value, (bool, np.bool_)):
+        refuse(name, "True or False", value)
+    return bool(value)
+
+
+def whole(least: int) -> Kind:
+    """A whole number of at least `least`; a float is none, even if its digits after the point are 0."""
+
+    def check(name: str, value: Any) -> int:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            refuse(name, f"a whole number of at least {least}", value)
+        return int(value)
+
+    return check
+
+
+def number(least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Kind:
+    """A finite number of at least `least`, above `above` and below `below`."""
+    bounds = [
+        f"of at least {least:g}" if least > -math.inf else "",
+        f"above {above:g}" if above > -math.inf else "",
+        f"below {below:g}" if below < math.inf else "",
+    ]
+    wanted = f"a finite number {' and '.join(filter(None, bounds))}".rstrip()
+
+    def check(name: str, value: Any) -> float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            refuse(name, wanted, value)
+        try:
+            converted = float(value)
+        except (OverflowError, ValueError):
+            refuse(name, wanted, value)
+        if not math.isfinite(converted) or converted < least or not above < converted < below:
+            refuse(name, wanted, value)
+        return converted
+
+    return check
+
+
+def index_groups(name: str, value: Any) -> list[list[int]]:
+    """Lists of indices; a string is read as JSON, since a command line has no lists of lists."""
+    wanted = "a list of lists of indices such as [[0],[1,2]], each index once in a list"
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            refuse(name, f"JSON, {wanted}", value)
+
+    def is_list(entry: Any) -> bool:
+        return isinstance(entry, (list, tuple)) and len(entry) > 0
+
+    def is_index(entry: Any) -> bool:
+        return isinstance(entry, numbers.Integral) and not isinstance(entry, bool) and entry >= 0
+
+    if not is_list(value) or not all(is_list(group) and all(map(is_index, group)) for group in value):
+        refuse(name, wanted, value)
+    if any(len(set(group)) < len(group) for group in value):
+        refuse(name, wanted, value)
+    return [[int(index) for index in group] for group in value]
+
+
+def refuse(name: str, wanted: str, value: Any) -> None:
+    """Raises the `ValueError` of all kinds. A value may be of any length."""
+    raise ValueError(f"`{name}` must be {wanted}, but is {reprlib.repr(value)}.")
