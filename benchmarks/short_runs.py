@@ -6,18 +6,17 @@ the teacher itself). Each part compares settings that differ in one thing, for a
     python benchmarks/short_runs.py gates --steps 60 150 --rates 0.02 0.15 none --output short_runs.json
     python benchmarks/short_runs.py noise --steps 100 --output short_runs.json
 
-`cut`: what the units that the cut keeps are scaled by, after one and the same first stage. `gates`: the learning rate of
+`cut`: what the units that the cut keeps are scaled by, after the same first stage. `gates`: the learning rate of
 the gates. `noise`: one draw for all micro-batches of a step, or one each.
 """
 
 import argparse
-import copy
+import contextlib
 import json
 import logging
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,10 +107,8 @@ def compare_values(args, sparsity: float, steps: int, seed: int):
         joint = SkillConfig(**recipe).resolve_steps(steps).joint
         saving = {"save_strategy": "steps", "save_steps": joint}
         first = make_trainer(f"{folder}/first", steps, seed, recipe, [StopBeforeCut(joint)], **saving)
-        try:
+        with contextlib.suppress(StopBeforeCut.Reached):
             first.train()
-        except StopBeforeCut.Reached:
-            pass
         for name, value in VALUES.items():
             HardConcreteGate.deterministic = value
             shutil.copytree(f"{folder}/first", f"{folder}/{name}")
@@ -182,4 +179,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(copy.copy(sys.argv[1:]))
+    main()

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from skill_hf.gates import DrawHook, GatedForward, HardConcreteGate, KeptLayerNorm, sample
+from skill_hf.gates import DrawHook, GatedForward, HardConcreteGate, KeptLayerNorm, noise_seed, sample
 
 
 def gate_with(log_alpha, min_open=0) -> HardConcreteGate:
@@ -146,3 +146,15 @@ def test_a_drawn_gate_can_be_copied():
     gate = gate_with([0.0, 1.0])
     gate.value = gate.deterministic()
     assert copy.deepcopy(gate).value is None
+
+
+def test_noise_follows_the_seed_and_the_step():
+    """torch's generator on the CPU reads the low 32 bits of a seed: both numbers must reach them."""
+    draws = {}
+    for seed in (0, 1, 42, 2022, 2**31):
+        for numbers in ((seed, 0), (seed, 1), (seed, 50_000), (seed, 1, 1, 0), (seed, 1, 0, 1)):
+            generator = torch.Generator().manual_seed(noise_seed(*numbers))
+            draws[numbers] = tuple(sample(torch.zeros(64), generator).tolist())
+    assert len(set(draws.values())) == len(draws)
+    assert all(0 <= noise_seed(seed, 7) < 2**32 for seed in range(100))
+    assert noise_seed(3, 5) == noise_seed(3, 5)

@@ -12,6 +12,11 @@ def test_group_means():
     assert means[1].unique().tolist() == [2.0]
 
 
+def test_group_means_of_half_precision_are_summed_in_float32():
+    states = [torch.full((1, 1, 1), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
+    assert group_means(states, [[0, 1, 2]]).item() == pytest.approx(86.0)  # 256 + 1 is 256 in bfloat16
+
+
 def test_terms_against_the_definition():
     torch.manual_seed(0)
     prediction, target = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)

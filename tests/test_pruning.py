@@ -177,6 +177,24 @@ def test_fit_gates_meets_the_size(layout, sparsity):
     assert abs(num_parameters(student) - wanted) <= 65
 
 
+@pytest.mark.parametrize(("sparsity", "closes"), [(0.7, True), (0.05, False)])
+def test_fit_gates_chooses_units_and_scales_nothing_down(layout, sparsity, closes):
+    student = gated_student(layout, ALL_UNITS[:3])
+    before = {
+        name: (gate.log_alpha.clone(), torch.sigmoid(0.8 * gate.log_alpha / (2 / 3)))
+        for name, gate in student.named_gates()
+    }
+    shift = fit_gates(student, round((1 - sparsity) * num_parameters(build_student(tiny_teacher(layout)))))
+    assert (shift < -1) if closes else (shift > 0.1)
+    for name, gate in student.named_gates():
+        log_alpha, value = before[name]
+        assert torch.equal(gate.log_alpha, log_alpha)
+        kept = gate.deterministic() > 0
+        assert (gate.deterministic()[kept] >= value[kept]).all()
+        if closes and "dim_gate" not in name:  # which a further shift of their own may open
+            assert torch.equal(gate.deterministic()[kept], value[kept])
+
+
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("seconds", [0.5, 10.0])
 def test_fit_gates_meets_the_macs(layout, sparsity, seconds):

@@ -1,9 +1,13 @@
+import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
 from skill_hf import SkillConfig
+from skill_hf.skill_config import FIELD_KINDS, GATE_TRAVEL, gate_travel
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,107 @@ def test_impossible_values_are_named(fields, names):
         SkillConfig(**fields)
     assert all(name in str(error.value) for name in names)
     assert "\n" not in str(error.value)
+
+
+OPTIONAL = {field.name for field in dataclasses.fields(SkillConfig) if field.default is None}
+TEXTS = ("similarity", "linkage", "student_layers", "budget", "latency_costs")
+WHOLE = ("num_clusters", "calibration_samples", "width_multiple", "shrink_steps")
+WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
+FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise")
+NUMBERS = ("distance_threshold", "calibration_seconds", "l1_weight", "l2_weight", "cosine_weight", "target_sparsity")
+NUMBERS += ("budget_seconds", "gate_learning_rate", "final_learning_rate")
+LISTS = ("layer_groups", "projection_groups", "pruning_units")
+
+
+def test_every_field_has_a_kind():
+    names = {field.name for field in dataclasses.fields(SkillConfig)}
+    assert names == set(FIELD_KINDS) == {*TEXTS, *WHOLE, *FLAGS, *NUMBERS, *LISTS}
+
+
+@pytest.mark.parametrize("name", sorted(FIELD_KINDS))
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            None,
+            "some text",
+            "",
+            b"cka",
+            math.nan,
+            math.inf,
+            -math.inf,
+            -1,
+            1j,
+            10**400,
+            object(),
+            {},
+            {"a": 1},
+            [],
+            (),
+        ),
+        *(True, "false", "3", 4.5, np.nan, np.array([1.0, 2.0]), [None], ["ffn_dims", 3], [["a"]], "[[" * 2000, {3}),
+        *([["ffn_dims"]], [[True]], [[0.0]], ["ffn_dims", "ffn_dims"], print, float),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_value_of_another_type_is_one_line_that_names_the_field(name, value):
+    fitting = value is None and name in OPTIONAL
+    fitting |= value is True and name in FLAGS
+    fitting |= value == 4.5 if name in NUMBERS and name != "target_sparsity" and isinstance(value, float) else False
+    fitting |= value == 10**400 and name in WHOLE if type(value) is int else False
+    if fitting:
+        SkillConfig(**{name: value})
+        return
+    with pytest.raises(ValueError) as error:
+        SkillConfig(**{name: value})
+    assert f"`{name}`" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_numbers_of_numpy_and_tuples_become_what_a_file_holds(tmp_path):
+    """A run of hours must not end because its recipe is not JSON, or is not equal to its own checkpoint's."""
+    given = {
+        "num_clusters": np.int64(3),
+        "target_sparsity": np.float32(0.5),
+        "contiguous": np.bool_(True),
+        "layer_groups": ((np.int32(0),), (np.int64(1), 2)),
+        "pruning_units": ("ffn_dims", np.str_("attention_heads")),
+        "calibration_seconds": 5,
+    }
+    recipe = SkillConfig(**given)
+    assert (type(recipe.num_clusters), type(recipe.target_sparsity), type(recipe.contiguous)) == (int, float, bool)
+    assert recipe.layer_groups == [[0], [1, 2]]
+    recipe.save_pretrained(tmp_path)
+    assert SkillConfig.from_pretrained(tmp_path) == recipe
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"3", b"\xff\xfe{", b'{"target_sparsity": 7}', b'{"layer_groups": "x"}', b"[" * 100_000],
+    ids=["missing", "empty", "cut off", "a list", "a number", "not UTF-8", "a value", "a group", "nested"],
+)
+def test_a_damaged_file_is_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / "skill_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="skill_config.json is not a recipe") as error:
+        SkillConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_warmup_of_the_full_recipe_set_by_hand_is_kept():
+    with pytest.raises(ValueError, match="sparsity_warmup_steps.*5000.*500"):
+        SkillConfig(sparsity_warmup_steps=5_000).resolve_steps(750)
+    assert SkillConfig(sparsity_warmup_steps=5_000).resolve_steps(30_000).sparsity_warmup == 5_000
+    assert SkillConfig().resolve_steps(30_000).sparsity_warmup == 2_000
+    assert SkillConfig(final_warmup_steps=5_000).resolve_steps(30_000).final_warmup == 5_000
+
+
+def test_gates_learn_faster_in_short_runs():
+    assert SkillConfig().resolve_gate_learning_rate(50_000) == 0.02
+    for steps in (1, 40, 100, 400):
+        assert gate_travel(SkillConfig().resolve_gate_learning_rate(steps), steps) == pytest.approx(GATE_TRAVEL)
+    assert SkillConfig(gate_learning_rate=0.02).resolve_gate_learning_rate(40) == 0.02
 
 
 def test_steps_shrink_in_proportion_unless_set_by_hand():

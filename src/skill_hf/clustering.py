@@ -52,8 +52,8 @@ def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> 
     elif num_clusters is not None:
         labels = _cut(tree, num_clusters)
     else:
-        cuts = [_cut(tree, count) for count in range(2, num_layers)] or [np.arange(num_layers)]
-        labels = max(cuts, key=lambda cut: silhouette(distance, cut))
+        scores = silhouettes(similarity_matrix, skill_config)
+        labels = _cut(tree, max(scores, key=scores.__getitem__) if scores else num_layers)
     return sorted(np.flatnonzero(labels == label).tolist() for label in np.unique(labels))
 
 
@@ -77,6 +77,15 @@ def layer_tree(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> np.n
     if skill_config.contiguous:
         return _contiguous_linkage(distance, skill_config.linkage)
     return linkage(squareform(distance), method=skill_config.linkage)
+
+
+def silhouettes(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> dict[int, float]:
+    """
+    Mean [`silhouette`] of the tree's cut into each number of groups from 2 to N - 1; the arguments are those of
+    [`layer_tree`].
+    """
+    distance, tree = _distance_matrix(similarity_matrix), layer_tree(similarity_matrix, skill_config)
+    return {count: silhouette(distance, _cut(tree, count)) for count in range(2, len(distance))}
 
 
 def silhouette(distance: np.ndarray, labels: np.ndarray) -> float:

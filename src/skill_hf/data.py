@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import zlib
@@ -250,6 +251,12 @@ def check_clips(dataset: Any, num_samples: int, feature_extractor: Wav2Vec2Featu
     """
     for _ in calibration_waveforms(dataset, num_samples, 1.0, 0, feature_extractor, **kwargs):
         pass
+
+
+def sample_rows(dataset: Any, num_rows: int, seed: int) -> list[Mapping]:
+    """A seeded sample of the rows of a dataset, without decoding audio; of a stream the first ones."""
+    rows = itertools.islice(_sampled_rows(disable_audio_decoding(dataset), seed), num_rows)
+    return [row for _, row in rows]
 
 
 def _sampled_rows(dataset: Any, seed: int) -> Iterator[tuple[int, Mapping]]:

@@ -1,12 +1,20 @@
 """What a recipe, a teacher and a student must agree on, checked before hours are spent."""
 
+import dataclasses
+import logging
+import math
+
 from transformers import PreTrainedModel
 
 from . import pruning
 from .budgets import architecture_of, make_budget
 from .data import samples_per_frame
 from .families import empty_student
-from .skill_config import SkillConfig
+from .gates import OPEN_SHIFT
+from .skill_config import SkillConfig, gate_travel
+
+
+logger = logging.getLogger(__name__)
 
 
 def validate_recipe(
@@ -70,4 +78,25 @@ def validate_recipe(
         raise ValueError(
             f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"
             f" more than {most:.3f} of this teacher's {budget.noun} can be removed."
+        )
+
+
+def warn_of_slow_gates(config: SkillConfig, joint_steps: int) -> None:
+    """Warns of a `gate_learning_rate` with which no gate gets from open to closed in `joint_steps` of stage 1."""
+    rate = config.gate_learning_rate
+    if rate is None or not joint_steps:
+        return
+    # A unit is as likely open as closed at OPEN_SHIFT.
+    drop = min(pruning.DROP_PROBABILITY[unit] for unit in config.pruning_units)
+    distance = math.log((1 - drop) / drop) - OPEN_SHIFT
+    if gate_travel(rate, joint_steps) < distance:
+        logger.warning(
+            "`gate_learning_rate` is %g: in the %d steps of stage 1 a gate gets no farther than %.1f, but from open to"
+            " closed are %.1f, so that the cut will have to choose. Leave it out (%.2g would be used), or raise it or"
+            " `max_steps`.",
+            rate,
+            joint_steps,
+            gate_travel(rate, joint_steps),
+            distance,
+            dataclasses.replace(config, gate_learning_rate=None).resolve_gate_learning_rate(joint_steps),
         )

@@ -1,5 +1,6 @@
 """How alike the layers of a speech encoder are: streaming measures over its hidden states, frame by frame."""
 
+import contextlib
 import itertools
 import os
 from abc import ABC, abstractmethod
@@ -309,7 +310,8 @@ def layer_similarity(
     l2_weight: float = 0.0,
     cosine_weight: float = 1.0,
     progress: bool = True,
-) -> np.ndarray:
+    num_parts: int = 0,
+) -> np.ndarray | list[np.ndarray]:
     r"""
     Similarity of every pair of a teacher's layers, in one pass over `audio`.
 
@@ -340,10 +342,14 @@ def layer_similarity(
             Weights of the terms of `distillation`.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
+        num_parts (`int`, *optional*, defaults to 0):
+            Divides `audio` into so many parts, which each take every `num_parts`-th clip, and measures them as well,
+            in the same pass. How much they differ shows how far the result depends on the choice of audio.
 
     Returns:
         `numpy.ndarray` of shape `(N, N)`, float64: symmetric, with ones on its diagonal. N is the number of layers,
-        plus one with `include_embeddings`.
+        plus one with `include_embeddings`. With `num_parts` a list of such: that of all audio, then those of the parts
+        that have enough audio for the measure.
 
     Raises:
         `ValueError`: if the measure is unknown, the model takes no `input_values`, there is no audio, a waveform is
@@ -372,7 +378,10 @@ def layer_similarity(
         "mutual_knn": {"seed": seed},
     }
     first_layer = 0 if include_embeddings else 1
-    accumulator = SIMILARITY[similarity](first_layer=first_layer, **options.get(similarity, {}))
+    # The first takes in everything, the others a part each.
+    accumulators = [
+        SIMILARITY[similarity](first_layer=first_layer, **options.get(similarity, {})) for _ in range(1 + num_parts)
+    ]
 
     source = teacher if isinstance(teacher, (str, os.PathLike)) else None
     if source is not None:
@@ -394,15 +403,25 @@ def layer_similarity(
             torch.no_grad(),
             tqdm(desc=f"Layer similarity ({similarity})", total=total, unit="clip", disable=not progress) as bar,
         ):
+            num_clips = 0
             for batch in equal_length_batches(waveforms, batch_size):
                 inputs = batch.to(teacher.device, teacher.dtype)  # (B, samples)
-                hidden_states = teacher(input_values=inputs, output_hidden_states=True).hidden_states
-                accumulator.update([state.flatten(0, 1) for state in hidden_states[first_layer:]])
+                hidden_states = teacher(input_values=inputs, output_hidden_states=True).hidden_states[first_layer:]
+                accumulators[0].update([state.flatten(0, 1) for state in hidden_states])
+                for part in range(min(num_parts, len(batch))):
+                    clips = slice(part, None, num_parts)
+                    own = accumulators[1 + (num_clips + part) % num_parts]
+                    own.update([state[clips].flatten(0, 1) for state in hidden_states])
+                num_clips += len(batch)
                 bar.update(len(batch))
     finally:
         for module in training:
             module.training = True
-    return accumulator.compute()
+    matrices = [accumulators[0].compute()]
+    for accumulator in accumulators[1:]:
+        with contextlib.suppress(ValueError):
+            matrices.append(accumulator.compute())
+    return matrices if num_parts else matrices[0]
 
 
 def drop_padded_frames(

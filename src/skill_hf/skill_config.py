@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import reprlib
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -329,7 +330,7 @@ def _latency_costs(name: str, value) -> dict:
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"
-            f" ({error})."
+            f" ({textwrap.shorten(str(error), 150, placeholder=' ...')})."
         ) from None
 
     def refuse(name: str, what: str, found):

@@ -27,15 +27,17 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from . import pruning, publishing
+from .analysis import layer_distances
 from .budgets import make_budget
 from .checkpointing import TRAINER_STATE_NAME, find_checkpoint, read_same_recipe, write_skill_state
-from .clustering import cluster_layers, layer_tree
+from .clustering import cluster_layers, layer_tree, silhouettes
 from .data import (
     AudioError,
     SpeechCollator,
     calibration_waveforms,
     check_clips,
     disable_audio_decoding,
+    sample_rows,
     samples_per_frame,
 )
 from .distillation import SkillDistiller, target_means
@@ -43,7 +45,8 @@ from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .gates import noise_seed
 from .losses import sparsity_at
 from .model_card import hub_id_of, write_model_card
-from .recipe_validation import validate_recipe
+from .recipe_validation import validate_recipe, warn_of_slow_gates
+from .run_record import RunRecord
 from .shrinking import ShrinkCallback
 from .similarity import layer_similarity
 from .skill_config import SkillConfig, StageSteps
@@ -57,6 +60,8 @@ EVAL_CLIPS_TRIED = 32
 
 # A cut whose cost is off by more than this share of the teacher's has its gates shifted to the target first.
 COST_TOLERANCE = 0.005
+# Clips that the student is measured on before and after the cut and at the end.
+REPORT_CLIPS = 32
 
 
 class SkillDistillationTrainer(Trainer):
@@ -201,6 +206,7 @@ class SkillDistillationTrainer(Trainer):
         self.steps: StageSteps | None = None
         self.layer_groups: list[list[int]] | None = None
         self.layer_similarity: np.ndarray | None = None
+        self.record = RunRecord()
         self._micro_batch = 0
         self._train_sums: dict[str, torch.Tensor] = {}
         self._eval_sums: dict[str, torch.Tensor] = {}
@@ -266,15 +272,28 @@ class SkillDistillationTrainer(Trainer):
                     l2_weight=config.l2_weight,
                     cosine_weight=config.cosine_weight,
                     progress=not self.args.disable_tqdm,
+                    num_parts=2,
                 )
             ]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(shared)
-        self.layer_similarity = shared[0]
+        self.layer_similarity, *halves = shared[0]
         first = 0 if config.include_embeddings else 1
-        self.layer_groups = [[row + first for row in group] for group in cluster_layers(self.layer_similarity, config)]
+        self.layer_groups, *self.record.half_groups = [
+            [[row + first for row in group] for group in cluster_layers(similarity, config)]
+            for similarity in (self.layer_similarity, *halves)
+        ]
+        self.record.silhouettes = silhouettes(self.layer_similarity, config)
         config.validate_projection_groups(len(self.layer_groups))
-        logger.info("Groups of hidden states: %s", self.layer_groups)
+        scores = ", ".join(f"{count}: {score:.3f}" for count, score in self.record.silhouettes.items())
+        logger.info("Groups of hidden states: %s; silhouette by number of groups: %s", self.layer_groups, scores)
+        if any(groups != self.layer_groups for groups in self.record.half_groups):
+            logger.warning(
+                "The groups depend on the audio: all of the calibration set gives %s, its halves %s. Raise"
+                " `calibration_samples`, or set `num_clusters` or `layer_groups`.",
+                self.layer_groups,
+                " and ".join(map(str, self.record.half_groups)),
+            )
 
     def _check_eval_clips(self) -> None:
         """An evaluation set that cannot be read should show now, not at the first evaluation."""
@@ -334,11 +353,14 @@ class SkillDistillationTrainer(Trainer):
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
+            warn_of_slow_gates(self.skill_config, self.steps.joint)
             self._setup()
             self.stage = 1 if self.steps.joint else 2
+            self.distiller = self._make_distiller()
+            self._measure("start")
             if self.stage == 1:
                 self.student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
-            self.distiller = self._make_distiller()
+                self.distiller = self._make_distiller()
         self.student.config.apply_spec_augment = False
         if user_args.torch_compile:
             # transformers hooks the layers in the first forward that asks for hidden states, for which a compiler
@@ -361,6 +383,7 @@ class SkillDistillationTrainer(Trainer):
             output = self._train_stage(checkpoint, trial, ignore_keys_for_eval)
             if self.state.global_step >= self.steps.total:
                 self.stage = 3
+                self._measure("end")
         finally:
             self.args = user_args
             self.is_in_train = False
@@ -369,6 +392,7 @@ class SkillDistillationTrainer(Trainer):
         if boundary is not None and user_args.save_strategy == "no" and user_args.should_save:
             shutil.rmtree(boundary, ignore_errors=True)
         self.student.eval()
+        self._measure_distances()
         return output
 
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
@@ -404,20 +428,26 @@ class SkillDistillationTrainer(Trainer):
     def _cut(self) -> str:
         """Prunes the student and writes the checkpoint that stage 2 starts from; returns its directory."""
         costs, wanted = self.distiller.costs, self.wanted_cost
-        left = pruning.cost_after_pruning(self.student, costs)
+        left, shift = pruning.cost_after_pruning(self.student, costs), 0.0
+        self._measure("before_cut")
         if abs(left - wanted) > COST_TOLERANCE * self.teacher_cost:
             shift = pruning.fit_gates(self.student, wanted, costs)
             logger.warning(
-                "At the end of stage 1 the gates leave %s %s, the target is %s; all log_alpha were shifted by %.3f."
-                " More steps or a larger `gate_learning_rate` let stage 1 get there by itself.",
+                "At the end of stage 1 the gates leave %s %s, the target is %s; a shift of all log_alpha by %.3f"
+                " chooses the units to cut. With more steps or a larger `gate_learning_rate` stage 1 gets there by"
+                " itself.",
                 f"{left:,}",
                 costs.noun,
                 f"{wanted:,}",
                 shift,
             )
+        self.record.cut = {"left": left, "wanted": wanted, "shift": shift}
         self.student.prune()
         self.distiller = self._make_distiller(projections=self.distiller.projections)
         self.stage = 2
+        self._measure("after_cut")
+        for sentence in self.record.advice():
+            logger.warning(sentence)
         self.model = self.model_wrapped = self.distiller
         self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
 
@@ -458,6 +488,7 @@ class SkillDistillationTrainer(Trainer):
             },
             "layer_groups": self.layer_groups,
             "layer_similarity": None if self.layer_similarity is None else self.layer_similarity.tolist(),
+            "record": self.record.to_dict(),
         }
 
     def _restore(self, checkpoint: str) -> None:
@@ -465,6 +496,7 @@ class SkillDistillationTrainer(Trainer):
         state = read_same_recipe(checkpoint, self.skill_config, self._skill_state())
         self.layer_groups = state["layer_groups"]
         self.layer_similarity = None if state["layer_similarity"] is None else np.array(state["layer_similarity"])
+        self.record = RunRecord.from_dict(state.get("record", {}))
         self.stage = state["stage"]
         config = type(self.student.config).from_json_file(str(Path(checkpoint) / "config.json"))
         config._attn_implementation = self.student.config._attn_implementation
@@ -571,6 +603,48 @@ class SkillDistillationTrainer(Trainer):
         given = {"language": language, "license": license, "base_model": finetuned_from, "datasets": dataset_tags}
         publishing.edit_metadata(self.args.output_dir, given, tags)
 
+    # ---- What the end of a run reports ----
+
+    @cached_property
+    def _report_rows(self) -> list:
+        """Rows of some clips that the student is measured on: held out, if there are any, else of the training set."""
+        heldout = self.eval_dataset
+        heldout = next(iter(heldout.values())) if isinstance(heldout, dict) else heldout
+        source = self.train_dataset if heldout is None else heldout
+        rows = sample_rows(source, REPORT_CLIPS, self.args.seed)
+        self.record.measured_on = f"{len(rows)} {'training' if heldout is None else 'held-out'} clips"
+        return rows
+
+    @torch.no_grad()
+    def _measure(self, moment: str) -> None:
+        """Records the loss of the student as it stands, in eval mode; on the first process alone."""
+        if not self.is_world_process_zero() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        sums, size = {}, self.args.per_device_eval_batch_size
+        self.distiller.eval()
+        for start in range(0, len(self._report_rows), size):
+            batch = self._prepare_inputs(self.eval_data_collator(self._report_rows[start : start + size]))
+            with self.accelerator.autocast():
+                _, outputs = self.compute_loss(self.distiller, batch, return_outputs=True)
+            self._add_to(sums, outputs, outputs["num_frames"], weight=outputs["num_frames"])
+        self.record.losses[moment] = {
+            "distillation_loss": (sums["distillation_loss"] / sums["weight"]).item(),
+            "cosine_similarity": -(sums["cosine_loss"] / sums["weight"]).item(),
+        }
+
+    def _measure_distances(self) -> None:
+        """Records how far the student is from the teacher at every layer; on the first process alone."""
+        if not self.is_world_process_zero() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        seconds, rate = self.skill_config.calibration_seconds, self.processing_class
+        clips = calibration_waveforms(self._report_rows, len(self._report_rows), seconds, self.args.seed, rate)
+        try:
+            distances = layer_distances(self.teacher, self.student, clips, progress=not self.args.disable_tqdm)
+        except ValueError as error:  # hidden states that do not vary have no distance
+            logger.warning("Distances between student and teacher were not measured: %s", error)
+            return
+        self.record.layer_distances = {measure: values.tolist() for measure, values in distances.items()}
+
     # ---- What the Trainer's loop calls ----
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
@@ -596,7 +670,7 @@ class SkillDistillationTrainer(Trainer):
             settings = {
                 "decayed": {"weight_decay": self.args.weight_decay},
                 "not_decayed": {"weight_decay": 0.0},
-                "gates": {"weight_decay": 0.0, "lr": self.skill_config.gate_learning_rate},
+                "gates": {"weight_decay": 0.0, "lr": self.skill_config.resolve_gate_learning_rate(self.steps.joint)},
             }
             for name in ("params", "model", "optimizer_dict"):
                 if name in kwargs:

@@ -1,0 +1,94 @@
+"""What a run finds out about itself on its way: for the log, the model card, the figures and all_results.json."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+
+# Moments at which a run measures its student, in order, and how they are called where people read them.
+MOMENTS = {
+    "start": "start",
+    "before_cut": "end of stage 1, before the cut",
+    "after_cut": "after the cut",
+    "end": "end of stage 2",
+}
+# A loss that rises by more than this over the cut says that stage 1 has not prepared the student for it.
+MAX_LOSS_RISE = 0.2
+# A student whose hidden states are less similar to the teacher's than this is hardly of use.
+MIN_COSINE_SIMILARITY = 0.8
+
+
+@dataclass
+class RunRecord:
+    """
+    Plain numbers, lists and strings, so that checkpoints hold it as JSON. What is empty or `None` is not known.
+
+    Args:
+        silhouettes (`dict[int, float]`): mean silhouette of each number of groups of the teacher's layers.
+        half_groups (`list[list[list[int]]]`): groups that either half of the calibration set gives by itself.
+        cut (`dict`, *optional*): `left`, the cost that the gates of stage 1 left by themselves; `wanted`, the cost
+            that was asked for; `shift`, what was added to all `log_alpha` to choose units, 0 if that was not needed.
+        measured_on (`str`): what `losses` were measured on, such as "32 held-out clips".
+        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`.
+        layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state.
+    """
+
+    silhouettes: dict[int, float] = field(default_factory=dict)
+    half_groups: list[list[list[int]]] = field(default_factory=list)
+    cut: dict | None = None
+    measured_on: str = ""
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    layer_distances: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RunRecord":
+        """What `to_dict` gave, also after it was JSON, whose keys are text."""
+        record = cls(**values)
+        record.silhouettes = {int(count): score for count, score in record.silhouettes.items()}
+        return record
+
+    def loss_rows(self) -> list[tuple[str, float, float]]:
+        """Name of a moment, distillation loss, cosine similarity."""
+        return [
+            (name, self.losses[moment]["distillation_loss"], self.losses[moment]["cosine_similarity"])
+            for moment, name in MOMENTS.items()
+            if moment in self.losses
+        ]
+
+    def loss_rise(self) -> float | None:
+        """How much the loss rose over the cut, where both sides of it were measured."""
+        if not {"before_cut", "after_cut"} <= self.losses.keys():
+            return None
+        return self.losses["after_cut"]["distillation_loss"] - self.losses["before_cut"]["distillation_loss"]
+
+    def summary(self) -> list[str]:
+        """Lines for the end of a run: the losses, the cut, and what to change if something went wrong."""
+        lines = []
+        if self.losses:
+            lines.append(f"Distillation loss and cosine similarity on {self.measured_on} (the teacher: -1 and 1)")
+            lines += [f"  {name:<32}{loss:>8.3f}{cosine:>8.3f}" for name, loss, cosine in self.loss_rows()]
+        if self.cut is not None and self.cut["shift"]:
+            lines.append(
+                f"The gates of stage 1 left {self.cut['left']:,} where {self.cut['wanted']:,} were asked for; a shift"
+                f" of {self.cut['shift']:+.3f} chose the units to cut."
+            )
+        return lines + self.advice()
+
+    def advice(self) -> list[str]:
+        """What to change in the next run, one sentence each; nothing if all went well."""
+        found, rise = [], self.loss_rise()
+        if rise is not None and rise > MAX_LOSS_RISE:
+            found.append(
+                f"The loss rose by {rise:.2f} over the cut (up to {MAX_LOSS_RISE} is usual): stage 1 ended before its"
+                " gates had closed. Raise `max_steps`, or `gate_learning_rate`, or lower `target_sparsity`."
+            )
+        end = self.losses.get("end")
+        if end is not None and end["cosine_similarity"] < MIN_COSINE_SIMILARITY:
+            found.append(
+                f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the"
+                f" teacher's (below {MIN_COSINE_SIMILARITY} it is of little use): train for more steps or lower"
+                " `target_sparsity`."
+            )
+        return found
