@@ -34,6 +34,7 @@ from skill_hf.latency import device_name
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "examples" / "demo"
 DETERMINISTIC = HardConcreteGate.deterministic
+CLIP_SECONDS = 1.0  # so that a step takes a quarter of a second
 CALIBRATION = {"calibration_samples": 48, "calibration_seconds": 5.0, "num_clusters": 4}
 
 
@@ -86,7 +87,8 @@ def make_trainer(output_dir: str, steps: int, seed: int, recipe: dict, callbacks
         eval_dataset=load_audio_dir(DEMO / "audio" / "heldout"),
         callbacks=callbacks,
     )
-    trainer.data_collator.max_seconds = trainer.eval_data_collator.max_seconds = 2.5
+    for collator in (trainer.data_collator, trainer.eval_data_collator):
+        collator.min_seconds = collator.max_seconds = CLIP_SECONDS
     return trainer
 
 

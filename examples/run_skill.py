@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from example_settings import (
     REPOSITORY,
@@ -88,6 +89,13 @@ class DataArguments:
         default=2.0, metadata={"help": "Shorter clips are padded to this length in seconds rather than crop others."}
     )
     max_eval_samples: Count | None = field(default=None, metadata={"help": "Clips to evaluate on; by default all."})
+    num_heldout: int = field(
+        default=32,
+        metadata={
+            "help": "Clips that are held out of the training data where no data to evaluate on is named, a tenth of"
+            " them at most; 0 for none. A stream has none."
+        },
+    )
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.audio_dir is None):
@@ -151,7 +159,20 @@ def load_data(args: DataArguments, seed: int) -> tuple:
         else:
             # Neighbours are often of one speaker. The sample does not follow the run's seed, so that runs compare.
             heldout = heldout.shuffle(seed=0).select(range(min(args.max_eval_samples, len(heldout))))
+    if heldout is None and not args.streaming:
+        train, heldout = hold_out(train, args.num_heldout)
     return train, heldout
+
+
+def hold_out(train: datasets.Dataset, num_clips: int) -> tuple:
+    """Some clips of the training set, to tell what a student is worth on clips that it has not been trained on."""
+    num_clips = min(num_clips, len(train) // 10)
+    if not num_clips:
+        return train, None
+    # Not by the run's seed, so that runs compare.
+    order = np.random.default_rng(0).permutation(len(train))
+    logger.info("No data to evaluate on was named: %d of %d clips are held out for it", num_clips, len(train))
+    return train.select(sorted(order[num_clips:])), train.select(sorted(order[:num_clips]))
 
 
 def make_trainer(
@@ -246,6 +267,7 @@ def run(arguments: list[str], clock: StageClock) -> None:
         "budget": budget,
         "target_sparsity": skill_config.target_sparsity,
         "layer_groups": trainer.layer_groups,
+        "record": trainer.record.to_dict(),
         "seconds": clock.seconds,
     }
     if trainer.eval_dataset is not None:
@@ -257,7 +279,8 @@ def run(arguments: list[str], clock: StageClock) -> None:
             results[f"student_{budget}"] = trainer.budget.total(trainer.model)
         results["sparsity"] = 1 - results[f"student_{budget}"] / trainer.teacher_cost
         check_saved_student(trainer)
-        logger.info("Groups of hidden states: %s", trainer.layer_groups)
+        for line in (f"Groups of hidden states: {trainer.layer_groups}", *trainer.record.summary()):
+            logger.info(line)
         logger.info(
             "Student of %s parameters (sparsity %.4f, of %s) in %s; it loads with AutoModel.from_pretrained",
             f"{results['student_parameters']:,}",

@@ -179,16 +179,29 @@ def test_distances_without_groups_mark_every_layer():
 
 def test_training_shows_both_stages():
     def line(step, stage):
-        return {"step": step, "stage": stage, "distillation_loss": -step, "l1_loss": 1, "l2_loss": 3, "sparsity": 0.5}
+        return {
+            "step": step,
+            "stage": stage,
+            "distillation_loss": -step,
+            "l1_loss": 1,
+            "l2_loss": 3,
+            "sparsity": 0.5 / stage,
+        }
 
     log = [line(10, 1), {"step": 15, "eval_distillation_loss": -9}, line(20, 1), line(30, 2), {"step": 30, "loss": 1}]
     terms, penalty, sparsity = plot_training(log).axes
     curves = {curve.get_label(): curve.get_xydata().tolist() for curve in terms.lines}
-    assert curves["distillation loss"] == [[10, -10], [20, -20], [30, -30]]
+    assert curves["distillation loss"] == [[10, -10], [20, -20]]
     assert curves["held-out distillation loss"] == [[15, -9]]
-    assert curves["L1"] == [[10, 1], [20, 1], [30, 1]]
+    assert curves["L1"] == [[10, 1], [20, 1]]
     assert "L2" not in curves
-    assert sparsity.lines[0].get_xydata().tolist() == [[10, 50], [20, 50], [30, 50]]
+    # The cut happens at once: no line slopes from one stage to the other, and single points have marks.
+    after = [curve for curve in terms.lines if curve.get_xydata().tolist() == [[30, -30]]]
+    assert [curve.get_marker() for curve in after] == ["o"]
+    before, after, jump, _ = sparsity.lines
+    assert before.get_xydata().tolist() == [[10, 50], [20, 50]]
+    assert after.get_xydata().tolist() == [[30, 25]]
+    assert jump.get_xydata().tolist() == [[20, 50], [20, 25]]
     for axes in (terms, penalty, sparsity):
         assert axes.lines[-1].get_xdata() == [20, 20]  # the cut
     assert plot_training(log, cut=25).axes[0].lines[-1].get_xdata() == [25, 25]

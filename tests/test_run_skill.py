@@ -464,7 +464,7 @@ def test_demo_shows_the_distance_at_every_layer(demo):
         distances = comparison["layer_distances"][measure]
         assert {name: len(values) for name, values in distances.items()} == {"SKILL": 3, "DPHuBERT's layers": 3}
         assert distances["SKILL"] != distances["DPHuBERT's layers"]
-    assert (output_dir / "layer_distances.png").read_bytes().startswith(b"\x89PNG")
+    assert (output_dir / "layer_distances_compared.png").read_bytes().startswith(b"\x89PNG")
     assert "DPHuBERT's layers" in printed
     assert not (output_dir / "_comparison").exists()
 

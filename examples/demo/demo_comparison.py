@@ -77,7 +77,7 @@ def train_rival(
 
 def compare(trainer: SkillDistillationTrainer) -> dict:
     """
-    Trains both rivals, prints two tables and writes `layer_distances.png`.
+    Trains both rivals, prints two tables and writes `layer_distances_compared.png`.
 
     Args:
         trainer ([`SkillDistillationTrainer`]): after `train()` with `eval_on_start`, and `evaluate()`.
@@ -119,7 +119,7 @@ def compare(trainer: SkillDistillationTrainer) -> dict:
         groups = {"SKILL": trainer.layer_groups, "DPHuBERT's layers": dphubert}
         distances = measure_distances(dict(zip(groups, (trainer, rival), strict=True)))
         figure = plot_layer_distances(distances["cka"], "distance to the teacher (1 - CKA), held-out audio", groups)
-        figure.savefig(Path(trainer.args.output_dir) / "layer_distances.png")
+        figure.savefig(Path(trainer.args.output_dir) / "layer_distances_compared.png")
         shutil.rmtree(Path(trainer.args.output_dir) / "_comparison", ignore_errors=True)
         print_losses(students, trainer.layer_groups)
         print_distances(distances["cka"])

@@ -23,14 +23,14 @@ from transformers.utils import CONFIG_NAME
 
 from .analysis import count_macs
 from .budgets import make_budget
-from .plots import plot_architecture, plot_layer_similarity, plot_training
+from .plots import plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
 from .version import __version__
 
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-FIGURES = ("architecture.png", "layer_similarity.png", "training.png")
+FIGURES = ("architecture.png", "layer_similarity.png", "layer_distances.png", "training.png")
 LOSS_TERMS = {"l1": "L1", "l2": "L2", "cosine": "− cosine similarity"}
 EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
 CURVE_ROWS = 8
@@ -131,11 +131,17 @@ class TrainingContent:
     clustering: str | None  # how the groups were found; `None` if set by hand
     merges: list[tuple[list[int], list[int], float]]  # of the tree: which hidden states with which, at which distance
     first_layer: int  # hidden state that the first row of the tree stands for
+    silhouettes: dict[int, float]  # by number of groups
+    half_groups: list[list[list[int]]]  # what each half of the calibration set gives
+    cut: dict | None  # see `RunRecord`
+    measured_on: str
+    measured: list[tuple[str, float, float]]  # moment, loss, cosine similarity
     student_layers: str
     datasets: list[DatasetContent]
     calibration: tuple[int, float]  # clips at most, seconds each
     recipe: dict[str, str]
     stages: list[tuple[int, float]] | None  # optimizer steps and peak learning rate of each
+    gate_learning_rate: float | None
     num_steps_done: int
     clips_per_step: int
     precision: str
@@ -148,8 +154,8 @@ class TrainingContent:
 
 def write_model_card(directory: str | Path, trainer) -> None:
     """
-    Writes `README.md` and, if matplotlib is installed, its figures `architecture.png`, `layer_similarity.png` and
-    `training.png` into `directory`. No path of this machine stands in it.
+    Writes `README.md` and, if matplotlib is installed, its figures (`FIGURES`) into `directory`. No path of this
+    machine stands in it.
 
     If a student was saved in `directory`, the card's snippet is run on it, and what it prints stands in the card.
 
@@ -257,11 +263,11 @@ def _card_on_hub(repo_id: str) -> str | None:
 
 def save_figures(directory: str | Path, trainer) -> list[str]:
     """
-    Draws what is left of each layer, the teacher's layers with the tree of their clustering, and the course of the
-    training, as far as the trainer has come, into `directory`.
+    Draws what is left of each layer, the teacher's layers with the tree of their clustering, the distance between
+    student and teacher at every layer, and the course of the training, as far as the trainer has come.
 
     Args:
-        directory (`str` or `Path`): where `architecture.png`, `layer_similarity.png` and `training.png` go.
+        directory (`str` or `Path`): where the figures (`FIGURES`) go.
         trainer ([`SkillDistillationTrainer`]): shows its student, groups and logs.
 
     Returns:
@@ -274,6 +280,12 @@ def save_figures(directory: str | Path, trainer) -> list[str]:
         if trainer.layer_similarity is not None:
             figures["layer_similarity.png"] = plot_layer_similarity(
                 trainer.layer_similarity, trainer.layer_tree(), trainer.layer_groups, _first_layer(config)
+            )
+        if trainer.record.layer_distances:
+            figures["layer_distances.png"] = plot_layer_distances(
+                {"student": trainer.record.layer_distances["cka"]},
+                f"distance to the teacher (1 - CKA), {trainer.record.measured_on}",
+                {"student": trainer.layer_groups},
             )
         if any("distillation_loss" in line for line in history):
             terms = [f"{term}_loss" for term in _weighted_terms(config)]
@@ -332,6 +344,11 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
         clustering=None if config.layer_groups else _clustering(config),
         merges=_merges(trainer.layer_tree(), _first_layer(config)),
         first_layer=_first_layer(config),
+        silhouettes=trainer.record.silhouettes,
+        half_groups=trainer.record.half_groups,
+        cut=trainer.record.cut,
+        measured_on=trainer.record.measured_on,
+        measured=trainer.record.loss_rows(),
         student_layers=config.student_layers,
         datasets=datasets,
         calibration=(config.calibration_samples, config.calibration_seconds),
@@ -342,6 +359,7 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
             if value != getattr(default, name)
         },
         stages=steps and [(steps.joint, args.learning_rate), (steps.final, config.final_learning_rate)],
+        gate_learning_rate=steps and config.resolve_gate_learning_rate(steps.joint),
         num_steps_done=state.global_step,
         clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         precision="bfloat16 mixed" if args.bf16 else "float16 mixed" if args.fp16 else "float32",

@@ -16,6 +16,7 @@ from scipy.cluster.hierarchy import dendrogram
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT, DARK = "#D9D9D9", "#404040"
 MARKERS = "osD^vP"
+FEW_POINTS = 20  # a line through no more of them gets marks, since a single one would not show
 LOSS_NAMES = {"l1_loss": "L1", "l2_loss": "L2", "cosine_loss": "− cosine similarity"}
 
 
@@ -184,9 +185,17 @@ def plot_training(
         raise ValueError("`log_history` has no line with `distillation_loss`; train for `logging_steps` steps first.")
     terms, penalty, sparsity = panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.3, 2))
 
+    # A line would join the stages by a slope over what happens at once, the cut.
+    first_stage = [line for line in log_history if line.get("stage") == 1]
+    later = [line for line in log_history if line.get("stage") != 1]
+
     def draw(axes, name: str, label: str | None, colour: str, scale: float = 1.0, **style) -> None:
-        points = np.array([(line["step"], scale * line[name]) for line in log_history if name in line])
-        axes.plot(*points.T, label=label, color=colour, **style)
+        for part in (first_stage, later):
+            points = [(line["step"], scale * line[name]) for line in part if name in line]
+            if points:
+                marks = {"marker": "o", "markersize": 4} if len(points) <= FEW_POINTS else {}
+                axes.plot(*np.array(points).T, color=colour, label=label, **marks | style)
+                label = None
 
     draw(terms, "distillation_loss", "distillation loss", DARK, lw=2.2)
     for name, colour in zip(loss_terms, COLOURS, strict=False):
@@ -202,9 +211,10 @@ def plot_training(
         if axes is not penalty:
             axes.legend(frameon=False, fontsize=8)
 
-    first_stage = [line["step"] for line in lines if line.get("stage") == 1]
     if first_stage and len(first_stage) < len(lines):
-        cut = first_stage[-1] if cut is None else cut
+        cut = first_stage[-1]["step"] if cut is None else cut
+        ends = [100 * lines[len(first_stage) - 1]["sparsity"], 100 * lines[len(first_stage)]["sparsity"]]
+        sparsity.plot([cut, cut], ends, color=COLOURS[0], lw=2, ls=(0, (1, 1)))
         for axes in panels:
             axes.axvline(cut, color=DARK, lw=1, ls=":")
         for text, side in (("stage 1: distil and prune  ", "right"), ("  stage 2: distil", "left")):
