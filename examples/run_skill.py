@@ -37,14 +37,17 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import datasets
 import numpy as np
 import torch
 from example_settings import (
+    MAX_COUNT,
     REPOSITORY,
     ArgumentParser,
     Count,
+    Range,
     Seconds,
     read_settings,
     run_script,
@@ -89,7 +92,7 @@ class DataArguments:
         default=2.0, metadata={"help": "Shorter clips are padded to this length in seconds rather than crop others."}
     )
     max_eval_samples: Count | None = field(default=None, metadata={"help": "Clips to evaluate on; by default all."})
-    num_heldout: int = field(
+    num_heldout: Annotated[int, Range(least=0, most=MAX_COUNT)] = field(
         default=32,
         metadata={
             "help": "Clips that are held out of the training data where no data to evaluate on is named, a tenth of"

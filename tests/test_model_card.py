@@ -374,7 +374,7 @@ def test_card_tells_how_it_was_trained(tmp_path, trainer):
     card = written(tmp_path, trainer)
     assert "| 1: distil and prune | 2,000 | 0.0003 |" in card
     assert "| 2: distil after the cut | 1,000 | 0.0001 |" in card
-    assert "Clips per step: 6; precision: float32; seed: 11." in card
+    assert "Clips per step: 6; precision: float32; seed: 11; peak learning rate of the gates: 0.02." in card
     assert rows_below(card, "Loss", "Step", "Distillation loss", "L1", "− cosine similarity") == [
         ["Training, stage 1", "20", "-0.2500", "0.5000", "-0.7500"],
         ["Training, stage 2", "30", "-0.5000", "0.5000", "-0.8125"],
@@ -530,6 +530,7 @@ def test_figures_of_an_earlier_run_are_not_left(tmp_path, trainer, figures):
     trainer.layer_similarity = None
     trainer.layer_tree = lambda: None
     trainer.state.log_history = []
+    trainer.record = RunRecord()
     for name in FIGURES:
         (tmp_path / name).write_text("of an earlier run")
     assert images(written(tmp_path, trainer)) == ["architecture.png"] == [path.name for path in tmp_path.glob("*.png")]

@@ -115,6 +115,57 @@ def test_logs(uninterrupted):
     assert rows[6]["learning_rate"] <= 1e-4
 
 
+def test_a_run_records_what_it_measured(uninterrupted):
+    trainer, clips = uninterrupted
+    record = trainer.record
+    assert list(record.losses) == ["start", "before_cut", "after_cut", "end"]
+    assert record.measured_on == "5 held-out clips"
+    # The unpruned copy equals its teacher; what is measured at the end is what `evaluate` gives on the same clips.
+    assert record.losses["start"]["distillation_loss"] == pytest.approx(-1, abs=1e-4)
+    metrics = trainer.evaluate()
+    assert record.losses["end"]["distillation_loss"] == pytest.approx(metrics["eval_distillation_loss"], abs=1e-5)
+    assert record.losses["end"]["cosine_similarity"] == pytest.approx(-metrics["eval_cosine_loss"], abs=1e-5)
+    assert record.cut["wanted"] == pytest.approx(0.25 * trainer.num_teacher_parameters, abs=1)
+    assert sorted(record.silhouettes) == [2, 3]
+    assert all(sorted(sum(groups, [])) == [0, 1, 2, 3] for groups in record.half_groups)
+    assert len(record.half_groups) == 2
+    assert [len(distances) for distances in record.layer_distances.values()] == [4, 4]
+
+
+class NoiseSeeds(TrainerCallback):
+    """What the gates' noise was drawn from in each forward in training, step by step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.steps.append([])
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def note(student, args):
+            if student.training and hasattr(student, "_gate_draw"):
+                self.steps[-1].append(student._gate_draw.seed)
+
+        model.student.register_forward_pre_hook(note)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_noise_of_the_gates_follows_seed_and_step(tmp_path, clips, shared):
+    seen = {}
+    for seed in (0, 1, 42):
+        watch = NoiseSeeds()
+        settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "seed": seed, "max_steps": 6}
+        recipe = {"shared_gate_noise": shared}
+        make_trainer(
+            tmp_path / str(seed), clips, recipe=recipe, callbacks=[watch], save_strategy="no", **settings
+        ).train()
+        seen[seed] = [step for step in watch.steps if step]
+        assert [len(step) for step in seen[seed]] == [2] * 4
+        assert all(len(set(step)) == (1 if shared else 2) for step in seen[seed])
+    drawn = [number for steps in seen.values() for step in steps for number in set(step)]
+    assert len(set(drawn)) == len(drawn) == 3 * 4 * (1 if shared else 2)
+
+
 def test_parameters_changed(uninterrupted):
     trainer, _ = uninterrupted
     name = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
