@@ -7,6 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -236,6 +237,15 @@ class SkillDistillationTrainer(Trainer):
             return self.args.max_steps
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
+    @property
+    def _reading(self) -> dict:
+        """How clips are read."""
+        return {
+            "feature_extractor": self.processing_class,
+            "min_samples": samples_per_frame(self.student.config),
+            "protocols": getattr(self.data_collator, "protocols", ()),
+        }
+
     def _setup(self) -> None:
         """Calibrates and clusters, unless that is done."""
         if self.layer_groups is not None:
@@ -249,9 +259,7 @@ class SkillDistillationTrainer(Trainer):
             config.calibration_samples,
             config.calibration_seconds,
             seed=self.args.seed,
-            feature_extractor=self.processing_class,
-            min_samples=samples_per_frame(self.student.config),
-            protocols=getattr(self.data_collator, "protocols", ()),
+            **self._reading,
         )
         if config.layer_groups is not None:
             for _ in waveforms:  # nothing to measure, but audio that cannot be read should show now
@@ -624,9 +632,11 @@ class SkillDistillationTrainer(Trainer):
         self.distiller.eval()
         for start in range(0, len(self._report_rows), size):
             batch = self._prepare_inputs(self.eval_data_collator(self._report_rows[start : start + size]))
-            with self.accelerator.autocast():
+            with self._clips_alone(), self.accelerator.autocast():
                 _, outputs = self.compute_loss(self.distiller, batch, return_outputs=True)
             self._add_to(sums, outputs, outputs["num_frames"], weight=outputs["num_frames"])
+        if not sums["weight"]:  # not one of the clips can be read
+            return
         self.record.losses[moment] = {
             "distillation_loss": (sums["distillation_loss"] / sums["weight"]).item(),
             "cosine_similarity": -(sums["cosine_loss"] / sums["weight"]).item(),
@@ -636,8 +646,8 @@ class SkillDistillationTrainer(Trainer):
         """Records how far the student is from the teacher at every layer; on the first process alone."""
         if not self.is_world_process_zero() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
-        seconds, rate = self.skill_config.calibration_seconds, self.processing_class
-        clips = calibration_waveforms(self._report_rows, len(self._report_rows), seconds, self.args.seed, rate)
+        rows, seconds = self._report_rows, self.skill_config.calibration_seconds
+        clips = calibration_waveforms(rows, len(rows), seconds, self.args.seed, **self._reading)
         try:
             distances = layer_distances(self.teacher, self.student, clips, progress=not self.args.disable_tqdm)
         except ValueError as error:  # hidden states that do not vary have no distance
@@ -781,19 +791,10 @@ class SkillDistillationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_sums = {}
-        # So that a clip's frames are what they are without any other beside it, whatever the batch size.
-        configs = [model.config for model in (self.student, self._target_teacher)]
-        configs = [config for config in configs if hasattr(config, "masked_group_norm")]
-        before = [config.masked_group_norm for config in configs]
-        for config in configs:
-            config.masked_group_norm = True
-        try:
+        with self._clips_alone():
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        finally:
-            for config, masked in zip(configs, before, strict=True):
-                config.masked_group_norm = masked
         means = self._mean_over_processes(self._eval_sums)
         if self._eval_sums and not means:
             raise AudioError("No clip of the evaluation set can be read; the warnings above say why.")
@@ -804,6 +805,20 @@ class SkillDistillationTrainer(Trainer):
             # The Trainer averages over batches, whatever they hold.
             output.metrics[f"{metric_key_prefix}_loss"] = means["distillation_loss"]
         return output
+
+    @contextmanager
+    def _clips_alone(self):
+        """A clip's frames are what they are without any other clip beside it, whatever the batch size."""
+        configs = [model.config for model in (self.student, self._target_teacher)]
+        configs = [config for config in configs if hasattr(config, "masked_group_norm")]
+        before = [config.masked_group_norm for config in configs]
+        for config in configs:
+            config.masked_group_norm = True
+        try:
+            yield
+        finally:
+            for config, masked in zip(configs, before, strict=True):
+                config.masked_group_norm = masked
 
     # ---- Logs ----
 
