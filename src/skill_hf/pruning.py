@@ -131,7 +131,13 @@ def num_expected_parameters(student) -> torch.Tensor:
 
 
 def expected_cost(student, costs: UnitCosts) -> torch.Tensor:
-    """Expected cost of the model that pruning would leave, as exact and as differentiable."""
+    """
+    Expected cost of a model that is drawn by the gates' probabilities, as exact and as differentiable.
+
+    The cut rounds instead of drawing. With gates of whole blocks the two can be far apart while gates are undecided: a
+    block that is open with a probability of 0.6 counts 0.6 of its units here, but the cut keeps it with all of them.
+    [`fit_gates`] goes by what the cut leaves and makes up for the difference.
+    """
     gates = [gate for _, gate in named_gates(student)]
     if not gates:
         return torch.tensor(costs.count(student, lambda gate: (gate.size, 1)), dtype=torch.float64)

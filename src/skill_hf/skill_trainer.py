@@ -144,6 +144,9 @@ class SkillDistillationTrainer(Trainer):
                     f"`{name}` cannot be given: each stage makes its own. Use `model` or `optimizer_cls_and_kwargs`."
                 )
         self.skill_config = SkillConfig() if skill_config is None else skill_config
+        if not isinstance(self.skill_config, SkillConfig):
+            raise ValueError(f"`skill_config` must be a SkillConfig, but is a {type(skill_config).__name__}.")
+        self.skill_config.validate()  # its fields may have been changed since it was made
         args = SkillTrainingArguments(output_dir="trainer_output") if args is None else args
         if args.n_gpu > 1:
             raise ValueError(
