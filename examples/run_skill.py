@@ -24,7 +24,8 @@ Add `--resume_from_checkpoint True` to go on with a run that was stopped, `--pus
 no arguments at all: the demo of `examples/demo/`, offline and within 10 minutes on 2 CPU cores.
 
 `output_dir` then holds the student, its model card, `layer_similarity.png` (teacher's layers and their tree),
-`architecture.png` (what is left of each layer), `training.png` and `all_results.json`.
+`architecture.png` (what is left of each layer), `layer_distances.png` (student and teacher at every layer),
+`training.png` and `all_results.json`.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ STUDENT = {
     "preprocessor_config.json",
     "README.md",
 }
-RUN = {"skill_config.json", "architecture.png", "training.png"}
+RUN = {"skill_config.json", "architecture.png", "layer_distances.png", "training.png"}
 CLUSTERED = {"layer_similarity.png"}
 RESULTS = {"all_results.json"}
 HUB = {".gitattributes"}  # every repository begins with it

@@ -129,7 +129,7 @@ def finished(shared):
 # ------------------------------------------------------------------------------------------------------ what it writes
 def test_output_dir_holds_student_figures_card_and_results(finished):
     files = {path.name for path in finished.iterdir() if path.is_file()}
-    figures = {"layer_similarity.png", "architecture.png", "training.png"}
+    figures = {"layer_similarity.png", "layer_distances.png", "architecture.png", "training.png"}
     assert files >= STUDENT_FILES | figures | {"all_results.json", "trainer_state.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")

@@ -239,6 +239,7 @@ def test_saved_student(uninterrupted, tmp_path):
         "README.md",
         "architecture.png",
         "layer_similarity.png",
+        "layer_distances.png",
         "training.png",
     }
     model = AutoModel.from_pretrained(tmp_path)
