@@ -22,6 +22,15 @@ def assert_same_hidden_states(model, other, inputs, atol=1e-5):
     torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state, atol=atol, rtol=0)
 
 
+def assert_same_function(model, other, inputs):
+    """
+    In float64, where the two differ by 1e-13 at most. In float32 layer norms over two or three channels, which pruned
+    students of this size have, make any difference of rounding up to 100 times as large, by processor.
+    """
+    model, other = copy.deepcopy(model).double(), copy.deepcopy(other).double()
+    assert_same_hidden_states(model, other, inputs | {"input_values": inputs["input_values"].double()}, atol=1e-10)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_stock_checkpoint_gives_the_same_hidden_states(teacher, tmp_path, padded, attn_implementation):
@@ -115,9 +124,10 @@ def test_unequal_widths_save_load_and_stock_form(layout, tmp_path, removed):
         assert_same_hidden_states(student, loaded.eval(), padded_batch(), atol=0)
     stock = student.to_wavlm()
     assert type(stock) is WavLMModel
-    assert_same_hidden_states(student, stock, padded_batch())
+    assert_same_function(student, stock, padded_batch())
     stock.save_pretrained(tmp_path / "stock")
-    assert_same_hidden_states(student, WavLMModel.from_pretrained(tmp_path / "stock").eval(), padded_batch())
+    loaded = WavLMModel.from_pretrained(tmp_path / "stock").eval()
+    assert_same_hidden_states(stock, loaded, padded_batch(), atol=0)
 
 
 def test_files_of_a_saved_student(tmp_path):
@@ -222,13 +232,13 @@ def test_stock_form_of_a_masked_group_norm_warns(caplog):
     student = pruned_student("base", masked_group_norm=True)
     stock = student.to_wavlm()
     assert "masked_group_norm" in caplog.text
-    assert_same_hidden_states(student, stock, {"input_values": padded_batch()["input_values"]})
+    assert_same_function(student, stock, {"input_values": padded_batch()["input_values"]})
 
 
 def test_stock_form_keeps_every_other_field():
-    student = pruned_student("large", tie_last_hidden_states=True, num_labels=5, mask_time_prob=0.2)
+    student = pruned_student("large", final_dropout=0.3, num_labels=5, mask_time_prob=0.2)
     config = student.to_wavlm().config
-    assert (config.tie_last_hidden_states, config.num_labels, config.mask_time_prob) == (True, 5, 0.2)
+    assert (config.final_dropout, config.num_labels, config.mask_time_prob) == (0.3, 5, 0.2)
     assert not hasattr(config, "remaining_heads") and not hasattr(config, "auto_map")
 
 
@@ -336,7 +346,7 @@ def test_published_weights_that_are_incomplete_or_of_another_model(tmp_path):
             AutoModel.from_pretrained(tmp_path)
     extra = {"encoder.layers.1.feed_forward.output_dense.weight": torch.zeros(32, 4)}
     save_file(weights | extra, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"`intermediate_sizes\[1\]`.*output_dense.weight is one too many"):
+    with pytest.raises(ValueError, match=r"`intermediate_sizes\[1\]`.*output_dense.weight is unexpected"):
         AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError, match="model.safetensors"):

@@ -3,8 +3,10 @@
 
 import os
 import reprlib
+from functools import cache
 
 from transformers import WavLMConfig
+from transformers.activations import ACT2FN
 
 
 _MODELING = "modeling_wavlm_skill_student"
@@ -18,12 +20,88 @@ _REQUIRED = (
     "removed_attention_blocks",
     "removed_ffn_blocks",
 )
+# No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
+MAX_SIZE = 2**20
+MAX_LAYERS = 1024
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+# What a field of the stock model may be: a count, with the least one; a list of counts above 0; a probability; a
+# number of at least 0; true or false; one of some names.
+_COUNTS = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "num_conv_pos_embeddings": 1,
+    "num_conv_pos_embedding_groups": 1,
+    "num_buckets": 1,
+    "max_bucket_distance": 1,
+    "mask_time_length": 1,
+    "mask_time_min_masks": 0,
+    "mask_feature_length": 1,
+    "mask_feature_min_masks": 0,
+    "num_codevectors_per_group": 1,
+    "num_codevector_groups": 1,
+    "num_negatives": 0,
+    "codevector_dim": 1,
+    "proj_codevector_dim": 1,
+    "classifier_proj_size": 1,
+    "xvector_output_dim": 1,
+    "num_ctc_classes": 1,
+    "num_labels": 0,
+    "adapter_kernel_size": 1,
+    "adapter_stride": 1,
+    "num_adapter_layers": 1,
+    "output_hidden_size": 1,
+    "chunk_size_feed_forward": 0,
+}
+_LISTS = ("conv_dim", "conv_stride", "conv_kernel", "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
+_OF_CONVOLUTIONS = ("conv_stride", "conv_kernel")
+_PROBABILITIES = (
+    "hidden_dropout",
+    "activation_dropout",
+    "attention_dropout",
+    "feat_proj_dropout",
+    "final_dropout",
+    "layerdrop",
+    "mask_time_prob",
+    "mask_feature_prob",
+)
+_NUMBERS = ("initializer_range", "layer_norm_eps", "contrastive_logits_temperature", "diversity_loss_weight")
+_FLAGS = (
+    "conv_bias",
+    "do_stable_layer_norm",
+    "apply_spec_augment",
+    "ctc_zero_infinity",
+    "use_weighted_layer_sum",
+    "add_adapter",
+    "masked_group_norm",
+    "is_encoder_decoder",
+)
+_NAMES = {
+    "feat_extract_norm": ("group", "layer"),
+    "feat_extract_activation": tuple(ACT2FN),
+    "hidden_act": tuple(ACT2FN),
+    "ctc_loss_reduction": ("sum", "mean", "none"),
+    "problem_type": ("regression", "single_label_classification", "multi_label_classification"),
+}
+# Arguments of transformers' own that are not among a config's fields.
+_ARGUMENTS = (
+    "num_labels",
+    "torch_dtype",
+    "name_or_path",
+    "attn_implementation",
+    "quantization_config",
+    "_commit_hash",
+)
 
 
 class WavLMSkillStudentConfig(WavLMConfig):
     r"""
     Everything of [`~transformers.WavLMConfig`] and what is left of each layer. `num_attention_heads` and
     `intermediate_size` keep the teacher's values; `conv_dim` holds the channels that are left.
+
+    Fields that neither class has are left out: what a student publishes is none of what a teacher's file may hold.
 
     Args:
         remaining_heads (`list[list[int]]`, *optional*):
@@ -46,7 +124,8 @@ class WavLMSkillStudentConfig(WavLMConfig):
             Version of these fields. A config of a later one is refused.
 
     Raises:
-        `ValueError`: if a field does not fit the architecture; the message names the field.
+        `ValueError`: if a field is of a wrong type, out of its range or does not fit the others; the message names the
+            field.
     """
 
     model_type = "wavlm_skill_student"
@@ -65,10 +144,24 @@ class WavLMSkillStudentConfig(WavLMConfig):
         # A bool is an int, and 1.0 == 1: neither is a version.
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"`format_version` is {format_version!r}, but this code reads versions 1 to {FORMAT_VERSION}: update"
+                f"`format_version` is {_short(format_version)}, but this code reads versions 1 to {FORMAT_VERSION}: update"
                 " skill-hf (`pip install -U skill-hf`), or pass `trust_remote_code=True` without it."
             )
         self.format_version = format_version
+        kwargs = {name: value for name, value in kwargs.items() if name in _stock_fields() or name in _ARGUMENTS}
+        kwargs.pop("num_feat_extract_layers", None)  # follows from `conv_dim`
+        for name, value in {**kwargs, "masked_group_norm": masked_group_norm}.items():
+            _check_field(name, value)
+        for name in _NUMBERS:
+            if name in kwargs:  # in JSON 1 may stand for 1.0
+                kwargs[name] = float(kwargs[name])
+        convolutions = {name: kwargs.get(name, _stock_fields()[name]) for name in ("conv_dim", *_OF_CONVOLUTIONS)}
+        for name in _OF_CONVOLUTIONS:
+            if len(convolutions[name]) != len(convolutions["conv_dim"]):
+                raise ValueError(
+                    f"`{name}` must list one entry for each of {len(convolutions['conv_dim'])} convolutions"
+                    f" (`conv_dim`), but is {_short(convolutions[name])}."
+                )
         # `save_pretrained` would name only the class being saved; a student serves every auto class. Never taken from
         # a file, which could name code of others.
         kwargs["auto_map"] = {
@@ -80,6 +173,7 @@ class WavLMSkillStudentConfig(WavLMConfig):
             "AutoModelForAudioXVector": f"{_MODELING}.WavLMSkillStudentForXVector",
         }
         super().__init__(**kwargs)
+        self._validate_stock_shapes()
         layers, heads = self.num_hidden_layers, self.num_attention_heads
         self.remaining_heads = (
             [list(range(heads)) for _ in range(layers)] if remaining_heads is None else remaining_heads
@@ -124,6 +218,19 @@ class WavLMSkillStudentConfig(WavLMConfig):
                 )
         return super().from_dict(config_dict, **kwargs)
 
+    def _validate_stock_shapes(self):
+        for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must divide `hidden_size`, {self.hidden_size}, but is {getattr(self, name)}."
+                )
+        if self.do_stable_layer_norm != (self.feat_extract_norm == "layer"):
+            # Which of the two orders a layer has cannot be seen from its weights, but from those of the convolutions.
+            raise ValueError(
+                f"`do_stable_layer_norm` is {self.do_stable_layer_norm}, but goes with layer norms in all convolutions,"
+                f" and `feat_extract_norm` is {self.feat_extract_norm!r}. One of the two is of another model."
+            )
+
     def _validate_pruned_shapes(self):
         layers, heads = self.num_hidden_layers, self.num_attention_heads
         for name in ("remaining_heads", "intermediate_sizes"):
@@ -140,11 +247,10 @@ class WavLMSkillStudentConfig(WavLMConfig):
                     f"`remaining_heads[{layer}]` must be ascending head indices below {heads}, but is {_short(left)}."
                 )
         for layer, size in enumerate(self.intermediate_sizes):
-            if not _is_index(size):
-                raise ValueError(f"`intermediate_sizes[{layer}]` must be an integer of at least 0, but is {size!r}.")
-        for layer, size in enumerate(self.conv_dim):
-            if not _is_index(size) or size == 0:
-                raise ValueError(f"`conv_dim[{layer}]` must be an integer of at least 1, but is {size!r}.")
+            if not _is_index(size, MAX_SIZE + 1):
+                raise ValueError(
+                    f"`intermediate_sizes[{layer}]` must be an integer from 0 to {MAX_SIZE}, but is {_short(size)}."
+                )
         for name, left in (
             ("removed_attention_blocks", self.remaining_heads),
             ("removed_ffn_blocks", self.intermediate_sizes),
@@ -164,14 +270,79 @@ class WavLMSkillStudentConfig(WavLMConfig):
                 f"`max_bucket_distance` must be above a quarter of `num_buckets`, and that at least 1, but they are"
                 f" {self.max_bucket_distance!r} and {self.num_buckets!r}."
             )
-        if not isinstance(self.masked_group_norm, bool):
-            raise ValueError(f"`masked_group_norm` must be true or false, but is {self.masked_group_norm!r}.")
         if self.base_model is not None and not isinstance(self.base_model, str):
-            raise ValueError(f"`base_model` must be a Hub id, but is {self.base_model!r}.")
+            raise ValueError(f"`base_model` must be a Hub id, but is {_short(self.base_model)}.")
+
+
+@cache
+def _stock_fields():
+    return WavLMConfig().to_dict()
+
+
+def _check_field(name, value):
+    """Raises a `ValueError` if the stock field `name` cannot have this value, whatever the others are."""
+    if name in _COUNTS:
+        least = _COUNTS[name]
+        most = MAX_LAYERS if name in ("num_hidden_layers", "num_attention_heads") else MAX_SIZE
+        optional = name in ("output_hidden_size", "num_labels") and value is None
+        right = optional or _is_index(value, most + 1) and value >= least
+        wanted = f"an integer from {least} to {most}"
+    elif name in _LISTS:
+        right = isinstance(value, (list, tuple)) and 1 <= len(value) <= MAX_LAYERS
+        wanted = f"a list of 1 to {MAX_LAYERS} integers"
+        for index, size in enumerate(value if right else ()):
+            if not _is_index(size, MAX_SIZE + 1) or size == 0:
+                raise ValueError(f"`{name}[{index}]` must be an integer from 1 to {MAX_SIZE}, but is {_short(size)}.")
+    elif name in _PROBABILITIES:
+        right = _is_number(value) and value <= 1
+        wanted = "a number from 0 to 1"
+    elif name in _NUMBERS:
+        right = _is_number(value)
+        wanted = f"a number from 0 to {MAX_SIZE}"
+    elif name in _FLAGS:
+        right = isinstance(value, bool)
+        wanted = "true or false"
+    elif name in ("output_attentions", "output_hidden_states", "return_dict"):
+        right = value is None or isinstance(value, bool)
+        wanted = "true or false"
+    elif name in _NAMES:
+        right = isinstance(value, str) and value in _NAMES[name] or name == "problem_type" and value is None
+        wanted = f"one of {', '.join(_NAMES[name])}"
+    elif name in ("dtype", "torch_dtype"):
+        right = value is None or str(value).removeprefix("torch.") in _FLOATS
+        wanted = f"one of {', '.join(_FLOATS)}"
+    elif name.endswith("_token_id"):
+        values = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        right = value is None or all(type(one) is int and abs(one) <= MAX_SIZE for one in values)
+        wanted = "an integer"
+    elif name in ("id2label", "label2id"):
+        right = value is None or isinstance(value, dict) and len(value) <= MAX_SIZE
+        right = right and all(str(key).isdigit() for key in (value or {}) if name == "id2label")
+        right = right and all(_is_index(one, MAX_SIZE) for one in (value or {}).values() if name == "label2id")
+        wanted = "a dict of labels and their numbers"
+    elif name in ("name_or_path", "_name_or_path", "transformers_version"):
+        right = value is None or isinstance(value, (str, os.PathLike))
+        wanted = "text"
+    elif name == "architectures":
+        right = value is None or isinstance(value, list) and all(isinstance(one, str) for one in value)
+        wanted = "a list of names of classes"
+    else:
+        return
+    if not right:
+        raise ValueError(f"`{name}` must be {wanted}, but is {_short(value)}.")
+
+
+def _is_number(value):
+    """Not a bool, which Python takes for one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
 
 
 def _short(value):
-    return reprlib.repr(value)  # a broken file may hold anything, of any length
+    """A broken file may hold anything, of any length and on any number of lines."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # a number of more digits than Python prints
+        return f"a {type(value).__name__}"
 
 
 def _is_index(value, end=float("inf")):

@@ -13,12 +13,15 @@ stands alone; it differs from [`~transformers.WavLMModel`] in its attention and 
 Parameter names are those of the stock model, so every stock WavLM checkpoint loads.
 """
 
+import copy
 import importlib
 import math
+import os
 from functools import cache, partial
 from itertools import repeat
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import (
@@ -37,6 +40,25 @@ from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
 
 
 logger = logging.get_logger(__name__)
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_HEAD_FIELDS = {
+    "lm_head": "vocab_size",
+    "projector": "classifier_proj_size",
+    "classifier": "num_labels",
+    "tdnn": "tdnn_dim",
+    "feature_extractor": "xvector_output_dim",
+    "objective": "num_labels",
+    "adapter": "output_hidden_size",
+}
+# What pruning changes in the config.
+_PRUNED_FIELDS = (
+    "conv_dim",
+    "remaining_heads",
+    "intermediate_sizes",
+    "removed_attention_blocks",
+    "removed_ffn_blocks",
+)
 
 
 def _is_transformed():
@@ -724,28 +746,70 @@ class _Student:
             `ValueError`: if weights and config disagree; the message names the field.
         """
         model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
-        if getattr(model, "hf_quantizer", None) is None:  # quantised weights have names of their own
-            model._check_weights(info, fewer_layers="num_hidden_layers" in kwargs)
         mismatched = _mismatched(info)
+        if getattr(model, "hf_quantizer", None) is None:  # quantised weights have names of their own
+            found = dict.fromkeys(info["missing_keys"], ("is missing", None))
+            found |= dict.fromkeys(info["unexpected_keys"], ("is unexpected", None))
+            model._check_weights(found | mismatched, fewer_layers="num_hidden_layers" in kwargs)
+            _check_finite(model, but={*info["missing_keys"], *mismatched})
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
-                f"{'; '.join(f'{name} {problem}' for name, problem in sorted(mismatched.items()))}. Pass"
+                f"{'; '.join(f'{name} {problem}' for name, (problem, _) in sorted(mismatched.items()))}. Pass"
                 " `ignore_mismatched_sizes=True` to start these weights anew."
             )
         return (model, info) if output_loading_info else model
 
-    def _check_weights(self, info, fewer_layers):
-        found = dict.fromkeys(info["missing_keys"], "is missing")
-        found |= dict.fromkeys(info["unexpected_keys"], "is one too many")
-        found |= _mismatched(info)
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, *args, **kwargs):
+        # In transformers 4 and 5 alike, the model has shapes here but no memory yet, and then gets all that its config
+        # describes, whatever the weights are.
+        if getattr(model.config, "quantization_config", None) is None:
+            model._check_declared(_declared(model, state_dict, checkpoint_files))
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def _check_declared(self, declared):
+        """
+        Raises a `ValueError` if the model does not have the shapes that its weights declare, by name, or if they are
+        not floating or much fewer than the model's.
+        """
+        prefix = f"{self.base_model_prefix}."
+        for name, tensor in declared.items():
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name} of this student is of type {kind}, but weights must be floating: the file is damaged or"
+                    " of another model. Get it again."
+                )
+        declared = {name.removeprefix(prefix): tensor.shape for name, tensor in declared.items()}
+        wanted = {name.removeprefix(prefix): tensor.shape for name, tensor in self.state_dict().items()}
+        differing = {name: shape for name, shape in wanted.items() if declared.get(name, shape) != shape}
+        self._check_weights({name: _mismatch(declared[name], shape) for name, shape in differing.items()})
+        absent = {name: shape.numel() for name, shape in wanted.items() if declared.get(name) != shape}
+        stored = sum(shape.numel() for shape in declared.values())
+        if sum(absent.values()) > 2 * stored + 2**24:
+            name = max(absent, key=absent.get)
+            field = _field_of(name, self.config.num_hidden_layers) or _HEAD_FIELDS.get(name.partition(".")[0], "config")
+            raise ValueError(
+                f"The config of this student describes far more than its weights hold, {stored:,} numbers: {name} of"
+                f" shape {tuple(wanted[name])}. Check `{field}`."
+            )
+
+    def _check_weights(self, found, fewer_layers=False):
+        """
+        Raises a `ValueError` of the first weight of the encoder in `found`, which holds what is wrong with each, and
+        for a wrong shape the shapes of the file and the model.
+        """
         found = {name.removeprefix(f"{self.base_model_prefix}."): problem for name, problem in found.items()}
         order = {name: index for index, name in enumerate(self.base_model.state_dict())}
+        # The number of heads changes other shapes, too, but only this one alone.
+        order |= {name: -1 for name in order if "rel_attn_embed" in name}
         for name in sorted(found, key=lambda name: (order.get(name, len(order)), name)):
-            field = _field_of(name, self.config.num_hidden_layers)
+            problem, shapes = found[name]
+            field = _field_of(name, self.config.num_hidden_layers, shapes)
             if field is not None and not (fewer_layers and field == "num_hidden_layers"):
                 raise ValueError(
-                    f"Weights and config of this student disagree about `{field}`: {name} {found[name]}. One of them"
-                    " is damaged or of another model: get both anew, or leave out the argument that has changed the"
+                    f"Weights and config of this student disagree about `{field}`: {name} {problem}. One of them"
+                    " is damaged or of another model: get both again, or leave out the argument that has changed the"
                     " config."
                 )
 
@@ -759,6 +823,8 @@ class _Student:
         if hasattr(self.base_model, "_gate_draw"):
             raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
         self.base_model.refuse_fused("saved")
+        for name in _PRUNED_FIELDS:  # a head may have been given another encoder since it was made
+            setattr(self.config, name, copy.deepcopy(getattr(self.base_model.config, name)))
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
@@ -803,25 +869,82 @@ class _Student:
         return publishing.push_model(self, repo_id, **kwargs)
 
 
+def _declared(model, state_dict, checkpoint_files):
+    """The weights by name, as tensors without memory, and of local files only those in the model's own directory."""
+    if state_dict is not None:
+        return {name: tensor for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
+    directory = os.path.abspath(model.config.name_or_path or "")
+    declared = {}
+    for path in map(str, checkpoint_files or ()):
+        if os.path.isdir(directory) and os.path.commonpath([directory, os.path.abspath(path)]) != directory:
+            raise ValueError(f"The index of this student names weights outside its directory: {path}.")
+        try:
+            weights = _read_shapes(path)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ValueError(
+                f"{os.path.basename(path)} of this student cannot be read: get it again. ({reason})"
+            ) from error
+        if sum(tensor.nbytes for tensor in weights.values()) > 2 * os.path.getsize(path):
+            raise ValueError(f"{os.path.basename(path)} of this student declares more weights than it holds.")
+        declared |= weights
+    return declared
+
+
+def _read_shapes(path):
+    if not path.endswith(".safetensors"):
+        return torch.load(path, map_location="meta", weights_only=True)
+    with safe_open(path, framework="pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+            for name, part in parts.items()
+        }
+
+
+def _check_finite(model, but):
+    for name, tensor in model.state_dict().items():
+        if name in but or tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+            continue
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+            raise ValueError(f"{name} of this student has NaN or infinite weights: the file is damaged. Get it again.")
+
+
+def _mismatch(there, here):
+    return f"has shape {tuple(there)} instead of {tuple(here)}", (tuple(there), tuple(here))
+
+
 def _mismatched(info):
     """Names of the weights whose shape is not the model's, and what is wrong with each."""
     found = {}
     for entry in info["mismatched_keys"]:
         name, *shapes = [entry] if isinstance(entry, str) else entry  # transformers 4 gives the name alone
-        found[name] = "has shape {} instead of {}".format(*map(tuple, shapes)) if shapes else "has another shape"
+        found[name] = _mismatch(*shapes) if shapes else ("has another shape", None)
     return found
 
 
-def _field_of(name, num_hidden_layers):
-    """The field of the config that shapes the weight of this name, or `None` if no field of a pruned shape does."""
+def _field_of(name, num_hidden_layers, shapes=None):
+    """
+    The field of the config that shapes the weight of this name, or `None` if no field of a pruned shape does.
+    `shapes` are those of the file and the model, if both have it.
+    """
     parts = name.split(".")
+    differing = [there != here for there, here in zip(*shapes, strict=False)] if shapes else []
     if name.startswith("feature_extractor.conv_layers."):
-        return f"conv_dim[{parts[2]}]"
+        if not shapes and name.endswith("conv.bias"):
+            return "conv_bias"
+        if not shapes and "layer_norm" in name:
+            return "feat_extract_norm"
+        return f"conv_kernel[{parts[2]}]" if differing == [False, False, True] else f"conv_dim[{parts[2]}]"
     if name.startswith("feature_projection."):
         return "conv_dim[-1]" if "layer_norm" in name else "hidden_size"
+    if name.startswith("encoder.pos_conv_embed."):
+        if differing[-1:] == [True]:
+            return "num_conv_pos_embeddings"
+        return "num_conv_pos_embedding_groups" if differing[:2] == [False, True] else "hidden_size"
     if name.startswith("encoder.layers."):
         if "rel_attn_embed" in name:
-            return "num_buckets"
+            return "num_attention_heads" if differing == [False, True] else "num_buckets"
         if int(parts[2]) >= num_hidden_layers:
             return "num_hidden_layers"
         block = {"attention": "remaining_heads", "feed_forward": "intermediate_sizes"}.get(parts[3])
@@ -853,6 +976,7 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     _can_record_outputs = {**(WavLMModel._can_record_outputs or {}), "attentions": WavLMSkillStudentAttention}
 
     def __init__(self, config):
+        config = copy.deepcopy(config)  # pruning changes it, and other models may be made of the same one
         super().__init__(config)
         self.feature_extractor = WavLMSkillStudentFeatureEncoder(config)
         self.feature_projection.dropout = WavLMSkillStudentDropout(config.feat_proj_dropout)
@@ -964,6 +1088,7 @@ class _StudentHead(_Student):
         super().__init__(config, *args, **kwargs)
         config._attn_implementation = attn_implementation
         self.wavlm = WavLMForSkillStudent(config)
+        self.config = self.wavlm.config  # one object, so that the head's is right after its encoder was pruned
         self.post_init()
 
 

@@ -441,7 +441,11 @@ def _rebuild(student, config, state: dict[str, torch.Tensor], gates: dict | None
     for name, child in rebuilt.named_children():
         setattr(student, name, child)
     set_trainable(student, trainable)
-    student.config = config
+    # The object stays what it is, since a task head on top of the student has the same one.
+    vars(student.config).update(vars(config))
+    for module in student.modules():
+        if hasattr(module, "config"):
+            module.config = student.config
     # transformers installs the hooks that collect hidden states once; the new layers have none yet.
     student._output_capturing_hooks_installed = False
     if checkpointing:
