@@ -11,8 +11,9 @@ import datasets
 import torch
 import transformers
 from example_settings import REPOSITORY, Count, Positive, Share, parse, run_script
-from transformers import AutoConfig, AutoFeatureExtractor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from skill_hf import loading
 from skill_hf.checkpointing import last_complete_checkpoint
 from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
 from skill_hf.encoders import ignores_padding
@@ -85,13 +86,7 @@ def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
     """
     if Path(model) == DEMO_STUDENT and not (DEMO_STUDENT / "config.json").is_file():
         raise ValueError(f"There is no student in {DEMO_STUDENT} yet: run `make demo`, or name one with `--model`.")
-    try:
-        config = AutoConfig.from_pretrained(model, **settings)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"The model `{model}` cannot be loaded; give a Hub id or a directory with config.json. ({reason})"
-        ) from error
+    config = loading.load_config(model, **settings)
     if not hasattr(config, "feat_extract_norm"):
         raise ValueError(f"`{model}` is a `{config.model_type}`, which is no encoder of waveforms such as WavLM.")
     if hasattr(config, "masked_group_norm"):
@@ -101,7 +96,9 @@ def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
 
 def load_feature_extractor(model: str, config) -> transformers.Wav2Vec2FeatureExtractor:
     """The model's own; it makes an attention mask where the network needs one to ignore padding."""
-    feature_extractor = AutoFeatureExtractor.from_pretrained(model)
+    feature_extractor = loading.load_feature_extractor(model)
+    if feature_extractor is None:
+        raise ValueError(f"`{model}` has no preprocessor_config.json, which says how it takes audio.")
     if ignores_padding(config):
         feature_extractor.return_attention_mask = True
     return feature_extractor
@@ -111,16 +108,7 @@ def prepare_model(args: ModelArguments, auto_class, config) -> transformers.PreT
     """The encoder with a new head, in float32 (weights may be stored in half precision)."""
     if args.from_scratch:
         return auto_class.from_config(config, dtype=torch.float32)
-    model, loading = auto_class.from_pretrained(
-        args.model,
-        config=config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # a model that was fine-tuned before has a head of its own
-        output_loading_info=True,
-    )
-    if "layer_weights" in loading["missing_keys"]:
-        # transformers (5.24) leaves what was in memory in those that a checkpoint doesn't have.
-        torch.nn.init.constant_(model.layer_weights, 1 / len(model.layer_weights))
+    model = loading.load_model(args.model, auto_class, config)  # one that was fine-tuned before has a head of its own
     if args.freeze_feature_encoder:
         model.freeze_feature_encoder()
     return model

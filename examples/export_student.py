@@ -42,12 +42,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, complain, load_config, parse
-from transformers import AutoFeatureExtractor, AutoProcessor, PreTrainedModel, WavLMModel
+from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, complain, load_config, load_feature_extractor, parse
+from transformers import AutoProcessor, PreTrainedModel, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
 from skill_hf.data import calibration_waveforms, load_audio_dir
 from skill_hf.export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
+from skill_hf.loading import load_model
 
 
 logger = logging.getLogger("export_student")
@@ -106,10 +107,7 @@ def load_student(name: str) -> PreTrainedModel:
         known = ", ".join(path for path in auto_classes if "Config" not in path)
         raise ValueError(f"`architectures` in config.json of `{name}` is {config.architectures}; known are {known}.")
     auto_class = getattr(transformers, auto_classes[architecture])
-    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"`{name}` has no weights for {', '.join(sorted(info['missing_keys']))}; get its files anew.")
-    return model.eval()
+    return load_model(name, auto_class, new_head=False)
 
 
 def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[str, dict]:
@@ -183,7 +181,7 @@ def run(arguments: list[str] | None) -> None:
     model = load_student(args.model)
     if "stock" in args.formats and not isinstance(model, WavLMForSkillStudent):
         raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")
-    extractor = AutoFeatureExtractor.from_pretrained(args.model)
+    extractor = load_feature_extractor(args.model, model.config)
     audio = list(
         calibration_waveforms(
             load_audio_dir(args.audio_dir),
@@ -198,7 +196,9 @@ def run(arguments: list[str] | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = export(args, model, audio)
     for directory in [folder, folder / FILES["stock"]] if "stock" in args.formats else [folder]:
-        AutoProcessor.from_pretrained(args.model).save_pretrained(directory)  # a tokenizer, too, if there is one
+        AutoProcessor.from_pretrained(args.model, trust_remote_code=False).save_pretrained(
+            directory
+        )  # a tokenizer, too, if there is one
         extractor.save_pretrained(directory)  # of which a processor's file would do for transformers alone
     if folder.resolve() != Path(args.model).resolve():
         model.config.to_json_file(folder / "config.json")  # names the labels of a head

@@ -46,11 +46,11 @@ from example_settings import REPOSITORY, Count, Seconds, checked_device, is_out_
 from example_utils import DEMO_DATA, DEMO_STUDENT, check_column, load_config, load_feature_extractor
 from safetensors.numpy import save as serialize
 from tqdm.auto import tqdm
-from transformers import AutoModel
 
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
 from skill_hf.encoders import PretrainedEncoder, make_batches
 from skill_hf.files import read_json, try_directory, write_json
+from skill_hf.loading import load_model
 from skill_hf.superb.features import cast_states
 
 
@@ -281,7 +281,7 @@ def load_encoder(args: ExtractArguments) -> PretrainedEncoder:
         raise ValueError(f"`layers` holds {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}.")
     device = checked_device(args.device)
     feature_extractor = load_feature_extractor(args.model, config)
-    model = AutoModel.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype)).to(device)
+    model = load_model(args.model, config=config, dtype=getattr(torch, args.dtype)).to(device)
     return PretrainedEncoder(model, feature_extractor, [layer % number for layer in layers])
 
 

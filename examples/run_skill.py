@@ -56,8 +56,9 @@ from example_settings import (
 from safetensors import safe_open
 from transformers import AutoModel, TrainerCallback, set_seed
 
-from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
+from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
 from skill_hf.data import calibration_waveforms, load_audio_dir, load_speech_dataset
+from skill_hf.families import load_student
 
 
 logger = logging.getLogger("run_skill")
@@ -193,7 +194,7 @@ def make_trainer(
         training_args.accelerator_config.dispatch_batches = False
     student = None
     if model_args.student_name_or_path is not None:
-        student = WavLMForSkillStudent.from_pretrained(model_args.student_name_or_path, dtype=torch.float32)
+        student = load_student(model_args.student_name_or_path)
     trainer = SkillDistillationTrainer(
         teacher=model_args.teacher_name_or_path,
         skill_config=skill_config,

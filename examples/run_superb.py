@@ -75,6 +75,7 @@ from transformers import AutoModel, set_seed
 
 from skill_hf.data import load_speech_dataset
 from skill_hf.encoders import FilterBank, PretrainedEncoder
+from skill_hf.loading import load_model
 from skill_hf.superb import METRICS, comparison_table
 from skill_hf.superb.evaluation import evaluate_task, prepare_examples
 from skill_hf.superb.query_by_example import evaluate_query_by_example
@@ -205,7 +206,7 @@ def load_encoder(args: SuperbArguments, seed: int, device: torch.device) -> Pret
         set_seed(seed)
         model = AutoModel.from_config(config, dtype=torch.float32)
     else:
-        model = AutoModel.from_pretrained(args.model, config=config, dtype=torch.float32)
+        model = load_model(args.model, config=config)
     return PretrainedEncoder(model.to(device), feature_extractor)
 
 

@@ -183,9 +183,11 @@ def test_checkpoints_hand_the_gradient_on_to_the_audio():
 
 @pytest.mark.parametrize("masked_group_norm", [False, True])
 def test_a_batch_in_parts_gives_the_same_outputs(monkeypatch, masked_group_norm):
-    student = build_student(tiny_teacher()).eval()
+    # In float64, since a kernel may sum in another order for another number of clips.
+    student = build_student(tiny_teacher()).eval().double()
     student.config.masked_group_norm = masked_group_norm
     inputs = {name: tensor.repeat(3, 1)[:5] for name, tensor in padded_batch().items()}
+    inputs["input_values"] = inputs["input_values"].double()
     encoder = student.feature_extractor
     sizes = []
     encode = encoder._encode
@@ -195,7 +197,7 @@ def test_a_batch_in_parts_gives_the_same_outputs(monkeypatch, masked_group_norm)
         encoder.max_values = {"cpu": 2 * 16 * 8000 // 5}  # two clips
         actual = student(**inputs).last_hidden_state
     assert sizes == [5, 2, 2, 1]
-    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 def test_checkpoints_of_a_few_clips_give_the_same_gradients(layout):

@@ -323,7 +323,7 @@ BAD = {
     "crop without length": (lambda *_: {"max_seconds": 0.01}, "`max_seconds`"),
     "missing teacher": (
         lambda tmp, _: {"teacher_name_or_path": f"{tmp}/none"},
-        "none` could not be loaded; give a Hub id or a directory",
+        "none` cannot be loaded; give a Hub id or a directory",
     ),
     "another family": (
         lambda tmp, _: {"teacher_name_or_path": save_config(tmp / "t", HubertConfig())},

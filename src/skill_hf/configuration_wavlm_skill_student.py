@@ -22,7 +22,8 @@ _REQUIRED = (
 )
 # No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
 MAX_SIZE = 2**20
-MAX_LAYERS = 1024
+MAX_LAYERS = 256
+MAX_LABELS = 2**16
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 # What a field of the stock model may be: a count, with the least one; a list of counts above 0; a probability; a
 # number of at least 0; true or false; one of some names.
@@ -55,6 +56,7 @@ _COUNTS = {
     "output_hidden_size": 1,
     "chunk_size_feed_forward": 0,
 }
+_MOST = {"num_hidden_layers": MAX_LAYERS, "num_attention_heads": 1024, "num_labels": MAX_LABELS}
 _LISTS = ("conv_dim", "conv_stride", "conv_kernel", "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
 _OF_CONVOLUTIONS = ("conv_stride", "conv_kernel")
 _PROBABILITIES = (
@@ -144,8 +146,8 @@ class WavLMSkillStudentConfig(WavLMConfig):
         # A bool is an int, and 1.0 == 1: neither is a version.
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"`format_version` is {_short(format_version)}, but this code reads versions 1 to {FORMAT_VERSION}: update"
-                " skill-hf (`pip install -U skill-hf`), or pass `trust_remote_code=True` without it."
+                f"`format_version` is {_short(format_version)}, but this code reads versions 1 to {FORMAT_VERSION}:"
+                " update skill-hf (`pip install -U skill-hf`), or pass `trust_remote_code=True` without it."
             )
         self.format_version = format_version
         kwargs = {name: value for name, value in kwargs.items() if name in _stock_fields() or name in _ARGUMENTS}
@@ -225,10 +227,11 @@ class WavLMSkillStudentConfig(WavLMConfig):
                     f"`{name}` must divide `hidden_size`, {self.hidden_size}, but is {getattr(self, name)}."
                 )
         if self.do_stable_layer_norm != (self.feat_extract_norm == "layer"):
-            # Which of the two orders a layer has cannot be seen from its weights, but from those of the convolutions.
+            # Layers of both orders have the same weights. In every WavLM those of the convolutions tell which it is.
             raise ValueError(
-                f"`do_stable_layer_norm` is {self.do_stable_layer_norm}, but goes with layer norms in all convolutions,"
-                f" and `feat_extract_norm` is {self.feat_extract_norm!r}. One of the two is of another model."
+                f"`do_stable_layer_norm` is {self.do_stable_layer_norm} and `feat_extract_norm`"
+                f" {self.feat_extract_norm!r}, but WavLM has True with 'layer' and False with 'group'. One of the two"
+                " is of another model."
             )
 
     def _validate_pruned_shapes(self):
@@ -251,18 +254,18 @@ class WavLMSkillStudentConfig(WavLMConfig):
                 raise ValueError(
                     f"`intermediate_sizes[{layer}]` must be an integer from 0 to {MAX_SIZE}, but is {_short(size)}."
                 )
-        for name, left in (
-            ("removed_attention_blocks", self.remaining_heads),
-            ("removed_ffn_blocks", self.intermediate_sizes),
+        for name, field in (
+            ("removed_attention_blocks", "remaining_heads"),
+            ("removed_ffn_blocks", "intermediate_sizes"),
         ):
-            removed = getattr(self, name)
+            removed, left = getattr(self, name), getattr(self, field)
             if not isinstance(removed, (list, tuple)):
                 raise ValueError(f"`{name}` must be a list of layers, but is {_short(removed)}.")
             for layer in removed:
                 if not _is_index(layer, layers):
                     raise ValueError(f"`{name}` must hold layers below {layers}, but holds {_short(layer)}.")
                 if left[layer]:
-                    raise ValueError(f"`{name}` names layer {layer}, of which something is left: {left[layer]!r}.")
+                    raise ValueError(f"`{name}` names layer {layer}, but `{field}[{layer}]` is {_short(left[layer])}.")
             if list(removed) != sorted(set(removed)):
                 raise ValueError(f"`{name}` must be ascending layers, each once, but is {_short(removed)}.")
         if not self.max_bucket_distance > self.num_buckets // 4 > 0:
@@ -283,7 +286,9 @@ def _check_field(name, value):
     """Raises a `ValueError` if the stock field `name` cannot have this value, whatever the others are."""
     if name in _COUNTS:
         least = _COUNTS[name]
-        most = MAX_LAYERS if name in ("num_hidden_layers", "num_attention_heads") else MAX_SIZE
+        most = {"num_hidden_layers": MAX_LAYERS, "num_attention_heads": 1024, "num_labels": MAX_LABELS}.get(
+            name, MAX_SIZE
+        )
         optional = name in ("output_hidden_size", "num_labels") and value is None
         right = optional or _is_index(value, most + 1) and value >= least
         wanted = f"an integer from {least} to {most}"
@@ -316,7 +321,7 @@ def _check_field(name, value):
         right = value is None or all(type(one) is int and abs(one) <= MAX_SIZE for one in values)
         wanted = "an integer"
     elif name in ("id2label", "label2id"):
-        right = value is None or isinstance(value, dict) and len(value) <= MAX_SIZE
+        right = value is None or isinstance(value, dict) and len(value) <= MAX_LABELS
         right = right and all(str(key).isdigit() for key in (value or {}) if name == "id2label")
         right = right and all(_is_index(one, MAX_SIZE) for one in (value or {}).values() if name == "label2id")
         wanted = "a dict of labels and their numbers"

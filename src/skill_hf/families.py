@@ -1,13 +1,12 @@
 """The families of teachers: what a student of each is, and how a teacher becomes one."""
 
-from contextlib import contextmanager
-from pathlib import Path
+import os
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from .loading import check_encoder, load_config, load_model, one_error
 from .modeling_wavlm_skill_student import WavLMForSkillStudent, fold_weight_norm
 
 
@@ -19,45 +18,58 @@ STUDENT_CLASSES = {
 }
 
 
-def load_teacher(teacher: str | Path | PreTrainedModel) -> PreTrainedModel:
+def load_teacher(teacher: str | os.PathLike | PreTrainedModel) -> PreTrainedModel:
     """
     The encoder of `teacher` in float32, frozen, in eval mode.
 
     Args:
-        teacher (`str`, `Path` or `PreTrainedModel`): Hub id, local directory, or a loaded model, with or without a
+        teacher (`str`, `PathLike` or `PreTrainedModel`): Hub id, local directory, or a loaded model, with or without a
         head.
 
     Raises:
-        `ValueError`: if it cannot be loaded or its family has no student class.
+        `ValueError`: if it cannot be loaded or used, or its family has no student class.
     """
-    if isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, (str, os.PathLike)):
+        config = load_config(teacher, "Teacher")
+        _check_family(config.model_type, teacher)
+        _check_student_config(config, teacher)
+        teacher = load_model(teacher, config=config, what="Teacher")
+    else:
+        check_encoder(teacher, "The teacher")
         teacher = teacher.base_model
-        _check_family(teacher.config.model_type, teacher.config.name_or_path or type(teacher).__name__)
+        name = teacher.config.name_or_path or type(teacher).__name__
+        _check_family(teacher.config.model_type, name)
         if isinstance(teacher, tuple(STUDENT_CLASSES.values())):
             teacher.refuse_fused("a teacher")
-    else:
-        with _one_error(f"Teacher `{teacher}` could not be loaded; give a Hub id or a directory with config.json."):
-            config = AutoConfig.from_pretrained(teacher)
-        _check_family(config.model_type, teacher)
-        with _one_error(f"The weights of teacher `{teacher}` could not be loaded; get them anew."):
-            teacher = AutoModel.from_pretrained(teacher, config=config, dtype=torch.float32)
+        _check_student_config(teacher.config, name)
+        _check_plain(teacher, name)
     return teacher.float().requires_grad_(False).eval()
 
 
-@contextmanager
-def _one_error(what: str):
-    """Makes one kind of error, a `ValueError` that begins with `what`, of those that loading can raise."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{what} ({reason})") from error
+def _check_student_config(config: PreTrainedConfig, name) -> None:
+    with one_error(f"Of `{name}` no student can be made."):
+        student_config(config)
+
+
+def _check_plain(teacher: PreTrainedModel, name: str) -> None:
+    """A student is a copy: the model must have the weights of its family, and no others."""
+    with one_error(f"Teacher `{name}` is not what its config describes."):
+        weights = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
+        for weight, tensor in empty_student(teacher.config).state_dict().items():
+            there = weights.pop(weight, None)
+            if there != tensor.shape:
+                problem = (
+                    "is missing" if there is None else f"has shape {tuple(there)} instead of {tuple(tensor.shape)}"
+                )
+                raise ValueError(f"{weight} {problem}")
+        if weights:
+            raise ValueError(f"{next(iter(weights))} is no weight of a {teacher.config.model_type}")
 
 
 def _check_family(model_type: str, name) -> None:
     if model_type not in STUDENT_CLASSES:
         known = ", ".join(sorted(STUDENT_CLASSES))
-        raise ValueError(f"Teacher `{name}` is of the family `{model_type}`; teachers can be of: {known}.")
+        raise ValueError(f"`{name}` is of the family `{model_type}`; teachers and students can be of: {known}.")
 
 
 def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -68,11 +80,8 @@ def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
         `ValueError`: if the family has no student class.
     """
     _check_family(config.model_type, config.name_or_path or type(config).__name__)
-    fields = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in ("model_type", "architectures", "auto_map")
-    }
+    other = ("model_type", "architectures", "auto_map", "quantization_config")
+    fields = {name: value for name, value in config.to_dict().items() if name not in other}
     return STUDENT_CLASSES[config.model_type].config_class(**fields)
 
 
@@ -89,6 +98,19 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
     weights = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items()}
     student.load_state_dict(weights, assign=True)
     return student.requires_grad_(True).train()
+
+
+def load_student(source: str | os.PathLike) -> PreTrainedModel:
+    """
+    A student to start from, in float32 and in train mode: one that was pruned before, or a copy of a stock model.
+
+    Raises:
+        `ValueError`: if it cannot be loaded or its family has no student class.
+    """
+    config = load_config(source, "Student")
+    _check_family(config.model_type, source)
+    _check_student_config(config, source)
+    return build_student(load_model(source, config=config, what="Student"))
 
 
 def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> PreTrainedModel:

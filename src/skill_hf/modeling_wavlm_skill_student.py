@@ -788,7 +788,7 @@ class _Student:
         stored = sum(shape.numel() for shape in declared.values())
         if sum(absent.values()) > 2 * stored + 2**24:
             name = max(absent, key=absent.get)
-            field = _field_of(name, self.config.num_hidden_layers) or _HEAD_FIELDS.get(name.partition(".")[0], "config")
+            field = _field_of(name, self.config.num_hidden_layers) or _HEAD_FIELDS.get(name.partition(".")[0], name)
             raise ValueError(
                 f"The config of this student describes far more than its weights hold, {stored:,} numbers: {name} of"
                 f" shape {tuple(wanted[name])}. Check `{field}`."

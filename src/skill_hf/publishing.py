@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import logging
 import re
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError, HTTPError
-from transformers import AutoFeatureExtractor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
 from . import model_card, pruning
+from .loading import load_feature_extractor, plain_feature_extractor
 from .skill_config import SKILL_CONFIG_NAME
 from .version import __version__
 
+
+logger = logging.getLogger(__name__)
 
 # One for all, so that uploads in the background come one after the other.
 api = HfApi(library_name="skill-hf", library_version=__version__)
@@ -75,7 +79,7 @@ def push_model(
         folder = Path(directory)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if FEATURE_EXTRACTOR_NAME not in published:
-            _save_feature_extractor(folder, model, token)
+            _copy_feature_extractor(folder, model, token)
         source = _unchanged_source(folder, model)
         if REPOCARD_NAME in published:
             card = _published_card(repo_id, revision, token)
@@ -263,17 +267,33 @@ def _published_card(repo_id: str, revision: str | None, token: bool | str | None
         ) from error
 
 
-def _save_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
-    """Without preprocessor_config.json no pipeline takes the model. One that was loaded from nowhere has none."""
+def save_feature_extractor(directory: str | Path, extractor) -> None:
+    """
+    Writes preprocessor_config.json, which no pipeline takes a model without, of fields that every transformers knows;
+    nothing, but a warning, for one of a class that nobody could load again.
+    """
+    plain = plain_feature_extractor(extractor)
+    if plain is None:
+        logger.warning(
+            "The student is saved without preprocessor_config.json: a %s is no Wav2Vec2FeatureExtractor. Save one that"
+            " prepares audio in the same way beside it.",
+            type(extractor).__name__,
+        )
+    else:
+        plain.save_pretrained(directory)
+
+
+def _copy_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
+    """That of what the model was loaded from. One that was loaded from nowhere has none."""
     if not model.config.name_or_path:
         return
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(
-            model.config.name_or_path, token=token, trust_remote_code=False
-        )
-    except (OSError, ValueError):
+        extractor = load_feature_extractor(model.config.name_or_path, token=token)
+    except ValueError as error:
+        logger.warning("%s It is not published.", error)
         return
-    extractor.save_pretrained(folder)
+    if extractor is not None:
+        extractor.save_pretrained(folder)
 
 
 def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:

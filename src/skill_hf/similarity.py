@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .data import AudioError, disable_audio_decoding, open_row, samples_per_frame
+from .loading import load_feature_extractor, load_model
 
 
 class SimilarityAccumulator(ABC):
@@ -352,8 +353,8 @@ def layer_similarity(
         that have enough audio for the measure.
 
     Raises:
-        `ValueError`: if the measure is unknown, the model takes no `input_values`, there is no audio, a waveform is
-            not 1-D float, not finite or too short for one frame, or hidden states are not finite.
+        `ValueError`: if the measure is unknown, the model cannot be loaded or takes no `input_values`, there is no
+            audio, a waveform is not 1-D float, not finite or too short for one frame, or hidden states are not finite.
 
     Example:
 
@@ -385,14 +386,18 @@ def layer_similarity(
 
     source = teacher if isinstance(teacher, (str, os.PathLike)) else None
     if source is not None:
-        teacher = AutoModel.from_pretrained(source, dtype=torch.float32)
+        teacher = load_model(source)
+    if getattr(teacher.config, "add_adapter", False):
+        raise ValueError("`teacher` has `add_adapter`, which makes other frames; load it with `add_adapter=False`.")
     if teacher.main_input_name != "input_values":
         raise ValueError(
             f"`teacher` must be a speech encoder that takes `input_values`, but {type(teacher).__name__} takes"
             f" `{teacher.main_input_name}`."
         )
     if source is not None and feature_extractor is None:
-        feature_extractor = AutoFeatureExtractor.from_pretrained(source)
+        feature_extractor = load_feature_extractor(source)
+        if feature_extractor is None:
+            raise ValueError(f"`{source}` has no preprocessor_config.json; pass `feature_extractor`.")
 
     waveforms = checked_input_values(audio, feature_extractor, samples_per_frame(teacher.config))
     total = len(audio) if hasattr(audio, "__len__") else None

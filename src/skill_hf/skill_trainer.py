@@ -18,7 +18,6 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import (
-    AutoFeatureExtractor,
     PreTrainedModel,
     Trainer,
     TrainerState,
@@ -44,6 +43,7 @@ from .data import (
 from .distillation import SkillDistiller, target_means
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .gates import noise_seed
+from .loading import check_encoder, check_feature_extractor, load_feature_extractor, plain_feature_extractor
 from .losses import sparsity_at
 from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe, warn_of_slow_gates
@@ -88,7 +88,8 @@ class SkillDistillationTrainer(Trainer):
         model (`PreTrainedModel`, *optional*):
             A student to start from; an exact copy of the teacher by default. May be pruned already.
         processing_class (*optional*):
-            The feature extractor; the teacher's own by default.
+            The feature extractor; the teacher's own by default. One of another class than `Wav2Vec2FeatureExtractor`
+            is not saved with the student.
         data_collator (*optional*):
             [`~skill_hf.data.SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
             them in evaluation.
@@ -166,8 +167,10 @@ class SkillDistillationTrainer(Trainer):
                 f"`model` must be a {student_class.__name__} without gates, but is a {type(student).__name__}"
                 f"{' with gates' if isinstance(student, student_class) else ''}."
             )
+        check_encoder(student, "`model`")
         processing_class = self._load_feature_extractor() if processing_class is None else processing_class
-        sampling_rate = getattr(processing_class, "sampling_rate", 16_000)
+        check_feature_extractor(processing_class)
+        sampling_rate = processing_class.sampling_rate
         validate_recipe(self.skill_config, self.teacher, student, sampling_rate)
         self.budget = make_budget(self.skill_config, sampling_rate)
         self.teacher_cost = self.budget.total(self.teacher)
@@ -220,11 +223,9 @@ class SkillDistillationTrainer(Trainer):
     # ---- Checks and set-up ----
 
     def _load_feature_extractor(self) -> Wav2Vec2FeatureExtractor:
-        if self.teacher_name:
-            try:
-                return AutoFeatureExtractor.from_pretrained(self.teacher_name)
-            except (OSError, ValueError):
-                pass
+        extractor = load_feature_extractor(self.teacher_name, "Teacher") if self.teacher_name else None
+        if extractor is not None:
+            return extractor
         normalise = self.teacher.config.feat_extract_norm == "layer"
         logger.warning(
             "The teacher comes without preprocessor_config.json; audio is %s. Pass `processing_class` if that is"
@@ -522,7 +523,11 @@ class SkillDistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if isinstance(self.model, SkillDistiller):
-            super()._save(output_dir, state_dict)
+            own, self.processing_class = self.processing_class, plain_feature_extractor(self.processing_class)
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                self.processing_class = own
             if self.args.should_save:
                 self.student.config.to_json_file(str(Path(output_dir) / "config.json"))
                 self.skill_config.save_pretrained(output_dir)
@@ -536,7 +541,7 @@ class SkillDistillationTrainer(Trainer):
     def save_student(self, output_dir: str) -> None:
         """Saves model, feature extractor and recipe, without a card."""
         self.student.save_pretrained(output_dir)
-        self.processing_class.save_pretrained(output_dir)
+        publishing.save_feature_extractor(output_dir, self.processing_class)
         self.skill_config.save_pretrained(output_dir)
 
     # ---- The Hub ----
