@@ -15,12 +15,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_modeling_wavlm_skill_student import PRUNED, pruned_student
 from transformers import (
+    AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCTC,
     HubertConfig,
     HubertForCTC,
     HubertModel,
+    TrainingArguments,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForPreTraining,
@@ -31,7 +33,14 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig, layer_similarity
+from skill_hf import (
+    SkillConfig,
+    SkillDistillationTrainer,
+    WavLMForSkillStudent,
+    WavLMSkillStudentConfig,
+    layer_similarity,
+)
+from skill_hf.encoders import PretrainedEncoder
 from skill_hf.families import build_student, load_student, load_teacher
 from skill_hf.loading import (
     check_feature_extractor,
@@ -206,7 +215,7 @@ TEACHERS = [
     (field("conv_dim", [10**9] * 7), "`conv_dim`"),
     (field("conv_dim", [2**20] * 7), "config.json describes"),
     (field("conv_kernel", [2**20] * 7), "config.json describes"),
-    (field("num_hidden_layers", 40), "config.json describes"),
+    (field("num_hidden_layers", 40), "encoder.layers.3"),
     (field("num_hidden_layers", 256), "256 layers"),
     (field("num_hidden_layers", 2**20), "layers"),
     (field("intermediate_size", 2**20), "config.json describes"),
@@ -227,7 +236,7 @@ TEACHERS = [
     (field("hidden_act", "evil"), "evil"),
     (field("hidden_dropout", 7.0), "7"),
     (field("id2label", [1, 2]), "config.json"),
-    (field("feat_extract_norm", "layer"), "feature_extractor.conv_layers"),
+    (field("feat_extract_norm", "layer"), "`feat_extract_norm`"),
     (field("do_stable_layer_norm", True), "`do_stable_layer_norm`"),
     (field("conv_bias", True), "conv.bias is missing"),
     (field("add_adapter", True), "`add_adapter`"),
@@ -252,7 +261,7 @@ TEACHERS = [
     (without("encoder.layers.1."), "encoder.layers.1.attention"),
     (without("encoder.pos_conv_embed"), "pos_conv_embed"),
     (weights(lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()}), "is missing"),
-    (weights(lambda tensors: {"a": torch.zeros(60_000)}), "is missing"),
+    (weights(lambda tensors: {"a": torch.zeros(60_000)}), "1 tensors"),
     (weights(lambda tensors: tensors | {"encoder.layers.7.layer_norm.weight": torch.ones(32)}), "encoder.layers.7"),
     (each(lambda name, tensor: tensor[:1].clone() if "q_proj.weight" in name else tensor), "q_proj.weight has shape"),
     (each(lambda name, tensor: torch.zeros_like(tensor)), "all zeros"),
@@ -550,11 +559,71 @@ def test_feature_extractors_as_objects():
     refused(lambda: check_feature_extractor(WhisperFeatureExtractor()), "input_features")
     for value in (None, 5, "extractor", object()):
         refused(lambda value=value: check_feature_extractor(value), "`sampling_rate`")
-    assert plain_feature_extractor(OwnExtractor()) is None and plain_feature_extractor(Louder()) is None
+    assert plain_feature_extractor(OwnExtractor()).sampling_rate == 8_000
+    louder = plain_feature_extractor(Louder(return_attention_mask=True))
+    assert type(louder) is Wav2Vec2FeatureExtractor and louder.return_attention_mask
     extractor = Wav2Vec2FeatureExtractor(
         do_normalize=False, note="private", auto_map={"AutoFeatureExtractor": "a--b.C"}
     )
     assert plain_feature_extractor(extractor).to_dict() == Wav2Vec2FeatureExtractor(do_normalize=False).to_dict()
+
+
+def run(tmp_path, teacher, **kwargs):
+    clips = [{"input_values": np.random.default_rng(0).standard_normal(33_000).astype(np.float32)}] * 4
+    recipe = {"final_steps": 1, "layer_groups": [[0, 1], [2, 3]], "num_clusters": None}
+    trainer = SkillDistillationTrainer(
+        teacher,
+        SkillConfig(target_sparsity=0.5, **recipe),
+        TrainingArguments(str(tmp_path / "out"), max_steps=2, save_steps=1, report_to="none", use_cpu=True),
+        train_dataset=clips,
+        **kwargs,
+    )
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "out"
+
+
+def test_a_run_publishes_nothing_of_the_teachers_that_it_does_not_know(teacher_files, tmp_path):
+    directory = put(teacher_files, tmp_path / "teacher")
+    for file in ("config.json", "preprocessor_config.json"):
+        for name in ("AutoConfig", "AutoModel", "AutoFeatureExtractor"):
+            field("auto_map", {name: "someone/else--evil.E"}, file)(directory)
+            field("note", "someone/else", file)(directory)
+    output = run(tmp_path, str(directory))
+    for path in (path for path in output.rglob("*") if path.suffix in (".json", ".py", ".md", ".yaml")):
+        assert "someone/else" not in path.read_text()
+    assert not AutoFeatureExtractor.from_pretrained(output).do_normalize
+    assert type(AutoModel.from_pretrained(output)) is WavLMForSkillStudent
+
+
+def test_a_run_with_a_feature_extractor_of_ones_own(teacher_files, tmp_path, caplog):
+    class Padded(OwnExtractor):
+        def pad(self, rows, **kwargs):
+            return Wav2Vec2FeatureExtractor(return_attention_mask=True).pad(rows, **kwargs)
+
+    output = run(tmp_path, str(put(teacher_files, tmp_path / "teacher")), processing_class=Padded())
+    saved = AutoFeatureExtractor.from_pretrained(output)
+    assert type(saved) is Wav2Vec2FeatureExtractor and not saved.do_normalize and saved.sampling_rate == 8000
+    assert "does not prepare audio as your Padded does" in caplog.text
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("damage", [each(lambda name, tensor: tensor * torch.nan), without("encoder.layers.1.")])
+def test_a_run_is_refused_before_training(teacher_files, tmp_path, damage, by_hand):
+    directory = put(teacher_files, tmp_path / "teacher")
+    damage(directory)
+    groups = {"layer_groups": [[0, 1], [2, 3]], "num_clusters": None} if by_hand else {}
+    refused(lambda: SkillDistillationTrainer(directory, SkillConfig(**groups)), str(directory))
+    refused(lambda: SkillDistillationTrainer(tiny_teacher(), model=changed("encoder.layer_norm.bias", torch.nan)))
+
+
+def test_an_adapter_is_refused_wherever_frames_are_counted():
+    teacher = tiny_teacher(add_adapter=True)
+    extractor = Wav2Vec2FeatureExtractor()
+    refused(lambda: PretrainedEncoder(teacher, extractor), "`add_adapter`")
+    refused(lambda: layer_similarity(teacher, [np.ones(8000, np.float32)], progress=False), "`add_adapter`")
+    student = WavLMForSkillStudent(WavLMSkillStudentConfig(**tiny_config(add_adapter=True).to_dict()))
+    refused(lambda: SkillDistillationTrainer(tiny_teacher(), model=student), "`add_adapter`")
 
 
 # ---- Students, as anybody loads them ----

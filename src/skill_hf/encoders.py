@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
 from .data import samples_per_frame
+from .loading import refuse_adapter
 
 
 Name = TypeVar("Name")
@@ -62,6 +63,9 @@ class PretrainedEncoder:
             its device and in its dtype, in eval mode.
         feature_extractor (`Wav2Vec2FeatureExtractor`): the model's own; it normalises.
         layers (`Sequence[int]`, *optional*): hidden states to keep, 0 to the number of layers; by default all.
+
+    Raises:
+        `ValueError`: if the model has an adapter of convolutions (`add_adapter`).
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class PretrainedEncoder:
         feature_extractor: Wav2Vec2FeatureExtractor,
         layers: Sequence[int] | None = None,
     ):
+        refuse_adapter(model.config, "The encoder")
         self.model = model.eval()
         self.feature_extractor = feature_extractor
         self.layers = list(range(model.config.num_hidden_layers + 1)) if layers is None else list(layers)

@@ -7,6 +7,7 @@ before memory is asked for. Whatever goes wrong is a `ValueError` of one line.
 """
 
 import json
+import logging
 import math
 import os
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from transformers.utils import (
 
 from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE
 
+
+logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 2**24  # an index of a hundred thousand weights is smaller
 # The largest speech encoders have 2 to 3 billion.
@@ -214,7 +217,7 @@ def check_feature_extractor(extractor) -> None:
         raise ValueError(
             f"`sampling_rate` of the {name} is {rate!r}, but must be a whole number from {low} to {high} Hz."
         )
-    noise = np.random.default_rng(0).standard_normal(int(rate) // 10).astype(np.float32)
+    noise = _noise(int(rate))
     with one_error(f"The {name} does not prepare waveforms."):
         made = extractor(noise, sampling_rate=rate)
         if "input_values" not in made:
@@ -234,16 +237,30 @@ def check_feature_extractor(extractor) -> None:
         raise ValueError(f"`padding_value` of the {name} is {padding!r}, but must be a finite number.")
 
 
-def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor | None:
+def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
     """
     What of a feature extractor or processor is published with a student: a `Wav2Vec2FeatureExtractor` of its known
-    fields, without names of code or whatever else it was loaded with; `None` for those of other classes, subclasses
-    included, which nobody could load again.
+    fields, without names of code or whatever else it was loaded with. For one of another class, which nobody could
+    load again, a warning says if that one prepares audio differently.
     """
     extractor = getattr(extractor, "feature_extractor", extractor)
+    fields = {"do_normalize": False}
+    fields |= {name: getattr(extractor, name) for name in EXTRACTOR_FIELDS if hasattr(extractor, name)}
+    plain = Wav2Vec2FeatureExtractor(**fields | {"sampling_rate": int(extractor.sampling_rate)})
     if type(extractor) is not Wav2Vec2FeatureExtractor:
-        return None
-    return Wav2Vec2FeatureExtractor(**{name: getattr(extractor, name) for name in EXTRACTOR_FIELDS})
+        one, other = (of(_noise(plain.sampling_rate), sampling_rate=plain.sampling_rate) for of in (extractor, plain))
+        if not np.allclose(one["input_values"][0], other["input_values"][0], atol=1e-5):
+            logger.warning(
+                "The student is saved with a Wav2Vec2FeatureExtractor, which does not prepare audio as your %s does:"
+                " prepare it with that before you use the student.",
+                type(extractor).__name__,
+            )
+    return plain
+
+
+def _noise(sampling_rate: int) -> np.ndarray:
+    """A tenth of a second, neither centred nor of unit size."""
+    return (0.2 + 0.3 * np.random.default_rng(0).standard_normal(sampling_rate // 10)).astype(np.float32)
 
 
 def check_encoder(model, what: str) -> None:
@@ -264,10 +281,7 @@ def check_encoder(model, what: str) -> None:
             " that PEFT has wrapped take `merge_and_unload()`."
         )
     encoder = model.base_model
-    if getattr(encoder.config, "add_adapter", False):
-        raise ValueError(
-            f"{what} has `add_adapter`, which makes other frames than the encoder's; load it with `add_adapter=False`."
-        )
+    refuse_adapter(encoder.config, what)
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(f"{what} is quantised; load it without `quantization_config`.")
     if hasattr(encoder, "_gate_draw"):
@@ -299,6 +313,12 @@ def check_encoder(model, what: str) -> None:
         dead += layers
     if dead:
         raise ValueError(f"{what} has weights that are all zeros, such as {dead[0]}; get the weights again.")
+
+
+def refuse_adapter(config: PreTrainedConfig, what: str) -> None:
+    """Raises a `ValueError` if convolutions after the encoder make other frames than those of the hidden states."""
+    if getattr(config, "add_adapter", False):
+        raise ValueError(f"{what} has `add_adapter`, which makes other frames than the encoder's; set it to false.")
 
 
 def _find(source, name: str, token: bool | str | None = None) -> Path | None:
@@ -382,8 +402,7 @@ def _check_numbers(fields: dict) -> None:
 
 def _check_sizes(config: PreTrainedConfig) -> None:
     """Whether a model of this config is one that could be, before it is made."""
-    if getattr(config, "add_adapter", False):
-        raise ValueError("`add_adapter` is set, which makes other frames than the encoder's; set it to false")
+    refuse_adapter(config, CONFIG_NAME)
     _check_numbers(config.to_dict())
     if not 1 <= config.num_hidden_layers <= MAX_LAYERS or not 1 <= len(config.conv_dim) <= MAX_LAYERS:
         raise ValueError(

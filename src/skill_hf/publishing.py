@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
 from . import model_card, pruning
-from .loading import load_feature_extractor, plain_feature_extractor
+from .loading import load_feature_extractor
 from .skill_config import SKILL_CONFIG_NAME
 from .version import __version__
 
@@ -265,22 +265,6 @@ def _published_card(repo_id: str, revision: str | None, token: bool | str | None
         raise ValueError(
             f"The metadata of {REPOCARD_NAME} in `{repo_id}` cannot be read; mend it there and push again. ({error})"
         ) from error
-
-
-def save_feature_extractor(directory: str | Path, extractor) -> None:
-    """
-    Writes preprocessor_config.json, which no pipeline takes a model without, of fields that every transformers knows;
-    nothing, but a warning, for one of a class that nobody could load again.
-    """
-    plain = plain_feature_extractor(extractor)
-    if plain is None:
-        logger.warning(
-            "The student is saved without preprocessor_config.json: a %s is no Wav2Vec2FeatureExtractor. Save one that"
-            " prepares audio in the same way beside it.",
-            type(extractor).__name__,
-        )
-    else:
-        plain.save_pretrained(directory)
 
 
 def _copy_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:

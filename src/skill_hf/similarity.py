@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import AudioError, disable_audio_decoding, open_row, samples_per_frame
-from .loading import load_feature_extractor, load_model
+from .loading import load_feature_extractor, load_model, refuse_adapter
 
 
 class SimilarityAccumulator(ABC):
@@ -387,8 +387,7 @@ def layer_similarity(
     source = teacher if isinstance(teacher, (str, os.PathLike)) else None
     if source is not None:
         teacher = load_model(source)
-    if getattr(teacher.config, "add_adapter", False):
-        raise ValueError("`teacher` has `add_adapter`, which makes other frames; load it with `add_adapter=False`.")
+    refuse_adapter(teacher.config, "`teacher`")
     if teacher.main_input_name != "input_values":
         raise ValueError(
             f"`teacher` must be a speech encoder that takes `input_values`, but {type(teacher).__name__} takes"

@@ -88,8 +88,8 @@ class SkillDistillationTrainer(Trainer):
         model (`PreTrainedModel`, *optional*):
             A student to start from; an exact copy of the teacher by default. May be pruned already.
         processing_class (*optional*):
-            The feature extractor; the teacher's own by default. One of another class than `Wav2Vec2FeatureExtractor`
-            is not saved with the student.
+            The feature extractor; the teacher's own by default. With the student a `Wav2Vec2FeatureExtractor` of the
+            same fields is saved, whatever the class.
         data_collator (*optional*):
             [`~skill_hf.data.SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
             them in evaluation.
@@ -541,7 +541,7 @@ class SkillDistillationTrainer(Trainer):
     def save_student(self, output_dir: str) -> None:
         """Saves model, feature extractor and recipe, without a card."""
         self.student.save_pretrained(output_dir)
-        publishing.save_feature_extractor(output_dir, self.processing_class)
+        plain_feature_extractor(self.processing_class).save_pretrained(output_dir)
         self.skill_config.save_pretrained(output_dir)
 
     # ---- The Hub ----
