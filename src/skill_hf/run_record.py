@@ -78,13 +78,19 @@ class RunRecord:
 
     def advice(self) -> list[str]:
         """What to change in the next run, one sentence each; nothing if all went well."""
+        return self.advice_on_cut() + self.advice_on_student()
+
+    def advice_on_cut(self) -> list[str]:
         found, rise = [], self.loss_rise()
         if rise is not None and rise > MAX_LOSS_RISE:
             found.append(
                 f"The loss rose by {rise:.2f} over the cut (up to {MAX_LOSS_RISE} is usual): stage 1 ended before its"
                 " gates had closed. Raise `max_steps`, or `gate_learning_rate`, or lower `target_sparsity`."
             )
-        end = self.losses.get("end")
+        return found
+
+    def advice_on_student(self) -> list[str]:
+        found, end = [], self.losses.get("end")
         if end is not None and end["cosine_similarity"] < MIN_COSINE_SIMILARITY:
             found.append(
                 f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the"

@@ -396,6 +396,8 @@ class SkillDistillationTrainer(Trainer):
             if self.state.global_step >= self.steps.total:
                 self.stage = 3
                 self._measure("end")
+                for sentence in self.record.advice_on_student():
+                    logger.warning(sentence)
         finally:
             self.args = user_args
             self.is_in_train = False
@@ -458,7 +460,7 @@ class SkillDistillationTrainer(Trainer):
         self.distiller = self._make_distiller(projections=self.distiller.projections)
         self.stage = 2
         self._measure("after_cut")
-        for sentence in self.record.advice():
+        for sentence in self.record.advice_on_cut():
             logger.warning(sentence)
         self.model = self.model_wrapped = self.distiller
         self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
