@@ -604,7 +604,8 @@ def test_teacher_from_a_directory_with_a_feature_extractor(tmp_path, clips):
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_sampling_by_length(tmp_path, clips, strategy):
     rows = datasets.Dataset.from_list([row | {"length": len(row["input_values"])} for row in clips])
-    trainer = make_trainer(tmp_path, rows, train_sampling_strategy=strategy, max_steps=3)
+    settings = {"train_sampling_strategy": strategy, "max_steps": 3}
+    trainer = make_trainer(tmp_path, rows, evaluate_on=rows.select(range(5)), **settings)
     trainer.train()
     assert trainer.state.global_step == 3
 
