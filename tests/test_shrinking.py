@@ -355,6 +355,7 @@ def train_on_eight_clips(output, number):
         clips,
         record,
         layout="large",
+        recipe={"shared_gate_noise": True},
         save_strategy="no",
         optim="sgd",
         learning_rate=0.1,

@@ -111,8 +111,9 @@ class SkillConfig:
         gate_learning_rate (`float`, *optional*):
             Peak learning rate of the gates and of the Lagrange multipliers; by default DPHuBERT's 0.02, and more in
             short runs, where a gate would not get from open to closed with it (see [`gate_travel`]).
-        shared_gate_noise (`bool`, *optional*, defaults to `True`):
-            Whether all micro-batches and processes of a step draw the same noise of the gates.
+        shared_gate_noise (`bool`, *optional*, defaults to `False`):
+            Whether all micro-batches and processes of a step draw the same noise of the gates. An update is then that
+            of one large batch, to rounding; noise of their own has less variance and gives better students.
         shrink_steps (`int`, *optional*, defaults to 0):
             Every so many optimizer steps the first stage cuts the units that are closed for good and goes on with a
             smaller student, which takes less time and memory; 0 for never. Needs an optimizer whose state has the
@@ -180,7 +181,7 @@ class SkillConfig:
         None, "Peak learning rate of gates and Lagrange multipliers; by default 0.02, and more in short runs."
     )
     shared_gate_noise: bool = _help(
-        True, "Whether all micro-batches and processes of a step draw the same noise of the gates."
+        False, "Whether all micro-batches and processes of a step draw the same noise of the gates."
     )
     shrink_steps: int = _help(
         0, "Every so many steps the first stage cuts the units that are closed for good; 0 for never."
