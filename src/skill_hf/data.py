@@ -134,7 +134,7 @@ class SpeechCollator:
         """
         choose_start = None
         if self.crop == "random":
-            content = functools.reduce(lambda checksum, row: zlib.crc32(_row_key(row), checksum), rows, 0)
+            content = functools.reduce(lambda checksum, row: zlib.crc32(row_key(row), checksum), rows, 0)
             choose_start = _random_start(self.seed, self.epoch, content)
         clips, errors = [], []
         for row in rows:
@@ -291,7 +291,7 @@ def open_row(row: Any, sampling_rate: int, protocols: Sequence[str] = ()) -> Ite
         yield clip, column == "audio"
 
 
-def _row_key(row: Any) -> bytes:
+def row_key(row: Any) -> bytes:
     """What tells a row from others, the same on every machine: a file's name, else its content or its samples."""
     try:
         value = row.get("audio") if row.get("input_values") is None else row["input_values"]

@@ -108,6 +108,7 @@ def cut_optimizer_state(
 
 def shrink(trainer) -> None:
     """Cuts what is closed for good out of all that `trainer` holds of the student, in place, between two steps."""
+    trainer.finite_watch.check()
     student, budget, step = trainer.student, trainer.budget, trainer.state.global_step
     before, size = dict(student.named_parameters()), pruning.num_parameters(student)
     cut = pruning.shrink(student, trainer.wanted_cost, trainer.distiller.costs)

@@ -26,10 +26,20 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from . import pruning, publishing
+from . import pruning, publishing, storage
 from .analysis import layer_distances
 from .budgets import make_budget
-from .checkpointing import TRAINER_STATE_NAME, find_checkpoint, read_same_recipe, write_skill_state
+from .checkpointing import (
+    SKILL_STATE_NAME,
+    TRAINER_STATE_NAME,
+    how_to_resume,
+    read_json,
+    read_student_config,
+    run_directory,
+    where_it_is_safe,
+    write_skill_state,
+    written_whole,
+)
 from .clustering import cluster_layers, layer_tree, silhouettes
 from .data import (
     AudioError,
@@ -41,12 +51,15 @@ from .data import (
     samples_per_frame,
 )
 from .distillation import SkillDistiller, target_means
+from .divergence import FiniteWatch, refuse_non_finite
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .gates import noise_seed
+from .interruption import Interruption
 from .loading import check_encoder, check_feature_extractor, load_feature_extractor, plain_feature_extractor
 from .losses import sparsity_at
 from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe, warn_of_slow_gates
+from .run_identity import checksum, describe_run
 from .run_record import RunRecord
 from .shrinking import ShrinkCallback
 from .similarity import layer_similarity
@@ -158,6 +171,9 @@ class SkillDistillationTrainer(Trainer):
             # One process that reads for all would have to join crops of different lengths.
             args.accelerator_config.dispatch_batches = False
         self.teacher_name = _name_of(teacher)
+        self.sources = _directories(
+            {"teacher": self.teacher_name, "student to start from": getattr(model, "name_or_path", None)}
+        )
         self.teacher = load_teacher(teacher)
         self.num_teacher_parameters = sum(parameter.numel() for parameter in self.teacher.parameters())
         student = build_student(self.teacher) if model is None else model
@@ -211,14 +227,21 @@ class SkillDistillationTrainer(Trainer):
         self.distiller: SkillDistiller | None = None
         self.stage = 0  # 0: not begun, 1: distil and prune, 2: distil after the cut, 3: done
         self.steps: StageSteps | None = None
+        self.run: dict | None = None  # what `train()` tells it from other runs by
+        self._checkpoint_parent: str | None = None
         self.layer_groups: list[list[int]] | None = None
         self.layer_similarity: np.ndarray | None = None
         self.record = RunRecord()
         self._micro_batch = 0
         self._train_sums: dict[str, torch.Tensor] = {}
         self._eval_sums: dict[str, torch.Tensor] = {}
+        self.start_checksum = None if model is None else checksum(student)
+        self.finite_watch = FiniteWatch(self)
+        self.interruption = Interruption(self)
+        self.add_callback(self.finite_watch)
         if self.skill_config.shrink_steps:
             self.add_callback(ShrinkCallback(self))
+        self.add_callback(self.interruption)
 
     # ---- Checks and set-up ----
 
@@ -352,16 +375,24 @@ class SkillDistillationTrainer(Trainer):
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            `ValueError`: if the checkpoint is of another recipe, teacher or number of steps, or `train()` was
-            finished.
+            `ValueError`: if `args.output_dir` holds another run, or the teacher; if the checkpoint is not whole, or of
+                another recipe or run; if `train()` was finished. A [`~skill_hf.divergence.NonFiniteError`] if the run
+                diverges.
+            [`~skill_hf.storage.StorageError`]: if `args.output_dir` cannot be written to, or another run uses it.
+            `KeyboardInterrupt`, [`~skill_hf.interruption.Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is
+                written.
         """
         if self.stage == 3:
             raise ValueError("This trainer has finished both stages; make a new one to train again.")
         if self.stage and not resume_from_checkpoint:
-            raise ValueError("This trainer has begun already; go on with `train(resume_from_checkpoint=True)`.")
-        user_args = self.args
+            raise ValueError(f"This trainer has begun already. {how_to_resume(self.args.output_dir)}")
         self.steps = self.skill_config.resolve_steps(self._total_steps())
-        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self.run = describe_run(self)
+        with self.interruption.listening(), run_directory(self, resume_from_checkpoint) as checkpoint:
+            return self._train_stages(checkpoint, trial, ignore_keys_for_eval)
+
+    def _train_stages(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
+        user_args = self.args
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -386,9 +417,9 @@ class SkillDistillationTrainer(Trainer):
                 output = self._train_stage(checkpoint, trial, ignore_keys_for_eval)
                 if self.state.global_step < self.steps.joint:
                     logger.warning(
-                        "Stopped at step %d of stage 1, before the cut: the student is not pruned. Go on with"
-                        " `train(resume_from_checkpoint=True)`.",
+                        "Stopped at step %d of stage 1, before the cut: the student is not pruned. %s",
                         self.state.global_step,
+                        how_to_resume(user_args.output_dir),
                     )
                     return output
                 checkpoint = boundary = self._cut()
@@ -423,6 +454,7 @@ class SkillDistillationTrainer(Trainer):
         self.args = args
         self.model = self.model_wrapped = self.callback_handler.model = self.distiller
         self.optimizer = self.lr_scheduler = None
+        self.finite_watch.reset()
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             if state.global_step >= args.max_steps:
@@ -432,7 +464,10 @@ class SkillDistillationTrainer(Trainer):
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._load_best_model()
                 return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.finite_watch.check()
+        self.interruption.raise_if_requested()
+        return output
 
     @property
     def wanted_cost(self) -> int:
@@ -467,26 +502,15 @@ class SkillDistillationTrainer(Trainer):
 
         # Stage 2 always starts from a checkpoint, so a run that is killed and resumed takes no other way than this
         # one.
-        directory = Path(self.args.output_dir) / f"checkpoint-{self.steps.joint}"
-        unfinished = directory.with_name("_cut")
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(unfinished), _internal_call=True)
-        self._save_rng_state(str(unfinished))
-        self._save_scaler(str(unfinished))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-            uncut = directory.with_name("_uncut")
-            shutil.rmtree(uncut, ignore_errors=True)
-            if directory.exists():
-                os.replace(directory, uncut)
-            os.replace(unfinished, directory)
-            shutil.rmtree(uncut, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        return str(directory)
+        name = f"checkpoint-{self.steps.joint}"
+        with written_whole(self, name) as unfinished:
+            self.save_model(str(unfinished), _internal_call=True)
+            self._save_rng_state(str(unfinished))
+            self._save_scaler(str(unfinished))
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        self.interruption.raise_if_requested()
+        return str(Path(self.args.output_dir) / name)
 
     # ---- Checkpoints ----
 
@@ -503,16 +527,45 @@ class SkillDistillationTrainer(Trainer):
             "layer_groups": self.layer_groups,
             "layer_similarity": None if self.layer_similarity is None else self.layer_similarity.tolist(),
             "record": self.record.to_dict(),
+            "run": self.run,
         }
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.finite_watch.check()
+        name = f"checkpoint-{self.state.global_step}"
+        with written_whole(self, name) as unfinished:
+            self._checkpoint_parent = str(unfinished.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._checkpoint_parent = None
+            if self.state.best_model_checkpoint == str(unfinished):
+                self.state.best_model_checkpoint = str(Path(self.args.output_dir) / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+
+    def _get_output_dir(self, trial) -> str:
+        return self._checkpoint_parent or super()._get_output_dir(trial)
+
+    def blank_distiller(self, checkpoint: Path, state: dict) -> SkillDistiller:
+        """What the weights of `checkpoint`, with `state` as its skill_state.json, belong to: shapes alone."""
+        config = read_student_config(checkpoint, self.student.config)
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                student = type(self.student)(config)
+            if state["stage"] == 1:
+                student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
+            groups, sharing = state["layer_groups"], self.skill_config.projection_groups
+            return SkillDistiller(student, groups, None, self.teacher_cost, projection_groups=sharing)
 
     def _restore(self, checkpoint: str) -> None:
         """Groups, stage and shapes of a checkpoint; the weights are loaded by the Trainer."""
-        state = read_same_recipe(checkpoint, self.skill_config, self._skill_state())
+        state = read_json(Path(checkpoint) / SKILL_STATE_NAME)
         self.layer_groups = state["layer_groups"]
         self.layer_similarity = None if state["layer_similarity"] is None else np.array(state["layer_similarity"])
         self.record = RunRecord.from_dict(state.get("record", {}))
         self.stage = state["stage"]
-        config = type(self.student.config).from_json_file(str(Path(checkpoint) / "config.json"))
+        config = read_student_config(Path(checkpoint), self.student.config)
         config._attn_implementation = self.student.config._attn_implementation
         trainable = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
         with torch.random.fork_rng(devices=[]):
@@ -537,8 +590,12 @@ class SkillDistillationTrainer(Trainer):
         elif pruning.named_gates(self.student):
             raise ValueError("The student still has its gates: finish `train()` (or resume it) before saving.")
         elif self.args.should_save:
-            self.save_student(output_dir)
-            write_model_card(output_dir, self)
+            storage.refuse_overlap(output_dir, self.sources)
+            refuse_non_finite(self.student)
+            with storage.saving("The student", output_dir, where_it_is_safe(self.args.output_dir)) as unfinished:
+                self.save_student(str(unfinished))
+            with storage.explained("The model card", output_dir, "The student itself is saved there."):
+                write_model_card(output_dir, self)
 
     def save_student(self, output_dir: str) -> None:
         """Saves model, feature extractor and recipe, without a card."""
@@ -765,11 +822,19 @@ class SkillDistillationTrainer(Trainer):
             penalty_scale=penalty_scale,
         )
         if model.training:
+            terms, finite = outputs, self.finite_watch.note_terms(outputs)
+            if self.accelerator.mixed_precision == "fp16":  # such steps are skipped
+                terms = {name: torch.where(finite, value.detach(), 0.0) for name, value in outputs.items()}
             # Each micro-batch holds its share of the step's loss: a step's is their sum, and weighs 1 in all.
             # A step without a valid frame is not one of zero loss.
             counts = 1.0 if num_items_in_batch is None else (num_items_in_batch > 0).float()
-            self._add_to(self._train_sums, outputs, counts, weight=penalty_scale * counts)
+            self._add_to(self._train_sums, terms, counts, weight=penalty_scale * counts)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finite_watch.note_gradient(grad_norm)
+        return grad_norm
 
     def _target_sparsity(self, step: int) -> float:
         target = self.skill_config.target_sparsity
@@ -854,6 +919,7 @@ class SkillDistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
+            self.finite_watch.check()
             terms = self._mean_over_processes(self._train_sums)
             self._train_sums = {}
             gates = self.distiller.has_gates
@@ -879,6 +945,11 @@ def _name_of(teacher: str | os.PathLike | PreTrainedModel) -> str | os.PathLike:
     name = teacher.config.name_or_path
     # Without a commit it is from no repository but from a directory, which may have been relative to another one.
     return name if getattr(teacher.config, "_commit_hash", None) or Path(name).exists() else ""
+
+
+def _directories(sources: dict) -> dict[str, Path]:
+    """Those of `sources` that are local directories, wherever this process goes from here."""
+    return {what: Path(path).absolute() for what, path in sources.items() if path and Path(path).is_dir()}
 
 
 def _lengths(batch: dict) -> torch.Tensor:

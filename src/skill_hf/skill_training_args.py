@@ -21,6 +21,12 @@ class SkillTrainingArguments(TrainingArguments):
         logging_steps (`float`, *optional*, defaults to 50): optimizer steps between two log lines.
         per_device_train_batch_size (`int`, *optional*, defaults to 10): clips per step and device. The published
             recipe sees 640 s of audio per step in all: reach it with `gradient_accumulation_steps` and devices.
+
+    > Of skill_hf
+
+    Args:
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may begin in an `output_dir`
+            that holds another one, whose checkpoints are removed.
     """
 
     max_steps: int = field(
@@ -33,3 +39,6 @@ class SkillTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=10.0, metadata={"help": "Norm that gradients are clipped to."})
     logging_steps: float = field(default=50, metadata={"help": "Optimizer steps between two log lines."})
     per_device_train_batch_size: int = field(default=10, metadata={"help": "Clips per step and device."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a new run may replace the one in output_dir and its checkpoints."}
+    )

@@ -1,0 +1,112 @@
+"""Whether training has left the finite numbers, noticed without waiting for the device in every step."""
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .checkpointing import last_checkpoint_to
+
+
+TERMS = ("distillation_loss", "l1_loss", "l2_loss", "cosine_loss", "lagrangian_loss")
+# A gradient scaler halves its scale in each step that it skips: from 2**16 it gets to 2**-4. What is not finite then
+# is not so because of the scale.
+MOST_SKIPPED = 20
+
+
+class NonFiniteError(ValueError):
+    """A run that diverged: the step, what is NaN or infinite, and the last checkpoint before."""
+
+
+class FiniteWatch(TrainerCallback):
+    """
+    Notes in each optimizer step, on the device, which loss terms are not finite, and whether the gradient is. `check`
+    reads the notes: at each log line, before each checkpoint, before the student shrinks, and at the end of a stage.
+
+    Steps that a gradient scaler skips because they overflowed in float16 do not count, but for `MOST_SKIPPED` in a
+    row.
+
+    Args:
+        trainer ([`SkillDistillationTrainer`]): whose steps are watched.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all steps; called at the start of a stage."""
+        shape, device = (len(TERMS) + 1,), self.trainer.args.device
+        self._now = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._first = torch.full(shape, -1, dtype=torch.long, device=device)
+        self._skipped = 0
+
+    def note_terms(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whether all loss terms of a micro-batch are finite, a boolean scalar."""
+        finite = torch.stack([outputs[name].detach().float().reshape(()) for name in TERMS]).isfinite()
+        self._now[: len(TERMS)] |= ~finite
+        return finite.all()
+
+    def note_gradient(self, norm: torch.Tensor | float | None) -> None:
+        if norm is not None:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=self._now.device)
+            self._now[-1] |= ~norm.detach().reshape(()).isfinite()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            self._skipped += 1
+        else:
+            self._skipped = 0
+            self._first = torch.where((self._first < 0) & self._now, state.global_step + 1, self._first)
+        self._now = torch.zeros_like(self._now)
+
+    def check(self, weights: bool = True) -> None:
+        """
+        Raises a [`NonFiniteError`] on all processes alike if something was not finite in a step that counts.
+
+        Args:
+            weights (`bool`, *optional*, defaults to `True`): whether to look at the weights themselves too.
+        """
+        trainer = self.trainer
+        first = self._first[None]
+        if trainer.accelerator.num_processes > 1:
+            first = trainer.accelerator.gather(first)
+        found = [(step, order) for steps in first.tolist() for order, step in enumerate(steps) if step >= 0]
+        step = trainer.state.global_step
+        if found:
+            step, order = min(found)
+            names = sorted({(*TERMS, "gradient norm")[other] for at, other in found if at == step})
+            what = " and ".join(name.replace("_", " ") for name in names)
+            raise NonFiniteError(self._message(step, f"the {what} became NaN or infinite"))
+        most = min(MOST_SKIPPED, trainer.args.max_steps)
+        if self._skipped >= most:
+            raise NonFiniteError(
+                self._message(step, f"the last {self._skipped} steps overflowed in float16 and were skipped")
+            )
+        name = first_non_finite(trainer.distiller) if weights else None
+        if name is not None:
+            raise NonFiniteError(self._message(step, f"{name} holds NaN or infinite values"))
+
+    def _message(self, step: int, what: str) -> str:
+        checkpoint = last_checkpoint_to(self.trainer.args.output_dir, step - 1)
+        safe = f"The last good checkpoint is `{checkpoint}`." if checkpoint else "There is no checkpoint before it."
+        cure = "a smaller learning rate"
+        if self.trainer.accelerator.mixed_precision == "fp16":
+            cure += " or bf16 in place of fp16"
+        return f"Step {step}: {what}. Training has ended, and nothing was saved. {safe} Start again with {cure}."
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """The first parameter that holds NaN or an infinite value, if there is one."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
+    if not named:
+        return None
+    finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in named]).tolist()
+    return next((name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite), None)
+
+
+def refuse_non_finite(student: nn.Module) -> None:
+    """Raises a [`NonFiniteError`] if a student that is to be saved holds NaN or infinite weights."""
+    name = first_non_finite(student)
+    if name is not None:
+        raise NonFiniteError(f"The student is not saved: its {name} holds NaN or infinite values. Train it again.")

@@ -1,0 +1,139 @@
+"""What makes two runs the same run: all that its weights follow from, but the recipe, in a form that JSON keeps."""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from .data import row_key
+
+
+# Others change what is written or shown, or how fast it goes, and may change when a run resumes.
+ARGUMENTS = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+# Enough to tell data sets apart, few enough to be read from a slow disk.
+ROWS = 64
+BLOCK = 1 << 16
+
+
+def describe_run(trainer) -> dict:
+    """Settings of a run, name -> what JSON can hold."""
+    args, accelerator = trainer.args, trainer.accelerator
+    run = {name: _plain(getattr(args, name, None)) for name in ARGUMENTS}
+    if trainer.optimizer_cls_and_kwargs is not None:
+        cls, kwargs = trainer.optimizer_cls_and_kwargs
+        run["optimizer"] = [cls.__name__, {name: _plain(value) for name, value in kwargs.items() if name != "lr"}]
+    return run | {
+        "warmup_steps": args.get_warmup_steps(trainer.steps.joint),
+        "sparsity_warmup_steps": trainer.steps.sparsity_warmup,
+        "final_warmup_steps": trainer.steps.final_warmup,
+        "precision": accelerator.mixed_precision,
+        "batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+        "teacher_weights": checksum(trainer.teacher),
+        "student_weights": trainer.start_checksum,
+        "audio": _simple_fields(trainer.processing_class),
+        "crops": _simple_fields(trainer.data_collator),
+        "data": describe_data(trainer.train_dataset),
+    }
+
+
+def describe_data(dataset) -> dict:
+    """
+    Number of rows, columns and a checksum over some rows: the same on every machine, whatever path the data lie in. Of
+    a stream no row is read.
+    """
+    columns = getattr(dataset, "column_names", None)
+    described = {"columns": sorted(map(str, columns)) if isinstance(columns, Iterable) else None}
+    try:
+        rows = len(dataset)
+    except Exception:
+        rows = None
+    if rows is None or isinstance(dataset, IterableDataset):
+        info = getattr(dataset, "info", None)
+        known = {name: getattr(info, name, None) for name in ("dataset_name", "config_name")}
+        return described | known | {"split": _plain(getattr(dataset, "split", None)), "rows": rows}
+    indices = sorted({int(index) for index in np.linspace(0, rows - 1, ROWS)}) if rows else []
+    keys = [_key(dataset, index) for index in indices]
+    # Rows that are drawn at random when they are read have nothing to be told by.
+    is_fixed = bool(keys) and keys[0] == _key(dataset, indices[0])
+    return described | {"rows": rows, "checksum": zlib.crc32(b"\0".join(keys)) if is_fixed else None}
+
+
+def _key(dataset, index: int) -> bytes:
+    try:
+        row = dataset[index]
+        return row_key(row) + _content(row.get("audio")) if isinstance(row, Mapping) else b""
+    except Exception:  # a row that cannot be read is found elsewhere, where it is named
+        return b""
+
+
+def _content(audio) -> bytes:
+    """Size, beginning and end of a local file: other recordings have the same names."""
+    if isinstance(audio, Mapping):
+        audio = audio.get("path") if audio.get("bytes") is None and audio.get("array") is None else None
+    if not isinstance(audio, (str, os.PathLike)) or not os.path.isfile(audio):
+        return b""
+    with open(audio, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - BLOCK, 0))
+        end = file.read(BLOCK)
+        file.seek(0)
+        return b"%d:%d" % (size, zlib.crc32(end, zlib.crc32(file.read(BLOCK))))
+
+
+def checksum(model: nn.Module) -> int:
+    """Of all weights of `model`, by their order."""
+    value = 0
+    for parameter in model.parameters():
+        # As bytes: numpy has no bfloat16.
+        value = zlib.crc32(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+def _simple_fields(settings) -> dict:
+    """Numbers, words and switches among the settings of a collator or feature extractor."""
+    if settings is None:
+        return {}
+    if dataclasses.is_dataclass(settings):
+        names = [field.name for field in dataclasses.fields(settings) if field.init and field.name != "epoch"]
+    else:
+        names = ("do_normalize", "sampling_rate", "padding_value", "return_attention_mask")
+    values = {name: getattr(settings, name, None) for name in names}
+    kept = {name: _plain(value) for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+    return {"class": getattr(settings, "__name__", type(settings).__name__), **kept}
+
+
+def _plain(value):
+    """What JSON gives back as it was: numbers and words, enumerations by their values, the rest as text."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.path.basename(value)
+    return str(getattr(value, "value", value))

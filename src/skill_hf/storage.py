@@ -1,0 +1,231 @@
+"""Files and directories that a kill or a full disk leaves whole, and a directory that one run has to itself."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import filelock
+from safetensors import SafetensorError
+
+
+LOCK_NAME = ".skill_hf.lock"
+# Beside what they become: renaming works within one file system only.
+WRITING, REPLACED = "_writing", "_replaced"
+
+# DataLoader workers that inherited a lock notice within 5 s that the run was killed.
+LOCK_SECONDS = 6.0
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+class StorageError(OSError):
+    """Something that cannot be written, in one line: what, why, and what is safe."""
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether the operating system refused to write; torch and safetensors raise errors of their own for that."""
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream"))
+    return isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+@contextmanager
+def explained(what: str, directory: str | os.PathLike, then: str) -> Iterator[None]:
+    """
+    Turns every error of writing `what` into `directory` into one `StorageError` that ends with `then`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, StorageError) or not is_write_error(error):
+            raise
+        raise StorageError(f"{what} could not be written: {reason_of(error, directory)}. {then}") from error
+
+
+def reason_of(error: Exception, directory: str | os.PathLike) -> str:
+    """Why something cannot be written, with what is free on the disk."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    name = getattr(error, "filename", None)
+    reason = f"{reason}: `{name}`" if name else reason
+    with suppress(OSError):
+        reason += f" ({shutil.disk_usage(_existing(directory)).free / 1e6:,.1f} MB free)"
+    return reason
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def try_to_write(directory: str | os.PathLike) -> None:
+    """
+    Makes `directory` and writes a file into it, which is removed again.
+
+    Raises:
+        `StorageError`: if that fails.
+    """
+    with explained(f"`{directory}`", directory, "Give another `output_dir`, or make this one writable."):
+        try:
+            os.makedirs(directory, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=directory, prefix=".tried-") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+        except ValueError as error:  # a path with a null byte
+            raise OSError(errno.EINVAL, str(error)) from error
+
+
+@contextmanager
+def exclusive(directory: str | os.PathLike) -> Iterator[None]:
+    """
+    Holds the lock of `directory`, which the operating system releases if the process is killed.
+
+    Raises:
+        `StorageError`: if another process, or another trainer of this one, holds it.
+    """
+    path = Path(directory) / LOCK_NAME
+    lock = filelock.FileLock(str(path))
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except filelock.Timeout:
+        raise StorageError(
+            f"Another run is writing to `{directory}` (it holds {LOCK_NAME}): wait until it ends, or give another"
+            " `output_dir`."
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # on Windows a file that is open stays
+            path.unlink()
+        lock.release()
+
+
+def sync(directory: Path) -> None:
+    """Waits until the files of `directory` are on the disk."""
+    for path in [*(path for path in directory.rglob("*") if path.is_file()), directory]:
+        if os.name == "nt" and path.is_dir():
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # file systems that cannot sync a directory
+                raise
+        finally:
+            os.close(handle)
+
+
+def unfinished_name(directory: Path) -> Path:
+    """Where a directory is written before `replace_directory` puts it in its place."""
+    return directory.with_name(WRITING) / directory.name
+
+
+def replace_directory(directory: Path) -> None:
+    """
+    Puts `unfinished_name(directory)`, which is whole, in the place of `directory`. Killed at any instant, it leaves
+    the old or the new one there, or what `finish_replacements` makes the new one of.
+    """
+    unfinished, replaced = unfinished_name(directory), directory.with_name(REPLACED) / directory.name
+    sync(unfinished)
+    shutil.rmtree(replaced.parent, ignore_errors=True)
+    if os.path.lexists(directory):
+        replaced.parent.mkdir()
+        os.replace(directory, replaced)
+    os.replace(unfinished, directory)
+    sync_entries(directory.parent)
+    shutil.rmtree(replaced.parent, ignore_errors=True)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def sync_entries(directory: Path) -> None:
+    """Waits until names in `directory` are on the disk."""
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def finish_replacements(parent: Path) -> None:
+    """Ends what a killed `replace_directory` began in `parent`, and removes what was never finished."""
+    for replaced in (parent / REPLACED).glob("*"):
+        directory = parent / replaced.name
+        if not os.path.lexists(directory):
+            unfinished = unfinished_name(directory)
+            os.replace(unfinished if unfinished.exists() else replaced, directory)
+    for name in (REPLACED, WRITING):
+        shutil.rmtree(parent / name, ignore_errors=True)
+
+
+@contextmanager
+def written_together(directory: str | os.PathLike) -> Iterator[Path]:
+    """
+    A new directory whose files are moved into `directory` in the end, in the place of those of the same name. If
+    something fails before, nothing there has changed.
+    """
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).iterdir()):
+            os.replace(path, Path(directory) / path.name)
+
+
+@contextmanager
+def saving(what: str, directory: str | os.PathLike, then: str) -> Iterator[Path]:
+    """`written_together` into a directory that nobody else writes to meanwhile; see `explained` for `what`, `then`."""
+    with explained(what, directory, then):
+        os.makedirs(directory, exist_ok=True)
+        with exclusive(directory), written_together(directory) as unfinished:
+            yield unfinished
+
+
+def refuse_overlap(directory: str | os.PathLike, sources: Mapping[str, Path]) -> None:
+    """
+    Checks that writing to `directory` cannot change what `sources` (what it is -> a local directory) hold, by
+    whatever name, link or mount.
+
+    Raises:
+        `ValueError`: if one of them is `directory`, lies in it or above it, or shares a file with it.
+    """
+    ours = Path(os.path.realpath(directory))
+    for what, source in sources.items():
+        theirs = Path(os.path.realpath(source))
+        relation = None
+        if ours == theirs or (ours.exists() and theirs.exists() and ours.samefile(theirs)):
+            relation = "is"
+        elif theirs in ours.parents or _inode(theirs) in {_inode(parent) for parent in ours.parents} - {None}:
+            relation = "lies in"
+        elif ours in theirs.parents or _inode(ours) in {_inode(parent) for parent in theirs.parents} - {None}:
+            relation = "holds"
+        elif _files(ours) & _files(theirs):
+            relation = "shares files with"
+        if relation is not None:
+            raise ValueError(
+                f"`{directory}` {relation} the directory of the {what}, `{source}`, which must not change: give"
+                " another directory."
+            )
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _files(directory: Path) -> set[tuple[int, int]]:
+    """Identities of the files of a directory, links followed."""
+    try:
+        return {_inode(path) for path in directory.iterdir() if path.is_file()} - {None}
+    except (OSError, ValueError):
+        return set()
