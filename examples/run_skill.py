@@ -20,8 +20,12 @@ All settings in one JSON or YAML file, which holds the same names:
 
     python examples/run_skill.py recipe.json
 
-Add `--resume_from_checkpoint True` to go on with a run that was stopped, `--push_to_hub` to publish the student. With
-no arguments at all: the demo of `examples/demo/`, offline and within 10 minutes on 2 CPU cores.
+Add `--resume_from_checkpoint True` to resume a run that was stopped, `--overwrite_output_dir` to replace an earlier
+run in `output_dir`, `--push_to_hub` to publish the student. With no arguments at all: the demo of `examples/demo/`,
+offline and within 10 minutes on 2 CPU cores.
+
+Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
+both of which write a checkpoint first.
 
 `output_dir` then holds the student, its model card, `layer_similarity.png` (teacher's layers and their tree),
 `architecture.png` (what is left of each layer), `layer_distances.png` (student and teacher at every layer),
@@ -32,6 +36,7 @@ import dataclasses
 import importlib.util
 import logging
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -58,7 +63,9 @@ from transformers import AutoModel, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
 from skill_hf.data import calibration_waveforms, load_audio_dir, load_speech_dataset
+from skill_hf.divergence import NonFiniteError
 from skill_hf.families import load_student
+from skill_hf.interruption import Terminated
 
 
 logger = logging.getLogger("run_skill")
@@ -107,6 +114,10 @@ class DataArguments:
             raise ValueError("Give the training data by either `dataset_name` or `audio_dir`.")
         if self.eval_split is not None and (self.dataset_name is None or self.eval_audio_dir is not None):
             raise ValueError("`eval_split` is a split of `dataset_name` and excludes `eval_audio_dir`; drop one.")
+
+
+class UnfinishedError(ValueError):
+    """A run that ended before its last step, so that there is no student to save."""
 
 
 class StageClock(TrainerCallback):
@@ -258,6 +269,11 @@ def run(arguments: list[str], clock: StageClock) -> None:
     resume = training_args.resume_from_checkpoint
     with clock.measure("train"):
         trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    if trainer.stage != 3:
+        raise UnfinishedError(
+            f"The run ended at step {trainer.state.global_step} of {trainer.steps.total}; no student is saved. Resume"
+            " it with `--resume_from_checkpoint True`."
+        )
     # What neither stage took went into calibration, clustering and the cut.
     stages = sum(seconds for name, seconds in clock.seconds.items() if name.startswith("stage_"))
     clock.seconds["calibration_and_cut"] = clock.seconds.pop("train") - stages
@@ -313,7 +329,15 @@ def run(arguments: list[str], clock: StageClock) -> None:
 def main(arguments: list[str] | None = None) -> int:
     clock = StageClock()
     words = sys.argv[1:] if arguments is None else arguments
-    return run_script(lambda: run(words, clock), is_input=lambda error: not clock.training_began)
+
+    def is_input(error: Exception) -> bool:
+        return not clock.training_began or isinstance(error, (NonFiniteError, UnfinishedError))
+
+    try:
+        return run_script(lambda: run(words, clock), is_input)
+    except (KeyboardInterrupt, Terminated) as stop:
+        print(f"stopped: {stop}" if str(stop) else "stopped.", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 if __name__ == "__main__":
