@@ -51,7 +51,7 @@ LAYERS = {
     "families": {"loading", "modeling_wavlm_skill_student"},
     "analysis": {"data", "similarity"},
     "storage": set(),
-    "checkpointing": {"skill_config", "storage"},
+    "checkpointing": {"files", "skill_config", "storage"},
     "run_identity": {"data"},
     "divergence": {"checkpointing"},
     "interruption": {"checkpointing"},

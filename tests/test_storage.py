@@ -96,26 +96,6 @@ def test_files_appear_together_or_not_at_all(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- what cannot be written
-def refuse_to_write(*args, **kwargs):
-    raise PermissionError(errno.EACCES, "Permission denied")
-
-
-def test_a_directory_is_tried(tmp_path, monkeypatch):
-    storage.try_to_write(tmp_path / "new" / "one")
-    assert not list((tmp_path / "new" / "one").iterdir())
-    (tmp_path / "file").write_text("")
-    for name in ("file", "file/below", "x" * 300, "null\0byte", "loop/below"):
-        if name.startswith("loop"):
-            (tmp_path / "loop").symlink_to(tmp_path / "loop")
-        with pytest.raises(storage.StorageError, match="could not be written.*another `output_dir`") as refused:
-            storage.try_to_write(tmp_path / name)
-        assert "\n" not in str(refused.value)
-    # Root may write anywhere, so a directory without permission is made up.
-    monkeypatch.setattr(storage.tempfile, "NamedTemporaryFile", refuse_to_write)
-    with pytest.raises(storage.StorageError, match=r"Permission denied \(.* MB free\)"):
-        storage.try_to_write(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -189,10 +169,9 @@ def test_other_directories_are(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- locks
 def test_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "LOCK_SECONDS", 0.1)
-    with storage.exclusive(tmp_path):
-        with pytest.raises(storage.StorageError, match="Another run is writing to"), storage.exclusive(tmp_path):
-            pass
-        storage.try_to_write(tmp_path)
+    refused = pytest.raises(storage.StorageError, match="Another run is writing to")
+    with storage.exclusive(tmp_path), refused, storage.exclusive(tmp_path):
+        pass
     with storage.exclusive(tmp_path):
         pass
     assert not list(tmp_path.iterdir())

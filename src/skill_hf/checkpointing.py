@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import storage
+from .files import try_directory
 from .skill_config import SKILL_CONFIG_NAME
 
 
@@ -170,14 +171,15 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
 
     Raises:
         `ValueError`: if it is the directory of the teacher or of the student to start from, or holds another run; if
-            the checkpoint is not whole or of another run.
-        [`~skill_hf.storage.StorageError`]: if it cannot be written to or another run is writing to it.
+            the checkpoint is not whole or of another run; if the directory cannot be written to.
+        [`~skill_hf.storage.StorageError`]: if another run is writing to it, or the disk is full.
     """
     output_dir = trainer.args.output_dir
 
     def prepare() -> str | None:
         storage.refuse_overlap(output_dir, trainer.sources)
-        storage.try_to_write(output_dir)
+        try_directory(output_dir)
+        os.makedirs(output_dir, exist_ok=True)
         stack.enter_context(storage.exclusive(output_dir))
         storage.finish_replacements(Path(output_dir))
         checkpoint = find_checkpoint(

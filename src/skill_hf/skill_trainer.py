@@ -378,7 +378,7 @@ class SkillDistillationTrainer(Trainer):
             `ValueError`: if `args.output_dir` holds another run, or the teacher; if the checkpoint is not whole, or of
                 another recipe or run; if `train()` was finished. A [`~skill_hf.divergence.NonFiniteError`] if the run
                 diverges.
-            [`~skill_hf.storage.StorageError`]: if `args.output_dir` cannot be written to, or another run uses it.
+            [`~skill_hf.storage.StorageError`]: if another run uses `args.output_dir`, or the disk is full.
             `KeyboardInterrupt`, [`~skill_hf.interruption.Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is
                 written.
         """

@@ -60,24 +60,6 @@ def _existing(path: str | os.PathLike) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def try_to_write(directory: str | os.PathLike) -> None:
-    """
-    Makes `directory` and writes a file into it, which is removed again.
-
-    Raises:
-        `StorageError`: if that fails.
-    """
-    with explained(f"`{directory}`", directory, "Give another `output_dir`, or make this one writable."):
-        try:
-            os.makedirs(directory, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=directory, prefix=".tried-") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-        except ValueError as error:  # a path with a null byte
-            raise OSError(errno.EINVAL, str(error)) from error
-
-
 @contextmanager
 def exclusive(directory: str | os.PathLike) -> Iterator[None]:
     """
