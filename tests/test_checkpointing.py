@@ -133,8 +133,9 @@ DAMAGES = (removed, emptied, cut_short, one_byte_short, one_bit_changed, longer,
 def test_a_damaged_file_is_named(finished, looking, tmp_path, name, damage):
     directory = copy_of(finished, 2, tmp_path)
     damage(directory / name)
-    if name == MANIFEST_NAME and damage is longer:
-        return  # a line more is no other content
+    if name == MANIFEST_NAME and damage in (longer, one_byte_short):
+        check_checkpoint(directory, looking)  # a line break more or less is no other content
+        return
     with pytest.raises(ValueError) as refused:
         check_checkpoint(directory, looking)
     message = str(refused.value)
@@ -209,6 +210,7 @@ IMPOSSIBLE = {
     "heads that there are not": (edit("config.json", "remaining_heads", value=[[9]] * 3), "config.json is no config"),
     "widths of another student": (edit("config.json", "intermediate_sizes", value=[9] * 3), "has the shape"),
     "widths of 10**15": (edit("config.json", "intermediate_sizes", value=[10**15] * 3), "has the shape"),
+    "widths of 10**18": (edit("config.json", "intermediate_sizes", value=[10**18] * 3), "config.json describes no"),
     "files as a list": (edit(MANIFEST_NAME, "files", value=[]), "checkpoint_files.json"),
     "a weight less": (edit_weights(lambda weights: weights.pop(NAME)), f"model.safetensors lacks {NAME}"),
     "a weight more": (edit_weights(lambda weights: weights.update(x=torch.ones(1))), "model.safetensors holds x"),

@@ -309,7 +309,11 @@ def check_checkpoint(directory: Path, trainer) -> None:
         for group in state["layer_groups"]:
             if max(group) > layers:
                 raise CheckpointError(f"{SKILL_STATE_NAME} groups layer {max(group)} of a teacher with {layers}")
-        _check_weights(directory, trainer.blank_distiller(directory, state))
+        try:
+            distiller = trainer.blank_distiller(directory, state)
+        except RuntimeError as error:  # shapes beyond all bounds
+            raise CheckpointError(f"{CONFIG_NAME} describes no student ({_first_line(error)})") from error
+        _check_weights(directory, distiller)
     except CheckpointError as error:
         raise CheckpointError(
             f"`{directory}` is not a whole checkpoint of SkillDistillationTrainer: {error}."

@@ -167,6 +167,8 @@ class SkillDistillationTrainer(Trainer):
                 f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or name one"
                 " device in CUDA_VISIBLE_DEVICES."
             )
+        if args.enable_jit_checkpoint:
+            raise ValueError("`enable_jit_checkpoint` must be False: SIGTERM writes a checkpoint without it.")
         if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # One process that reads for all would have to join crops of different lengths.
             args.accelerator_config.dispatch_batches = False
@@ -550,9 +552,8 @@ class SkillDistillationTrainer(Trainer):
     def blank_distiller(self, checkpoint: Path, state: dict) -> SkillDistiller:
         """What the weights of `checkpoint`, with `state` as its skill_state.json, belong to: shapes alone."""
         config = read_student_config(checkpoint, self.student.config)
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):
-                student = type(self.student)(config)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            student = type(self.student)(config).to("meta")  # a tensor of an old constructor is elsewhere
             if state["stage"] == 1:
                 student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
             groups, sharing = state["layer_groups"], self.skill_config.projection_groups
