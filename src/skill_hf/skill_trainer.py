@@ -824,11 +824,12 @@ class SkillDistillationTrainer(Trainer):
         )
         if model.training:
             terms, finite = outputs, self.finite_watch.note_terms(outputs)
-            if self.accelerator.mixed_precision == "fp16":  # such steps are skipped
-                terms = {name: torch.where(finite, value.detach(), 0.0) for name, value in outputs.items()}
             # Each micro-batch holds its share of the step's loss: a step's is their sum, and weighs 1 in all.
             # A step without a valid frame is not one of zero loss.
             counts = 1.0 if num_items_in_batch is None else (num_items_in_batch > 0).float()
+            if self.accelerator.mixed_precision == "fp16":  # nor is one that overflows, which is skipped
+                terms = {name: torch.where(finite, value.detach(), 0.0) for name, value in outputs.items()}
+                counts = counts * finite
             self._add_to(self._train_sums, terms, counts, weight=penalty_scale * counts)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
