@@ -43,7 +43,7 @@ def clips():
 
 
 def make(output_dir, clips, *callbacks, recipe=None, **kwargs):
-    return make_trainer(output_dir, clips, None, RECIPE | (recipe or {}), callbacks, **SHORT | kwargs)
+    return make_trainer(output_dir, clips, None, RECIPE | (recipe or {}), list(callbacks), **SHORT | kwargs)
 
 
 @pytest.fixture(scope="module")
