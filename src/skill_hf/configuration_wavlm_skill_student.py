@@ -354,6 +354,15 @@ def _is_index(value, end=float("inf")):
     return type(value) is int and 0 <= value < end  # not `isinstance`: a bool is none
 
 
+def refuse_training_checkpoint(directory=None):
+    """Raises a `ValueError` if a directory holds what a trainer resumes from: gates, projections and multipliers."""
+    if directory is not None and os.path.isfile(os.path.join(directory, "skill_state.json")):
+        raise ValueError(
+            f"`{directory}` is a training checkpoint, not a student: resume its run with"
+            " `train(resume_from_checkpoint=...)`, which ends with a student, and save that with `save_model`."
+        )
+
+
 WavLMSkillStudentConfig.register_for_auto_class()
 
 __all__ = ["WavLMSkillStudentConfig"]

@@ -35,7 +35,7 @@ from transformers.utils import (
     cached_file,
 )
 
-from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE
+from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def load_config(source: str | os.PathLike, what: str = "The model", **settings) 
     Raises:
         `ValueError`: if there is none, it is damaged, of an unknown type or of impossible size, or has an adapter.
     """
+    refuse_training_checkpoint(source)
     with one_error(f"{what} `{source}` cannot be loaded; give a Hub id or a directory with config.json."):
         fields = _read_json(_find(source, CONFIG_NAME) or _missing(CONFIG_NAME))
         model_type = fields.get("model_type")

@@ -36,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 from transformers.utils import logging
 
-from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from .configuration_wavlm_skill_student import WavLMSkillStudentConfig, refuse_training_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -716,15 +716,6 @@ class WavLMSkillStudentFeedForward(nn.Module):
         return self.output_bias if self.output_dense is None else self.output_dense
 
 
-def _refuse_training_checkpoint(directory=None):
-    """Raises a `ValueError` if a directory holds what a trainer resumes from: gates, projections and multipliers."""
-    if directory is not None and os.path.isfile(os.path.join(directory, "skill_state.json")):
-        raise ValueError(
-            f"`{directory}` is a training checkpoint, not a student: resume its run with"
-            " `train(resume_from_checkpoint=...)`, which ends with a student, and save that with `save_model`."
-        )
-
-
 def _pruning():
     try:
         return importlib.import_module("skill_hf.pruning")
@@ -754,7 +745,7 @@ class _Student:
         Raises:
             `ValueError`: if weights and config disagree; the message names the field.
         """
-        _refuse_training_checkpoint(*args[:1])
+        refuse_training_checkpoint(*args[:1])
         model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
         mismatched = _mismatched(info)
         if getattr(model, "hf_quantizer", None) is None:  # quantised weights have names of their own
