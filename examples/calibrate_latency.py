@@ -24,10 +24,12 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from example_utils import DEMO_DATA, REPOSITORY, complain, load_config, parse
+from example_settings import REPOSITORY, Count, Range, Seconds, Seed, parse, run_script
+from example_utils import DEMO_DATA, load_config
 
-from skill_hf.files import write_json
+from skill_hf.files import try_file, write_json
 from skill_hf.latency import DTYPES, fit_latency
 
 
@@ -42,16 +44,18 @@ class CalibrationArguments:
     teacher_name_or_path: str = field(
         default=str(DEMO_DATA / "teacher"), metadata={"help": "Hub id or directory; by default the demo's teacher."}
     )
-    seconds: float = field(default=10.0, metadata={"help": "Length in seconds of the clips."})
-    batch_size: int = field(default=1, metadata={"help": "Clips in a forward."})
+    seconds: Seconds = field(default=10.0, metadata={"help": "Length in seconds of the clips."})
+    batch_size: Count = field(default=1, metadata={"help": "Clips in a forward."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "Of weights and audio.", "choices": list(DTYPES)})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of the CPU; by default all cores."})
-    num_architectures: int = field(default=24, metadata={"help": "Architectures to fit to."})
-    num_heldout: int = field(default=8, metadata={"help": "More architectures, to measure the error on."})
-    num_runs: int = field(default=5, metadata={"help": "Forwards of each architecture, of which the median counts."})
-    sampling_rate: int = field(default=16_000, metadata={"help": "Samples in a second."})
-    seed: int = field(default=0, metadata={"help": "Of the architectures that are drawn."})
+    num_threads: Annotated[int, Range(1, most=1024)] | None = field(
+        default=None, metadata={"help": "Threads of the CPU; by default all cores."}
+    )
+    num_architectures: Count = field(default=24, metadata={"help": "Architectures to fit to."})
+    num_heldout: Count = field(default=8, metadata={"help": "More architectures, to measure the error on."})
+    num_runs: Count = field(default=5, metadata={"help": "Forwards of each architecture, of which the median counts."})
+    sampling_rate: Count = field(default=16_000, metadata={"help": "Samples in a second."})
+    seed: Seed = field(default=0, metadata={"help": "Of the architectures that are drawn."})
     output: str = field(default=str(REPOSITORY / "outputs" / "latency.json"), metadata={"help": "File to write."})
 
 
@@ -80,6 +84,7 @@ def print_costs(costs: dict) -> None:
 def run(arguments: list[str] | None) -> None:
     (args,) = parse(arguments, (CalibrationArguments,))
     settings = {name: value for name, value in vars(args).items() if name not in ("teacher_name_or_path", "output")}
+    try_file(args.output)  # measuring takes minutes
     costs = fit_latency(load_config(args.teacher_name_or_path), **settings)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +103,7 @@ def run(arguments: list[str] | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logger.setLevel(logging.INFO)
-    try:
-        run(arguments)
-    except (ValueError, OSError) as error:
-        return complain(error)
-    return 0
+    return run_script(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ value and what it must be; the exit status is then 2.
 import dataclasses
 import difflib
 import enum
+import importlib.util
 import json
 import math
 import os
@@ -455,6 +456,15 @@ def run_script(body: Callable[[], int | None], is_input: Callable[[Exception], b
         if not is_out_of_memory(error):
             raise
         return complain(ValueError(f"The memory is too small; take smaller batches or shorter clips. ({error})"))
+
+
+def require(module: str, package: str, what: str) -> None:
+    """
+    Raises:
+        `ValueError`: if a package that only some scripts need is missing.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{what} {package}, which is not installed: pip install {package}.")
 
 
 def checked_device(name: str | None) -> torch.device:

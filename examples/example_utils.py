@@ -1,6 +1,5 @@
 """What several examples share: models, speech from a dataset to rows, and the course of a fine-tuning."""
 
-import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from example_settings import REPOSITORY, Count, Positive, Share, parse, run_script
+from example_settings import REPOSITORY, Count, Positive, Share, parse, require, run_script
 from transformers import Trainer, TrainingArguments
 
 from skill_hf import loading
@@ -127,8 +126,7 @@ def add_lora(model: transformers.PreTrainedModel, args: ModelArguments):
     Raises:
         `ValueError`: if peft is missing, no layer has such a name, or the adapters would not train.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("`--lora` needs peft, which is not installed: pip install peft.")
+    require("peft", "peft", "`--lora` needs")
     from peft import LoraConfig, LoraModel
 
     if model.config.model_type == "wavlm":
@@ -235,6 +233,14 @@ class FineTuner(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.check_weights()
+        super().save_model(output_dir, _internal_call)
+
+    def check_weights(self) -> None:
+        """
+        Raises:
+            [`TrainingError`]: if a weight is not finite.
+        """
         wrong = [name for name, tensor in self.model.named_parameters() if not torch.isfinite(tensor).all()]
         if wrong:
             raise TrainingError(
@@ -242,7 +248,6 @@ class FineTuner(Trainer):
                 f" {self.state.global_step} steps; they are not saved. Lower `learning_rate`, which is"
                 f" {self.args.learning_rate}."
             )
-        super().save_model(output_dir, _internal_call)
 
 
 def check_output(output_dir: str, head: str, sources: dict[str, str | None]) -> None:

@@ -31,7 +31,6 @@ A batch of clips goes in as a list of waveforms with `padding=True`. The program
 `torch.export.load("model.pt2").module()(input_values=..., attention_mask=...)` returns a dict of the outputs.
 """
 
-import json
 import logging
 import sys
 import tempfile
@@ -39,15 +38,18 @@ import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
-from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, complain, load_config, load_feature_extractor, parse
+from example_settings import MAX_SECONDS, REPOSITORY, Count, Range, parse, run_script
+from example_utils import DEMO_DATA, DEMO_STUDENT, load_config, load_feature_extractor
 from transformers import AutoProcessor, PreTrainedModel, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
 from skill_hf.data import calibration_waveforms, load_audio_dir
 from skill_hf.export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
+from skill_hf.files import keep_sources, try_directory, write_json
 from skill_hf.loading import load_model
 
 
@@ -78,14 +80,10 @@ class ExportArguments:
         default=str(DEMO_DATA / "audio" / "heldout"),
         metadata={"help": "Folder of audio to compare on, with all below it; by default the demo's held-out speech."},
     )
-    max_clips: int = field(default=10, metadata={"help": "Clips to compare on at most."})
-    max_seconds: float = field(default=10.0, metadata={"help": "Length in seconds that clips are cropped to."})
-
-    def __post_init__(self):
-        if self.max_clips < 1:
-            raise ValueError(f"`max_clips` must be at least 1, but is {self.max_clips}.")
-        if self.max_seconds < MIN_SECONDS:
-            raise ValueError(f"`max_seconds` must be at least {MIN_SECONDS}, but is {self.max_seconds}.")
+    max_clips: Count = field(default=10, metadata={"help": "Clips to compare on at most."})
+    max_seconds: Annotated[float, Range(MIN_SECONDS, most=MAX_SECONDS)] = field(
+        default=10.0, metadata={"help": "Length in seconds that clips are cropped to."}
+    )
 
 
 def load_student(name: str) -> PreTrainedModel:
@@ -178,6 +176,9 @@ def print_table(results: dict[str, dict]) -> None:
 
 def run(arguments: list[str] | None) -> None:
     (args,) = parse(arguments, (ExportArguments,))
+    keep_sources(args.output_dir, {"model": args.model})
+    keep_sources(Path(args.output_dir) / FILES["stock"], {"model": args.model})
+    try_directory(args.output_dir)
     model = load_student(args.model)
     if "stock" in args.formats and not isinstance(model, WavLMForSkillStudent):
         raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")
@@ -200,8 +201,7 @@ def run(arguments: list[str] | None) -> None:
             directory
         )  # a tokenizer, too, if there is one
         extractor.save_pretrained(directory)  # of which a processor's file would do for transformers alone
-    if folder.resolve() != Path(args.model).resolve():
-        model.config.to_json_file(folder / "config.json")  # names the labels of a head
+    model.config.to_json_file(folder / "config.json")  # names the labels of a head
     report = {
         "architecture": type(model).__name__,
         "clips": len(audio),
@@ -209,7 +209,7 @@ def run(arguments: list[str] | None) -> None:
         "formats": results,
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
-    (folder / "export.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "export.json", report)
     print_table(results)
     logger.info("Compared on %d clips, %.0f s of audio; written to %s", len(audio), report["seconds"], folder)
 
@@ -219,11 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, level in (("export_student", logging.INFO), ("skill_hf", logging.INFO), ("torch.onnx", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
     warnings.filterwarnings("ignore", module="torch|transformers|copyreg")  # exporters have much to say
-    try:
-        run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        return complain(error)
-    return 0
+    return run_script(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ holds a model for `AutoModelForCTC`, its `Wav2Vec2Processor`, and `all_results.j
 hears each test clip alone.
 """
 
-import importlib.util
 import itertools
 import json
 import logging
@@ -36,7 +35,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from example_settings import REPOSITORY, Seconds, Share
+from example_settings import REPOSITORY, Seconds, Share, require
 from example_utils import (
     DEMO_DATA,
     DataArguments,
@@ -191,8 +190,7 @@ def with_transcripts(dataset: datasets.Dataset, column: str) -> datasets.Dataset
 
 def prepare(model_args: CTCModelArguments, data_args: CTCDataArguments, training_args: CTCTrainingArguments):
     """The trainer, and what holds the adapters if there are any; wrong settings and data raise an error here."""
-    if importlib.util.find_spec("jiwer") is None:
-        raise ValueError("The error rates need jiwer, which is not installed: pip install jiwer.")
+    require("jiwer", "jiwer", "The error rates need")
     set_seed(training_args.seed)
     # The loss is infinite for a clip with too few frames for its transcript; one in a million must not end a run.
     config = load_config(

@@ -13,24 +13,24 @@ has a rate of 16 kHz. `heldout_split` says what the network never sees; `example
 that. A run that was stopped goes on where it was when the same command is given again.
 """
 
-import csv
 import json
 import logging
+import sys
+import zipfile
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
+from example_settings import Count, NotNegative, Seconds, Seed, Share, Whole, parse, require, run_script
+from example_utils import FineTuner
 from scipy.fft import dct
-from sklearn.cluster import MiniBatchKMeans
+from speech_folders import read_metadata, read_speech
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    HfArgumentParser,
-    Trainer,
     TrainingArguments,
     Wav2Vec2FeatureExtractor,
     WavLMConfig,
@@ -38,7 +38,10 @@ from transformers import (
 )
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.wavlm.modeling_wavlm import _compute_mask_indices
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
+
+from skill_hf.checkpointing import last_complete_checkpoint
+from skill_hf.files import keep_sources, try_directory
 
 
 logger = logging.getLogger(__name__)
@@ -54,18 +57,18 @@ class PretrainArguments:
     librispeech: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker) and audio."})
     speech_commands: Path = field(metadata={"help": "Same, of one-second clips; clips of one speaker are joined."})
     output_dir: Path = field(metadata={"help": "Where the network, its checkpoints and its log go."})
-    steps: list[int] = field(
+    steps: list[Count] = field(
         default_factory=lambda: [2500, 2500], metadata={"help": "Optimizer steps of each iteration."}
     )
-    num_clusters: list[int] = field(
+    num_clusters: list[Count] = field(
         default_factory=lambda: [100, 250], metadata={"help": "Clusters that each iteration predicts."}
     )
-    target_layer: int = field(default=5, metadata={"help": "Hidden state that is clustered after iteration 1."})
-    crop_seconds: float = field(default=3.0, metadata={"help": "Length of a training crop in seconds."})
-    batch_size: int = field(default=6, metadata={"help": "Crops per step."})
-    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate."})
-    mixing_probability: float = field(default=0.2, metadata={"help": "Share of crops with a second voice mixed in."})
-    unmasked_weight: float = field(
+    target_layer: Whole = field(default=5, metadata={"help": "Hidden state that is clustered after iteration 1."})
+    crop_seconds: Seconds = field(default=3.0, metadata={"help": "Length of a training crop in seconds."})
+    batch_size: Count = field(default=6, metadata={"help": "Crops per step."})
+    learning_rate: NotNegative = field(default=6e-4, metadata={"help": "Peak learning rate."})
+    mixing_probability: Share = field(default=0.2, metadata={"help": "Share of crops with a second voice mixed in."})
+    unmasked_weight: NotNegative = field(
         default=0.3,
         metadata={"help": "Weight of the loss over frames that are not masked: a short run learns faster."},
     )
@@ -73,13 +76,28 @@ class PretrainArguments:
         default=None,
         metadata={"help": "Network to grow from: its weights, and clusters of its hidden states from iteration 1 on."},
     )
-    num_hidden_layers: int = field(default=8, metadata={"help": "Layers; those beyond `init_from`'s start at random."})
+    num_hidden_layers: Count = field(
+        default=8, metadata={"help": "Layers; those beyond `init_from`'s start at random."}
+    )
     bf16: bool = field(
         default=True,
         metadata={"help": "bfloat16 autocast; without AMX or AVX512-BF16, a processor is slower with it."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of everything."})
+    save_steps: Count = field(default=500, metadata={"help": "Steps between checkpoints."})
+
+    def __post_init__(self):
+        if len(self.steps) != len(self.num_clusters):
+            raise ValueError(
+                f"`steps` has {len(self.steps)} iterations, `num_clusters` {len(self.num_clusters)}; give as many."
+            )
+        if len(self.steps) > 1 and self.target_layer > self.num_hidden_layers:
+            raise ValueError(
+                f"`target_layer` must be from 0 to `num_hidden_layers` ({self.num_hidden_layers}), but is"
+                f" {self.target_layer}."
+            )
+        if self.crop_seconds * RATE < WINDOW:
+            raise ValueError(f"`crop_seconds` must be at least {WINDOW / RATE}, but is {self.crop_seconds}.")
 
 
 def small_wavlm_config(num_hidden_layers: int) -> WavLMConfig:
@@ -116,15 +134,9 @@ def heldout_split(name: str, speaker: str, librispeech: bool) -> str:
 
 def read_directory(directory: Path, librispeech: bool) -> list[dict]:
     """Rows of `metadata.csv` with `audio` (float32 at 16 kHz) and `split` added."""
-    with open(directory / "metadata.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metadata(directory, ["speaker"])
     for row in tqdm(rows, desc=f"reading {directory.name}"):
-        audio, rate = sf.read(directory / row["file_name"], dtype="float32")
-        if rate != RATE or audio.ndim != 1:
-            raise ValueError(
-                f"{row['file_name']} must be mono at {RATE} Hz, it has {rate} Hz and shape {audio.shape}."
-            )
-        row["audio"] = audio
+        row["audio"] = read_speech(directory / row["file_name"], RATE)
         row["split"] = heldout_split(row["file_name"], row["speaker"], librispeech)
     return rows
 
@@ -145,6 +157,10 @@ def training_utterances(args: PretrainArguments) -> list[np.ndarray]:
             np.concatenate([clips[i] for i in order[at : at + per_crop]]) for at in range(0, len(clips), per_crop)
         ]
     minimum = int(args.crop_seconds * RATE)
+    if not utterances:
+        raise ValueError(f"{args.librispeech} and {args.speech_commands} have no clips to train on; give others.")
+    if empty := sum(not len(audio) for audio in utterances):
+        raise ValueError(f"{empty} clips of {args.librispeech} and {args.speech_commands} are empty; leave them out.")
     return [
         np.pad(audio, (0, minimum - len(audio)), mode="wrap") if len(audio) < minimum else audio
         for audio in utterances
@@ -192,6 +208,8 @@ def normalise(audio: torch.Tensor) -> torch.Tensor:
 
 def cluster_targets(features, utterances, num_clusters: int, seed: int) -> list[np.ndarray]:
     """A cluster index for each frame of each utterance, from k-means on a fifth of the frames."""
+    from sklearn.cluster import MiniBatchKMeans
+
     rng = np.random.default_rng(seed)
     everything = [features(audio).astype(np.float32) for audio in tqdm(utterances, desc="features to cluster")]
     sample = np.concatenate([x[rng.random(len(x)) < 0.2] for x in everything])
@@ -260,7 +278,7 @@ def pretrain(wavlm, utterances, targets, num_clusters, steps, directory: Path, a
         mask = _compute_mask_indices(shape, wavlm.config.mask_time_prob, wavlm.config.mask_time_length)
         return batch | {"mask": torch.from_numpy(mask)}
 
-    trainer = Trainer(
+    trainer = FineTuner(
         model=MaskedPrediction(wavlm, num_clusters, args.unmasked_weight),
         args=TrainingArguments(
             output_dir=str(directory),
@@ -285,20 +303,30 @@ def pretrain(wavlm, utterances, targets, num_clusters, steps, directory: Path, a
         train_dataset=Crops(utterances, targets, args),
         data_collator=collate,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(directory) if directory.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(directory)) if directory.is_dir() else None)
+    trainer.check_weights()
     (directory / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
 
 
-def main(args: PretrainArguments) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+def run(args: PretrainArguments) -> None:
+    require("sklearn", "scikit-learn", "Clusters need")
+    keep_sources(
+        args.output_dir,
+        {name: getattr(args, name) for name in ("librispeech", "speech_commands", "init_from")},
+    )
+    keep_sources(args.output_dir / "model", {"init_from": args.init_from})
+    try_directory(args.output_dir)
     set_seed(args.seed)
     utterances = training_utterances(args)
     hours = sum(map(len, utterances)) / RATE / 3600
     logger.info("%d utterances, %.2f hours", len(utterances), hours)
     wavlm = WavLMModel(small_wavlm_config(args.num_hidden_layers))
     if args.init_from is not None:
-        grown_from = WavLMModel.from_pretrained(args.init_from, dtype=torch.float32)
-        wavlm.load_state_dict(grown_from.state_dict(), strict=False)
+        try:
+            grown_from = WavLMModel.from_pretrained(args.init_from, dtype=torch.float32)
+            wavlm.load_state_dict(grown_from.state_dict(), strict=False)
+        except Exception as error:  # transformers raises what its file readers do
+            raise ValueError(f"`init_from`, {args.init_from}, cannot be grown from: {error}") from error
     logger.info("%.2f M parameters", wavlm.num_parameters() / 1e6)
     for iteration, (steps, num_clusters) in enumerate(zip(args.steps, args.num_clusters, strict=True), start=1):
         directory = args.output_dir / f"iteration-{iteration}"
@@ -307,15 +335,16 @@ def main(args: PretrainArguments) -> None:
             wavlm = WavLMModel.from_pretrained(finished)
             continue
         if targets_file.is_file():
-            stored = np.load(targets_file)
-            targets = [stored[str(i)] for i in range(len(utterances))]
+            targets = read_targets(targets_file, len(utterances))
         else:
             wavlm.eval()
             first = iteration == 1 and args.init_from is None
             features = mfcc if first else lambda audio: hidden_states(wavlm, audio, args.target_layer, args.bf16)  # noqa: B023
             targets = cluster_targets(features, utterances, num_clusters, args.seed)
             args.output_dir.mkdir(parents=True, exist_ok=True)
-            np.savez(targets_file, **{str(i): labels for i, labels in enumerate(targets)})
+            part = targets_file.with_name(f"part-{targets_file.name}")  # numpy adds .npz to other names
+            np.savez(part, **{str(i): labels for i, labels in enumerate(targets)})
+            part.replace(targets_file)
         logger.info("iteration %d: %d steps, %d clusters", iteration, steps, num_clusters)
         pretrain(wavlm, utterances, targets, num_clusters, steps, directory, args)
         wavlm.save_pretrained(finished)
@@ -324,5 +353,25 @@ def main(args: PretrainArguments) -> None:
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(args.output_dir / "model")
 
 
+def read_targets(path: Path, number: int) -> list[np.ndarray]:
+    """
+    Raises:
+        `ValueError`: if it can't be read, or is not of `number` utterances.
+    """
+    try:
+        with np.load(path) as stored:
+            targets = [stored[name] for name in stored.files]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it, it is then computed again.") from error
+    if len(targets) != number:
+        raise ValueError(f"{path} is of {len(targets)} utterances, not {number}; name another `output_dir`.")
+    return targets
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    return run_script(lambda: run(*parse(arguments, (PretrainArguments,))))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()[0])
+    sys.exit(main())

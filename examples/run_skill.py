@@ -33,7 +33,6 @@ both of which write a checkpoint first.
 """
 
 import dataclasses
-import importlib.util
 import logging
 import math
 import signal
@@ -56,6 +55,7 @@ from example_settings import (
     Range,
     Seconds,
     read_settings,
+    require,
     run_script,
 )
 from safetensors import safe_open
@@ -249,8 +249,7 @@ def check_saved_student(trainer: SkillDistillationTrainer) -> None:
 
 def run(arguments: list[str], clock: StageClock) -> None:
     model_args, data_args, skill_config, training_args = parse(arguments)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("The figures need matplotlib, which is not installed: pip install matplotlib.")
+    require("matplotlib", "matplotlib", "The figures need")
     main_process = training_args.process_index == 0
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for name in ("run_skill", "skill_hf"):

@@ -38,9 +38,13 @@ has the query's words in its text holds it, or the queries have a column `docume
 is trained: the layer that is best on the validation set is tested.
 
 The encoder's hidden states are written to `cache_dir` once, in half precision. A head over their weighted sum is then
-trained for each of `--learning_rates`; the one that is best on the validation set is tested. A run that was stopped
-goes on where it was. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`: the model
-beside published ones. Run several tasks into one `output_dir`, and the table fills up; with all ten, it has a score.
+trained for each of `--learning_rates`; the one that is best on the validation set is tested. The same command resumes
+a run that was stopped. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`, a table
+of its results and of their data. Run several tasks into one `output_dir`, and the table fills up.
+
+Results compare with published ones only on SUPERB's own data: its splits of Speech Commands, Fluent Speech Commands,
+VoxCeleb1, IEMOCAP, LibriSpeech and so on. Say so by `--superb_data`: `superb.md` then sets what was measured on them
+beside published models, and with all ten tasks it has a score.
 
 Means over time are all that ks, ic, sid and er need; for the others, and x-vectors, a model of Base size takes 3.6 GB
 for an hour of speech.
@@ -49,34 +53,33 @@ The published protocol takes far more steps than the default (keywords: 200,000)
 """
 
 import hashlib
-import json
 import logging
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import datasets
 import numpy as np
 import torch
 import transformers
+from example_settings import REPOSITORY, Count, Positive, Range, Seconds, parse, run_script
 from example_utils import (
     DEMO_DATA,
     DEMO_STUDENT,
     FineTuningArguments,
-    complain,
     load_config,
     load_feature_extractor,
-    parse,
 )
-from run_skill import REPOSITORY
 from transformers import AutoModel, set_seed
 
 from skill_hf.data import load_speech_dataset
 from skill_hf.encoders import FilterBank, PretrainedEncoder
+from skill_hf.files import keep_sources, read_json, try_directory, write_json
 from skill_hf.loading import load_model
-from skill_hf.superb import METRICS, comparison_table
+from skill_hf.superb import METRICS, MeasuredTask, results_page
 from skill_hf.superb.evaluation import evaluate_task, prepare_examples
 from skill_hf.superb.query_by_example import evaluate_query_by_example
 from skill_hf.superb.registry import TASKS, Columns, load_task
@@ -119,7 +122,7 @@ class SuperbArguments:
     validation_split: str | None = field(
         default=None, metadata={"help": "Split that chooses the head; by default a part of the training split."}
     )
-    validation_share: float = field(
+    validation_share: Annotated[float, Range(above=0, below=1)] = field(
         default=0.2,
         metadata={"help": "Share of the training split for that, by speaker where there is such a column."},
     )
@@ -142,16 +145,22 @@ class SuperbArguments:
         default=None, metadata={"help": "Words and their phonemes for pr; by default the CMU pronouncing dictionary."}
     )
     stress: bool = field(default=True, metadata={"help": "Tell stressed vowels from others, as SUPERB does."})
-    lstm_size: int | None = field(default=None, metadata={"help": "Width of the LSTM; by default 1024, for sd 512."})
-    time_unit: float = field(
+    lstm_size: Annotated[int, Range(0, most=16384)] | None = field(
+        default=None, metadata={"help": "Width of the LSTM; by default 1024, for sd 512."}
+    )
+    time_unit: Positive = field(
         default=1.0,
         metadata={"help": "Seconds of one unit of sd's times: 0.01 for the Hub's SUPERB, 0.0000625 for samples."},
     )
-    max_seconds: float | None = field(default=None, metadata={"help": "Length that clips are cropped to."})
-    learning_rates: list[float] = field(
+    max_seconds: Seconds | None = field(default=None, metadata={"help": "Length that clips are cropped to."})
+    learning_rates: list[Positive] = field(
         default_factory=lambda: [1e-4, 1e-3, 1e-2], metadata={"help": "Learning rates to try."}
     )
-    patience: int = field(default=10, metadata={"help": "Evaluations without gain after which a training ends."})
+    patience: Count = field(default=10, metadata={"help": "Evaluations without gain after which a training ends."})
+    superb_data: bool = field(
+        default=False,
+        metadata={"help": "Say that the data are the task's own splits of SUPERB: published results stand beside."},
+    )
     cache_dir: str = field(
         default=str(REPOSITORY / "outputs" / "superb_cache"), metadata={"help": "Where hidden states go."}
     )
@@ -160,8 +169,6 @@ class SuperbArguments:
     )
 
     def __post_init__(self):
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"`validation_share` must be between 0 and 1, but is {self.validation_share}.")
         if self.folds is not None and len(self.folds) < 2:
             raise ValueError("`folds` needs at least two splits.")
         if self.task == "qbe" and (self.folds is not None or self.validation_split is None):
@@ -170,8 +177,8 @@ class SuperbArguments:
             )
         if self.untrained and self.model in FilterBank.KINDS:
             raise ValueError(f"`{self.model}` has no weights to draw; leave out `--untrained`.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError("`learning_rates` must be above 0.")
+        if not self.learning_rates:
+            raise ValueError("`learning_rates` is empty; give at least one.")
 
 
 @dataclass
@@ -307,28 +314,29 @@ def run_query_by_example(args: SuperbArguments, device: torch.device, encoder) -
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("skill_hf").setLevel(logging.INFO)
-    try:
-        args, head_args = parse(arguments, (SuperbArguments, HeadArguments))
-        encoder = load_encoder(args, head_args.seed, head_args.device)
-        output_dir = Path(head_args.output_dir)
-        path = Path(args.model)
-        name = (path.resolve() if path.is_dir() else path).name + (" (untrained)" if args.untrained else "")
-        model_dir = output_dir / re.sub(r"[^\w.-]+", "_", name)
-        runs = {}
-        if args.task == "qbe":
-            runs["test"] = run_query_by_example(args, head_args.device, encoder)
-        elif args.folds is None:
-            runs["test"] = run_fold(args, head_args, encoder, args.train_split, args.test_split, model_dir / args.task)
-        else:
-            for fold in args.folds:
-                train = "+".join(other for other in args.folds if other != fold)
-                runs[fold] = run_fold(args, head_args, encoder, train, fold, model_dir / f"{args.task}_{fold}")
-    except (ValueError, OSError) as error:
-        return complain(error)
+def run(args: SuperbArguments, head_args: HeadArguments) -> None:
+    path = Path(args.model)
+    name = (path.resolve() if path.is_dir() else path).name + (" (untrained)" if args.untrained else "")
+    model_dir = Path(head_args.output_dir) / re.sub(r"[^\w.-]+", "_", name)
+    keep_sources(model_dir, {"model": args.model, "dataset_name": args.dataset_name})
+    try_directory(model_dir)
+    try_directory(args.cache_dir, "cache_dir")
+    for task, of in read_results(model_dir).items():  # which this adds to
+        if _place(str(of.get("model"))) != _place(args.model):
+            raise ValueError(
+                f"{model_dir} has results of {task} by {of.get('model')}, not by {args.model}; name another"
+                " `output_dir`."
+            )
+    encoder = load_encoder(args, head_args.seed, head_args.device)
+    runs = {}
+    if args.task == "qbe":
+        runs["test"] = run_query_by_example(args, head_args.device, encoder)
+    elif args.folds is None:
+        runs["test"] = run_fold(args, head_args, encoder, args.train_split, args.test_split, model_dir / args.task)
+    else:
+        for fold in args.folds:
+            train = "+".join(other for other in args.folds if other != fold)
+            runs[fold] = run_fold(args, head_args, encoder, train, fold, model_dir / f"{args.task}_{fold}")
     scores = {
         metric: float(np.mean([run[metric] for run in runs.values()]))
         for metric in METRICS
@@ -337,18 +345,30 @@ def main(arguments: list[str] | None = None) -> int:
     parameters = encoder.model.num_parameters() if isinstance(encoder, PretrainedEncoder) else 0
     if head_args.process_index == 0:
         report(model_dir, args, head_args, name, parameters, scores, runs)
-    return 0
+
+
+def _place(model: str) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def read_results(model_dir: Path) -> dict[str, dict]:
+    """`all_results.json`: task -> what was measured; empty if there is none."""
+    path = model_dir / "all_results.json"
+    results = read_json(path) if path.is_file() else {}
+    if not isinstance(results, dict) or not all(isinstance(of, dict) and "scores" in of for of in results.values()):
+        raise ValueError(f"{path} is not of this script; name another `output_dir`.")
+    return results
 
 
 def report(model_dir, args, head_args, name: str, parameters: int, scores: dict, runs: dict) -> None:
-    """Adds this task to `all_results.json`, and sets all that were measured beside published models."""
-    path = model_dir / "all_results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Adds this task to `all_results.json`, and writes the table of all tasks that were measured."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    results = read_results(model_dir)
     results[args.task] = {
         "model": args.model,
         "parameters": parameters,
         "dataset": [args.dataset_name, args.dataset_config_name],
+        "superb_data": args.superb_data,
         "scores": scores,
         "runs": runs,
         "seed": head_args.seed,
@@ -356,13 +376,23 @@ def report(model_dir, args, head_args, name: str, parameters: int, scores: dict,
         "batch_size": head_args.train_batch_size,
         "versions": {package.__name__: package.__version__ for package in (torch, transformers, datasets)},
     }
-    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    measured = {metric: value for task in results.values() for metric, value in task["scores"].items()}
-    table = comparison_table(name, measured, parameters / 1e6 or None)
-    (model_dir / "superb.md").write_text(table + "\n", encoding="utf-8")
+    write_json(model_dir / "all_results.json", results)
+    measured = [
+        MeasuredTask(of["scores"], " ".join(filter(None, of.get("dataset", ["?"]))), of.get("superb_data", False))
+        for of in results.values()
+    ]
+    page = results_page(name, measured, parameters / 1e6 or None)
+    (model_dir / "superb.md").write_text(page, encoding="utf-8")
     for metric, value in scores.items():
-        logger.info("%s: %.*f", METRICS[metric].label, 4 if metric == "qbe_mtwv" else 2, value)
-    logger.info("%s\nOther data than SUPERB's are not comparable with the published rows.", table)
+        logger.info("%s: %.*f", METRICS[metric].label, METRICS[metric].digits, value)
+    logger.info("%s", page)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("skill_hf").setLevel(logging.INFO)
+    return run_script(lambda: run(*parse(arguments, (SuperbArguments, HeadArguments))))
 
 
 if __name__ == "__main__":

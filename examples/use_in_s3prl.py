@@ -24,12 +24,20 @@ it needs `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`.
 
 import contextlib
 import math
+import sys
 
 import huggingface_hub
 import torch
-from s3prl import hub
 from transformers import AutoFeatureExtractor, AutoModel
 
+
+try:
+    from s3prl import hub
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: s3prl cannot be imported ({error}): pip install s3prl.", file=sys.stderr)
+    sys.exit(2)
 
 with contextlib.suppress(ImportError):  # the other entry needs none
     import skill_hf  # noqa: F401  (makes students known to AutoModel)

@@ -38,22 +38,32 @@ SpeechBrain 1.0 has the same class in `speechbrain.lobes.models.huggingface_tran
 imported beside transformers 5; beside transformers 4.57 it loads students with `trust_remote_code`.
 """
 
-import csv
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-import soundfile
-import speechbrain as sb
 import torch
-from example_utils import DEMO_DATA, DEMO_STUDENT, complain, load_config, parse
+from example_settings import MAX_SECONDS, Count, NotNegative, Range, Seed, checked_device, complain, parse, run_script
+from example_utils import DEMO_DATA, DEMO_STUDENT, load_config
 from huggingface_hub.constants import HF_HUB_CACHE
-from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.dataio.encoder import CategoricalEncoder
-from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
-from speechbrain.nnet.pooling import StatisticsPooling
+from speech_folders import read_metadata, read_speech, speech_info
 
 import skill_hf  # noqa: F401  (makes students known to AutoModel, which the wrapper uses)
+from skill_hf.files import keep_sources, try_directory
+
+
+try:
+    import speechbrain as sb
+    from speechbrain.dataio.dataset import DynamicItemDataset
+    from speechbrain.dataio.encoder import CategoricalEncoder
+    from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+    from speechbrain.nnet.pooling import StatisticsPooling
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(complain(ImportError(f"SpeechBrain cannot be imported ({error}): pip install speechbrain.")))
 
 
 MIN_SEGMENT_SECONDS = 0.5
@@ -70,19 +80,15 @@ class Arguments:
         metadata={"help": "Folder with `metadata.csv`, whose columns are `file_name` and `speaker`, and the audio."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "Fine-tunes the student and saves it there."})
-    segment_seconds: float = field(default=2.0, metadata={"help": "Length in seconds that the clips are cut to."})
-    batch_size: int = field(default=16, metadata={"help": "Segments in a batch."})
-    num_epochs: int = field(default=8, metadata={"help": "Times that the training segments are gone through."})
-    learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the classifier."})
-    encoder_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the student."})
-    seed: int = field(default=0, metadata={"help": "Seed of the weights, the order of the segments and dropout."})
+    segment_seconds: Annotated[float, Range(MIN_SEGMENT_SECONDS, most=MAX_SECONDS)] = field(
+        default=2.0, metadata={"help": "Length in seconds that the clips are cut to."}
+    )
+    batch_size: Count = field(default=16, metadata={"help": "Segments in a batch."})
+    num_epochs: Count = field(default=8, metadata={"help": "Times that the training segments are gone through."})
+    learning_rate: NotNegative = field(default=5e-3, metadata={"help": "Learning rate of the classifier."})
+    encoder_learning_rate: NotNegative = field(default=1e-4, metadata={"help": "Learning rate of the student."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the weights, the order of the segments and dropout."})
     device: str = field(default="cpu", metadata={"help": "Such as `cpu` or `cuda:0`."})
-
-    def __post_init__(self):
-        if self.segment_seconds < MIN_SEGMENT_SECONDS:
-            raise ValueError(
-                f"`segment_seconds` must be at least {MIN_SEGMENT_SECONDS}, but is {self.segment_seconds}."
-            )
 
 
 def load_encoder(source: str, freeze: bool = True) -> Wav2Vec2:
@@ -129,7 +135,10 @@ class SpeakerBrain(sb.Brain):
 
     def compute_objectives(self, predictions, batch, stage):
         self.correct += (predictions.argmax(-1) == batch.speaker_index).tolist()
-        return torch.nn.functional.nll_loss(predictions, batch.speaker_index)
+        loss = torch.nn.functional.nll_loss(predictions, batch.speaker_index)
+        if not math.isfinite(loss):
+            raise ValueError(f"The loss is {loss.item()}; nothing was saved. Lower the learning rates.")
+        return loss
 
     def on_stage_start(self, stage, epoch=None):
         self.correct = []
@@ -150,31 +159,25 @@ class SpeakerBrain(sb.Brain):
 def read_splits(args: Arguments, feature_extractor) -> tuple[DynamicItemDataset, DynamicItemDataset, int]:
     """Segments to train on, segments to test on, number of speakers."""
     rate, directory = feature_extractor.sampling_rate, Path(args.audio_dir)
-    with open(directory / "metadata.csv", encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file)
-        clips = list(table)
-    if missing := {"file_name", "speaker"} - set(table.fieldnames or ()):
-        raise ValueError(f"{directory / 'metadata.csv'} has no column {' and no column '.join(sorted(missing))}.")
+    clips = read_metadata(directory, ["speaker"])
     last_clips = {clip["speaker"]: clip["file_name"] for clip in clips}.values()
     length, shortest = round(args.segment_seconds * rate), round(MIN_SEGMENT_SECONDS * rate)
     train, test = {}, {}
     for clip in clips:
         path = str(directory / clip["file_name"])
-        sound = soundfile.info(path)
-        if sound.samplerate != rate or sound.channels > 1:
-            raise ValueError(
-                f"{path} must be mono at {rate} Hz, but has {sound.channels} channel(s) at {sound.samplerate} Hz."
-            )
+        sound = speech_info(path, rate)
         split = test if clip["file_name"] in last_clips else train
         for start in range(0, sound.frames - shortest + 1, length):
             split[f"{clip['file_name']}-{start}"] = {"path": path, "start": start, "speaker": clip["speaker"]}
     if untrained := {row["speaker"] for row in test.values()} - {row["speaker"] for row in train.values()}:
         raise ValueError(f"Each speaker needs two clips, but these have one: {', '.join(sorted(untrained))}.")
+    if not test:
+        raise ValueError(f"The last clips of the speakers are all shorter than {MIN_SEGMENT_SECONDS} s; give others.")
 
     @sb.utils.data_pipeline.takes("path", "start")
     @sb.utils.data_pipeline.provides("wav")
     def read(path, start):
-        samples, _ = soundfile.read(path, start=start, frames=length, dtype="float32")
+        samples = read_speech(path, rate, start, length)
         return torch.from_numpy(feature_extractor(samples, sampling_rate=rate)["input_values"][0])
 
     speakers = CategoricalEncoder()
@@ -193,6 +196,10 @@ def read_splits(args: Arguments, feature_extractor) -> tuple[DynamicItemDataset,
 def prepare(args: Arguments) -> tuple[SpeakerBrain, DynamicItemDataset, DynamicItemDataset]:
     """What is trained, segments to train on, segments to test on."""
     config = load_config(args.model)
+    checked_device(args.device)
+    if args.output_dir is not None:
+        keep_sources(args.output_dir, {"model": args.model, "audio_dir": args.audio_dir})
+        try_directory(args.output_dir)
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.model, freeze=args.output_dir is None).to(args.device)
     train, test, num_speakers = read_splits(args, encoder.feature_extractor)
@@ -209,11 +216,11 @@ def prepare(args: Arguments) -> tuple[SpeakerBrain, DynamicItemDataset, DynamicI
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        (args,) = parse(arguments, (Arguments,))
-        brain, train, test = prepare(args)
-    except (ValueError, OSError) as error:
-        return complain(error)
+    return run_script(lambda: run(*parse(arguments, (Arguments,))))
+
+
+def run(args: Arguments) -> None:
+    brain, train, test = prepare(args)
     batches = {"batch_size": args.batch_size}
     brain.fit(
         range(1, args.num_epochs + 1),
@@ -225,10 +232,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if args.output_dir is not None:
         encoder = brain.hparams.encoder
+        if not all(parameter.isfinite().all() for parameter in encoder.model.parameters()):
+            raise ValueError("The weights hold NaN or infinite values and are not saved; lower the learning rates.")
         encoder.model.save_pretrained(args.output_dir)
         encoder.feature_extractor.save_pretrained(args.output_dir)
         print(f"The fine-tuned student is in {args.output_dir}; it loads with AutoModel.from_pretrained")
-    return 0
 
 
 if __name__ == "__main__":

@@ -373,7 +373,7 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
     write_runs(results, rows + [row_of("skill", 0, 0.5)])
     page = all_blocks(tmp_path / "study.md")
     args = DrawArguments(results, page, tmp_path / "pictures" / "of")
-    draw_study.main(args)
+    draw_study.run(args)
     filled = page.read_text(encoding="utf-8")
     assert "![Distance of each method to the teacher by layer](pictures/of/study_distances.png)" in filled
     assert NOTHING not in filled
@@ -382,7 +382,7 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
     for picture in draw_study.PICTURES.values():
         content = (args.figures / picture.file).read_bytes()
         assert int.from_bytes(content[16:20], "big") == 1200 and len(content) < 150_000
-    draw_study.main(args)
+    draw_study.run(args)
     assert page.read_text(encoding="utf-8") == filled
 
 
@@ -401,7 +401,7 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
     if have == "no references":
         write_runs(results, [row_of("skill", 0), row_of("dphubert", 0)])
     page = all_blocks(tmp_path / "study.md")
-    draw_study.main(DrawArguments(results, page, tmp_path))
+    draw_study.run(DrawArguments(results, page, tmp_path))
     empty = {
         "nothing": set(TABLES),
         "one seed of clusters": set(TABLES) - {"groups", "stability"},
@@ -418,7 +418,7 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
 
 def test_missing_page_is_an_error(results, tmp_path):
     with pytest.raises(ValueError, match="There is no page"):
-        draw_study.main(DrawArguments(results, tmp_path / "nowhere.md", tmp_path))
+        draw_study.run(DrawArguments(results, tmp_path / "nowhere.md", tmp_path))
 
 
 def test_committed_page_says_what_the_committed_results_say():

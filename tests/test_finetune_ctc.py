@@ -1,5 +1,6 @@
 """`examples/finetune_ctc.py` on a handful of the demo's utterances."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -272,6 +273,6 @@ def test_without_any_transcript_it_says_so(shared, tmp_path):
 
 
 def test_without_jiwer_it_says_what_to_install(shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune_ctc.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, _, errors = run_main(finetune_ctc, settings_of(shared, tmp_path))
     assert status == 2 and errors == ["error: The error rates need jiwer, which is not installed: pip install jiwer."]

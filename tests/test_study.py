@@ -269,10 +269,10 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     def runs() -> list[dict]:
         return [json.loads(line) for line in (args.results / "runs.0.jsonl").read_text(encoding="utf-8").splitlines()]
 
-    run_study.main(args)
+    run_study.run(args)
     first = runs()
     before = {name: (args.results / name).read_bytes() for name in ("clusters.0.json", "references.json")}
-    run_study.main(args)
+    run_study.run(args)
     assert len(first) == 1 and runs()[0] == first[0]
     assert {name: (args.results / name).read_bytes() for name in before} == before
 
@@ -290,6 +290,6 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
 
     page = tmp_path / "study.md"
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
-    draw_study.main(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
+    draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
     assert draw_study.NOTHING not in page.read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {of.file for of in draw_study.PICTURES.values()}

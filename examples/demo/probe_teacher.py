@@ -12,33 +12,30 @@ feature. Two tasks, on audio that `examples/pretrain_teacher.py` leaves out:
 It prints a table in Markdown and writes all figures, per fold, to the JSON file.
 """
 
-import csv
-import json
 import os
 import platform
 import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import sklearn
-import soundfile as sf
 import torch
 import transformers
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, WavLMConfig, WavLMModel
+from transformers import WavLMModel
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.trainer_utils import set_seed
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain_teacher import RATE, heldout_split, mfcc, normalise  # noqa: E402
+from example_settings import Count, Range, Seed, parse, require, run_script  # noqa: E402
+from pretrain_teacher import RATE, WINDOW, heldout_split, mfcc, normalise  # noqa: E402
+from speech_folders import read_metadata, read_speech  # noqa: E402
+
+from skill_hf.files import try_file, write_json  # noqa: E402
 
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -56,9 +53,11 @@ class ProbeArguments:
     teacher: Path = field(
         default=Path(__file__).resolve().parent / "teacher", metadata={"help": "Directory of the trained network."}
     )
-    untrained_seeds: int = field(default=3, metadata={"help": "Untrained networks, each of another seed."})
-    share: float = field(default=1.0, metadata={"help": "Share of the clips, for a quick look."})
-    seed: int = field(default=0, metadata={"help": "Seed of the folds; untrained networks count up from it."})
+    untrained_seeds: Count = field(default=3, metadata={"help": "Untrained networks, each of another seed."})
+    share: Annotated[float, Range(above=0, most=1)] = field(
+        default=1.0, metadata={"help": "Share of the clips, for a quick look."}
+    )
+    seed: Seed = field(default=0, metadata={"help": "Seed of the folds; untrained networks count up from it."})
 
 
 @dataclass
@@ -70,10 +69,13 @@ class Task:
     groups: np.ndarray
 
 
+def columns_of(librispeech: bool) -> list[str]:
+    return ["speaker"] if librispeech else ["speaker", "label"]
+
+
 def heldout_rows(directory: Path, librispeech: bool, split: str, share: float) -> list[dict]:
     """Rows of `metadata.csv` that belong to `split`, thinned to `share` of them by a hash of the file name."""
-    with open(directory / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["speaker"]]
+    rows = [row for row in read_metadata(directory, columns_of(librispeech)) if row["speaker"]]
     return [
         row
         for row in rows
@@ -84,9 +86,9 @@ def heldout_rows(directory: Path, librispeech: bool, split: str, share: float) -
 
 
 def read_audio(path: Path) -> np.ndarray:
-    audio, rate = sf.read(path, dtype="float32")
-    if rate != RATE or audio.ndim != 1:
-        raise ValueError(f"{path.name} must be mono at {RATE} Hz, it has {rate} Hz and shape {audio.shape}.")
+    audio = read_speech(path, RATE)
+    if len(audio) < WINDOW:
+        raise ValueError(f"{path} has {len(audio)} samples, but one frame needs {WINDOW}; leave it out.")
     return audio
 
 
@@ -99,8 +101,17 @@ def segments(audio: np.ndarray, seconds: float = SEGMENT_SECONDS, most: int = SE
     return whole[np.linspace(0, len(whole) - 1, most).round().astype(int)]
 
 
-def word_task(directory: Path, share: float = 1.0) -> Task:
+def check_folds(directory: Path, rows: list[dict], group: str) -> None:
+    if len({row[group] for row in rows}) < 2 * NUM_FOLDS:
+        raise ValueError(
+            f"{directory} has {len(rows)} clips to probe, of less than {2 * NUM_FOLDS} different {group}s; give more,"
+            " or a larger `share`."
+        )
+
+
+def word_task(directory: Path, share: Annotated[float, Range(above=0, most=1)] = 1.0) -> Task:
     rows = [row for row in heldout_rows(directory, False, "speakers", share) if row["label"] in KEYWORDS]
+    check_folds(directory, rows, "speaker")
     return Task(
         [read_audio(directory / row["file_name"]) for row in rows],
         np.array([row["label"] for row in rows]),
@@ -108,9 +119,11 @@ def word_task(directory: Path, share: float = 1.0) -> Task:
     )
 
 
-def speaker_task(directory: Path, share: float = 1.0) -> Task:
+def speaker_task(directory: Path, share: Annotated[float, Range(above=0, most=1)] = 1.0) -> Task:
     clips, labels, groups = [], [], []
-    for row in heldout_rows(directory, True, "recordings", share):
+    rows = heldout_rows(directory, True, "recordings", share)
+    check_folds(directory, rows, "file_name")
+    for row in rows:
         parts = segments(read_audio(directory / row["file_name"]))
         clips += list(parts)
         labels += [row["speaker"]] * len(parts)
@@ -171,10 +184,16 @@ def probe(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: in
 
 
 def _folds(number: int, features: np.ndarray, groups: np.ndarray, seed: int):
+    from sklearn.model_selection import GroupKFold
+
     return GroupKFold(number, shuffle=True, random_state=seed).split(features, groups=groups)
 
 
 def _accuracy(features: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, C: float) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000, tol=1e-3))
     return float(classifier.fit(features[train], labels[train]).score(features[test], labels[test]))
 
@@ -248,9 +267,16 @@ def verdict(name: str, task: dict) -> str:
     return f"{name}: hidden state {best} has {_percent(accuracy)} % against {against}."
 
 
-def main(args: ProbeArguments) -> None:
-    teacher = WavLMModel.from_pretrained(args.teacher, dtype=torch.float32)
-    config = WavLMConfig.from_pretrained(args.teacher)
+def run(args: ProbeArguments) -> None:
+    require("sklearn", "scikit-learn", "Probes need")
+    import sklearn
+
+    try_file(args.output)
+    try:
+        teacher = WavLMModel.from_pretrained(args.teacher, dtype=torch.float32)
+    except Exception as error:  # transformers raises what its file readers do
+        raise ValueError(f"The teacher {args.teacher} cannot be loaded: {error}") from error
+    config = teacher.config
     untrained = []
     for offset in range(args.untrained_seeds):
         set_seed(args.seed + offset)
@@ -272,11 +298,16 @@ def main(args: ProbeArguments) -> None:
             **{module.__name__: module.__version__ for module in (torch, transformers, sklearn, np)},
         },
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, result)
     print(table(tasks))
     for name, task in tasks.items():
         print("\n" + verdict(name, task))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return run_script(lambda: run(*parse(arguments, (ProbeArguments,))))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(ProbeArguments).parse_args_into_dataclasses()[0])
+    sys.exit(main())

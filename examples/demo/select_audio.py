@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import soundfile as sf
-from transformers import HfArgumentParser
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain_teacher import heldout_split  # noqa: E402
+from example_settings import Positive, Seed, parse, run_script  # noqa: E402
+from pretrain_teacher import RATE, heldout_split  # noqa: E402
+from speech_folders import read_metadata, speech_info  # noqa: E402
+
+from skill_hf.files import try_directory  # noqa: E402
 
 
 COLUMNS = ("file_name", "speaker", "chapter", "text")
@@ -35,9 +36,11 @@ class SelectArguments:
         metadata={"help": "Directory with audio and metadata.csv (file_name, speaker, chapter, text)."}
     )
     output: Path = field(metadata={"help": "Directory that gets the folders train and heldout."})
-    train_megabytes: float = field(default=4.5, metadata={"help": "Most audio in train, in units of 10^6 bytes."})
-    heldout_megabytes: float = field(default=1.0, metadata={"help": "Most audio in heldout, in units of 10^6 bytes."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order in which a speaker's utterances are taken."})
+    train_megabytes: Positive = field(default=4.5, metadata={"help": "Most audio in train, in units of 10^6 bytes."})
+    heldout_megabytes: Positive = field(
+        default=1.0, metadata={"help": "Most audio in heldout, in units of 10^6 bytes."}
+    )
+    seed: Seed = field(default=0, metadata={"help": "Seed of the order in which a speaker's utterances are taken."})
 
 
 def select(rows: list[dict], budget: int, seed: int = 0) -> list[dict]:
@@ -90,8 +93,6 @@ def copy_clips(source: Path, folder: Path, rows: list[dict], columns: Sequence[s
     Returns:
         `int`: bytes of audio.
     """
-    if folder.exists():
-        raise SystemExit(f"{folder} is there already; remove it, or name another --output.")
     folder.mkdir(parents=True)
     size = 0
     with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
@@ -99,24 +100,45 @@ def copy_clips(source: Path, folder: Path, rows: list[dict], columns: Sequence[s
         writer.writerow(columns)
         for row in rows:
             target = row.get("target", row["file_name"])
-            (folder / target).parent.mkdir(exist_ok=True)
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / row["file_name"], folder / target)
             size += (folder / target).stat().st_size
             writer.writerow([target, *(row[column] for column in columns[1:])])
     return size
 
 
-def main(args: SelectArguments) -> None:
-    with open(args.source / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def check_folders(output: Path, names: Sequence[str]) -> None:
+    """
+    Raises:
+        `ValueError`: if one of these folders exists in `output`, or none can be made there.
+    """
+    try_directory(output, "output")
+    for name in names:
+        if (output / name).exists():
+            raise ValueError(f"{output / name} exists already; remove it, or name another `output`.")
+
+
+def run(args: SelectArguments) -> None:
+    check_folders(args.output, list(SPLITS))
+    rows = read_metadata(args.source, COLUMNS[1:])
     for row in rows:
         path = args.source / row["file_name"]
-        row["bytes"], row["seconds"] = path.stat().st_size, sf.info(path).duration
+        row["seconds"] = speech_info(path, RATE).duration
+        row["bytes"] = path.stat().st_size
         row["split"] = heldout_split(row["file_name"], row["speaker"], librispeech=True)
-    for name, megabytes in (("train", args.train_megabytes), ("heldout", args.heldout_megabytes)):
-        chosen = select([row for row in rows if row["split"] == SPLITS[name]], int(megabytes * 1e6), args.seed)
+    megabytes = {"train": args.train_megabytes, "heldout": args.heldout_megabytes}
+    splits = {
+        name: select([row for row in rows if row["split"] == of], int(megabytes[name] * 1e6), args.seed)
+        for name, of in SPLITS.items()
+    }  # all before any is copied
+    for name, chosen in splits.items():
+        if not chosen:
+            raise ValueError(f"{args.source} has no utterances for {name}.")
         for row in chosen:
             row["target"] = Path(row["file_name"]).name
+        if len({row["target"] for row in chosen}) < len(chosen):
+            raise ValueError(f"Utterances of {args.source} in different folders have one name; rename them.")
+    for name, chosen in splits.items():
         size = copy_clips(args.source, args.output / name, chosen, COLUMNS)
         seconds = defaultdict(float)
         for row in chosen:
@@ -128,5 +150,9 @@ def main(args: SelectArguments) -> None:
         )
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return run_script(lambda: run(*parse(arguments, (SelectArguments,))))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(SelectArguments).parse_args_into_dataclasses()[0])
+    sys.exit(main())

@@ -6,21 +6,20 @@
 The same seed picks the same files on every machine.
 """
 
-import csv
 import hashlib
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain_teacher import heldout_split  # noqa: E402
+from example_settings import Count, Seed, parse, run_script  # noqa: E402
+from pretrain_teacher import RATE, heldout_split  # noqa: E402
 from probe_teacher import KEYWORDS  # noqa: E402
-from select_audio import copy_clips  # noqa: E402
+from select_audio import check_folders, copy_clips  # noqa: E402
+from speech_folders import read_metadata, speech_info  # noqa: E402
 
 
 COLUMNS = ("file_name", "label", "speaker")
@@ -31,9 +30,9 @@ SPLITS = {"train": "train", "test": "speakers"}  # folder -> what `heldout_split
 class SelectArguments:
     source: Path = field(metadata={"help": "Directory with audio and metadata.csv (file_name, label, speaker)."})
     output: Path = field(metadata={"help": "Directory that gets the folders train and test."})
-    train_clips: int = field(default=40, metadata={"help": "Clips of each word in train."})
-    test_clips: int = field(default=25, metadata={"help": "Clips of each word in test."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order in which clips are taken."})
+    train_clips: Count = field(default=40, metadata={"help": "Clips of each word in train."})
+    test_clips: Count = field(default=25, metadata={"help": "Clips of each word in test."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the order in which clips are taken."})
 
 
 def select(rows: list[dict], clips_per_word: int, seed: int = 0) -> list[dict]:
@@ -66,22 +65,29 @@ def select(rows: list[dict], clips_per_word: int, seed: int = 0) -> list[dict]:
     return sorted(chosen, key=lambda row: row["file_name"])
 
 
-def main(args: SelectArguments) -> None:
-    with open(args.source / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["label"] in KEYWORDS]
-    for name, clips_per_word in (("train", args.train_clips), ("test", args.test_clips)):
-        split = [
-            row for row in rows if heldout_split(row["file_name"], row["speaker"], librispeech=False) == SPLITS[name]
-        ]
-        chosen = select(split, clips_per_word, args.seed)
+def run(args: SelectArguments) -> None:
+    check_folders(args.output, list(SPLITS))
+    rows = [row for row in read_metadata(args.source, COLUMNS[1:]) if row["label"] in KEYWORDS]
+    numbers = {"train": args.train_clips, "test": args.test_clips}
+    splits = {}
+    for name, of in SPLITS.items():  # all before any is copied
+        split = [row for row in rows if heldout_split(row["file_name"], row["speaker"], librispeech=False) == of]
+        splits[name] = select(split, numbers[name], args.seed)
+        for row in splits[name]:
+            speech_info(args.source / row["file_name"], RATE)
+    for name, chosen in splits.items():
         # A speaker's clips of two words may have one name: the folders of the words stay.
         size = copy_clips(args.source, args.output / name, chosen, COLUMNS)
         by_speaker = Counter(row["speaker"] for row in chosen)
         print(
-            f"{name}: {len(chosen)} clips, {clips_per_word} of each of {len(KEYWORDS)} words, {len(by_speaker)}"
+            f"{name}: {len(chosen)} clips, {numbers[name]} of each of {len(KEYWORDS)} words, {len(by_speaker)}"
             f" speakers with {min(by_speaker.values())} to {max(by_speaker.values())} each, {size / 1e6:.2f} MB"
         )
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return run_script(lambda: run(*parse(arguments, (SelectArguments,))))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(SelectArguments).parse_args_into_dataclasses()[0])
+    sys.exit(main())

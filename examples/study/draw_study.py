@@ -20,12 +20,11 @@ from pathlib import Path
 from string import ascii_uppercase
 
 import numpy as np
-from PIL import Image
-from transformers import HfArgumentParser
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from example_settings import parse, require, run_script  # noqa: E402
 from study_design import (  # noqa: E402
     BASELINES,
     CALIBRATION_SAMPLES,
@@ -60,6 +59,7 @@ from study_results import (  # noqa: E402
 
 from skill_hf import SkillConfig, cluster_layers  # noqa: E402
 from skill_hf.clustering import layer_tree, silhouette  # noqa: E402
+from skill_hf.files import try_directory, try_file  # noqa: E402
 from skill_hf.plots import COLOURS, DARK, LIGHT, MARKERS, _label, _new_figure, _runs, plot_layer_similarity  # noqa: E402
 
 
@@ -759,6 +759,8 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
 def save(figure, path: Path) -> None:
     """A PNG of 256 colours, which makes it a third of the size."""
+    from PIL import Image
+
     image = io.BytesIO()
     figure.savefig(image)
     Image.open(image).convert("RGB").quantize(256).save(path, optimize=True)
@@ -768,12 +770,14 @@ def link_to(figures: Path, page: Path) -> str:
     return Path(os.path.relpath(figures, page.parent)).as_posix()
 
 
-def main(args: DrawArguments) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def run(args: DrawArguments) -> None:
+    require("matplotlib", "matplotlib", "The figures need")
     if not args.page.is_file():
         raise ValueError(f"There is no page {args.page}; give one with lines of the form `<!-- study: NAME -->`.")
     study = read_study(args.results)
     blocks = make_blocks(study, link_to(args.figures, args.page))
+    try_directory(args.figures, "figures")
+    try_file(args.page, "page")
     filled = fill(args.page.read_text(encoding="utf-8"), blocks)
     if any(blocks[name] != NOTHING for name in PICTURES):
         args.figures.mkdir(parents=True, exist_ok=True)
@@ -785,5 +789,10 @@ def main(args: DrawArguments) -> None:
         print(f"## {name}\n\n{block}\n")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run_script(lambda: run(*parse(arguments, (DrawArguments,))))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(DrawArguments).parse_args_into_dataclasses()[0])
+    sys.exit(main())

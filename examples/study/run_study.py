@@ -25,6 +25,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import datasets
 import numpy as np
@@ -32,11 +33,12 @@ import torch
 import transformers
 from filelock import FileLock
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, set_seed
+from transformers import AutoFeatureExtractor, AutoModel, set_seed
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from example_settings import MAX_COUNT, Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
 from study_design import (  # noqa: E402
     CALIBRATION_SAMPLES,
     CALIBRATION_SECONDS,
@@ -54,7 +56,7 @@ from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArgumen
 from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
-from skill_hf.files import write_json  # noqa: E402
+from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
 from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
 
@@ -70,14 +72,16 @@ class StudyArguments:
     speech_commands: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker, label)."})
     teacher: Path = field(default=HERE / "teacher", metadata={"help": "Hub id or directory of the teacher."})
     results: Path = field(default=HERE / "results", metadata={"help": "Where results are added."})
-    max_steps: int = field(default=240, metadata={"help": "Optimizer steps of a student, both stages."})
-    batch_size: int = field(default=4, metadata={"help": "Crops per step."})
-    max_seconds: float = field(default=2.0, metadata={"help": "Length of a crop in seconds."})
-    worker: int = field(default=0, metadata={"help": "Number of this worker, from 0."})
-    num_workers: int = field(default=1, metadata={"help": "Workers that share the study."})
-    num_threads: int = field(default=2, metadata={"help": "Threads of this worker."})
-    hours: float | None = field(default=None, metadata={"help": "No run is begun after this time."})
-    max_runs: int | None = field(default=None, metadata={"help": "Students that this worker trains at most."})
+    max_steps: Annotated[int, Range(4, most=MAX_COUNT)] = field(
+        default=240, metadata={"help": "Optimizer steps of a student, both stages."}
+    )
+    batch_size: Count = field(default=4, metadata={"help": "Crops per step."})
+    max_seconds: Seconds = field(default=2.0, metadata={"help": "Length of a crop in seconds."})
+    worker: Whole = field(default=0, metadata={"help": "Number of this worker, from 0."})
+    num_workers: Count = field(default=1, metadata={"help": "Workers that share the study."})
+    num_threads: Annotated[int, Range(1, most=1024)] = field(default=2, metadata={"help": "Threads of this worker."})
+    hours: Positive | None = field(default=None, metadata={"help": "No run is begun after this time."})
+    max_runs: Whole | None = field(default=None, metadata={"help": "Students that this worker trains at most."})
 
     def __post_init__(self):
         if not 0 <= self.worker < self.num_workers:
@@ -131,7 +135,7 @@ def cluster(args: StudyArguments, teacher, feature_extractor, train, seed: int) 
         }
         similarity = {measure: of[CALIBRATION_SAMPLES].round(6).tolist() for measure, of in found.items()}
         write_json(path, {"similarity": similarity, "groups": groups})
-    stored = json.loads(path.read_text(encoding="utf-8"))["similarity"]
+    stored = read_json(path)["similarity"]
     return {measure: np.array(matrix) for measure, matrix in stored.items()}
 
 
@@ -141,7 +145,7 @@ def references(args: StudyArguments, teacher, feature_extractor, splits) -> dict
     the learning rates that were best on the validation sets.
     """
     path = args.results / "references.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path) if path.is_file() else {}
 
     def untrained(seed: int) -> PretrainedEncoder:
         set_seed(seed)
@@ -250,16 +254,19 @@ def finished(results: Path) -> set[str]:
     return keys
 
 
-def main(args: StudyArguments) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+def run(args: StudyArguments) -> None:
+    try_directory(args.results, "results")
     datasets.disable_progress_bars()
     start = time.monotonic()
     torch.set_num_threads(args.num_threads)
     args.results.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # so that a GPU rounds as a CPU does
-    teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).to(device).eval()
-    feature_extractor = AutoFeatureExtractor.from_pretrained(args.teacher)
+    try:
+        teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).to(device).eval()
+        feature_extractor = AutoFeatureExtractor.from_pretrained(args.teacher)
+    except Exception as error:  # transformers raises what its file readers do
+        raise ValueError(f"The teacher {args.teacher} cannot be loaded: {error}") from error
     train, heldout = speech_to_distil(args.librispeech)
     splits = probe_splits(args.librispeech, args.speech_commands)
     with FileLock(args.results / "references.lock"):  # else workers that start together would all encode all of it
@@ -291,5 +298,10 @@ def main(args: StudyArguments) -> None:
         logger.info("%d of %d: %s %s %s %s", number, len(mine), name, key, result["scores"], result["seconds"])
 
 
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    return run_script(lambda: run(*parse(arguments, (StudyArguments,))))
+
+
 if __name__ == "__main__":
-    main(HfArgumentParser(StudyArguments).parse_args_into_dataclasses()[0])
+    sys.exit(main())

@@ -1,6 +1,5 @@
 """What an encoder of the study knows: four of SUPERB's tasks on held-out speech, small enough for every student."""
 
-import csv
 import sys
 import tempfile
 import zlib
@@ -9,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-import soundfile
 import torch
 from transformers import TrainingArguments
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain_teacher import heldout_split  # noqa: E402
+from pretrain_teacher import RATE, heldout_split  # noqa: E402
+from speech_folders import read_metadata, speech_info  # noqa: E402
 
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
 from skill_hf.superb.evaluation import evaluate_task, prepare_examples  # noqa: E402
@@ -33,8 +32,7 @@ BATCH = {"ks": 64, "asv": 64, "sid": 64, "pr": 8}
 
 def read_rows(directory: Path, librispeech: bool) -> list[dict]:
     """Rows of `metadata.csv` with the absolute path in `audio` and, by [`heldout_split`], `split`."""
-    with open(directory / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_metadata(directory, ["speaker", "text"] if librispeech else ["speaker", "label"])
     for row in rows:
         row["split"] = heldout_split(row["file_name"], row["speaker"], librispeech)
         row["audio"] = str((directory / row["file_name"]).resolve())
@@ -85,7 +83,7 @@ def probe_splits(librispeech: Path, speech_commands: Path) -> dict[str, dict[str
     }
     books = read_rows(librispeech, True)
     for row in books:
-        row["seconds"] = soundfile.info(row["audio"]).duration
+        row["seconds"] = speech_info(row["audio"], RATE).duration
     readers = {reader: draw(rows, 20) for reader, rows in by(by(books, "split")["train"], "speaker").items()}
     heard = by(books, "split")
     speakers = {

@@ -22,6 +22,7 @@ from run_study import run_key  # noqa: E402
 from study_design import BASELINES, MEASURES, SEEDS, VARIANTS, Method, dphubert_layers, plan, resolve  # noqa: E402
 from study_probes import METRICS  # noqa: E402
 
+from skill_hf.files import read_json  # noqa: E402
 from skill_hf.superb import METRICS as SUPERB_METRICS  # noqa: E402
 
 
@@ -90,11 +91,13 @@ def read_study(directory: Path) -> Study:
     if not directory.is_dir():
         raise ValueError(f"There is no directory {directory}; give the one that `run_study.py` adds results to.")
     path = directory / "references.json"
-    references = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    clusters = {
-        int(path.name.split(".")[1]): json.loads(path.read_text(encoding="utf-8"))
-        for path in directory.glob("clusters.*.json")
-    }
+    references = read_json(path) if path.is_file() else {}
+    clusters = {}
+    for path in directory.glob("clusters.*.json"):
+        seed = path.name.split(".")[1]
+        if not seed.isdigit():
+            raise ValueError(f"{path} is no file of the study, clusters.SEED.json; move it elsewhere.")
+        clusters[int(seed)] = read_json(path)
     runs: dict[str, dict] = {}
     repeats: list[dict] = []
     for path in sorted(directory.glob("runs.*.jsonl")):
@@ -104,6 +107,8 @@ def read_study(directory: Path) -> Study:
             except json.JSONDecodeError:
                 logger.warning("%s has a line that is torn; it is passed over.", path)
                 continue
+            if not isinstance(row, dict) or "key" not in row or "settings" not in row:
+                raise ValueError(f"{path} has a line that is no run of the study: {line[:80]}")
             if runs.setdefault(row["key"], row) is not row:
                 repeats.append(row)
     for name in SHARED_SETTINGS:

@@ -5,7 +5,25 @@ Audio -> hidden states on disk (`features`) -> weighted sum and a small head (`h
 (`tasks`) -> metrics of the best learning rate (`evaluation`) -> a score beside published ones (`scores`).
 """
 
-from .scores import METRICS, PUBLISHED, Metric, PublishedResult, comparison_table, superb_score
+from .scores import (
+    METRICS,
+    PUBLISHED,
+    MeasuredTask,
+    Metric,
+    PublishedResult,
+    comparison_table,
+    results_page,
+    superb_score,
+)
 
 
-__all__ = ["METRICS", "PUBLISHED", "Metric", "PublishedResult", "comparison_table", "superb_score"]
+__all__ = [
+    "METRICS",
+    "PUBLISHED",
+    "MeasuredTask",
+    "Metric",
+    "PublishedResult",
+    "comparison_table",
+    "results_page",
+    "superb_score",
+]

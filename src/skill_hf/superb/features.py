@@ -181,7 +181,7 @@ def cast_states(states: torch.Tensor, dtype: str, clip: str, setting: str) -> np
     largest = float(np.abs(values).max(initial=0))
     if not np.isfinite(largest):
         raise ValueError(f"The hidden states of {clip} hold NaN or infinite values; check the weights of the model.")
-    if largest > np.finfo(dtype).max:
+    if largest > float(np.finfo(dtype).max):
         raise ValueError(
             f"The hidden states of {clip} reach {largest:.3g}, too large for {dtype} (at most"
             f" {np.finfo(dtype).max:.0f}); keep them in float32 (`{setting}`)."

@@ -1,6 +1,6 @@
 """SUPERB (arXiv 2105.01051): its metrics, published results to compare with, and the score that sums them up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -22,6 +22,16 @@ class Metric:
     floor: float
     best: float
     lower_is_better: bool = False
+
+    @property
+    def digits(self) -> int:
+        """Decimal places in tables."""
+        return 4 if self.task == "qbe" else 2
+
+    @property
+    def title(self) -> str:
+        """Label with an arrow to the better side."""
+        return f"{self.label} {'↓' if self.lower_is_better else '↑'}"
 
 
 # Percent, but for the term-weighted value of `qbe`. Floors are those of the leaderboard's newer FBANK row.
@@ -122,14 +132,67 @@ def comparison_table(name: str, results: Mapping[str, float], million_parameters
     rows.append((f"**{name}**", million_parameters, results))
     scored = [(superb_score(of) if METRICS.keys() <= of.keys() else None, row, size, of) for row, size, of in rows]
     scored.sort(key=lambda row: float("-inf") if row[0] is None else -row[0])
-    header = ["model", "M parameters", "score"] + [
-        f"{metric.label} {'↓' if metric.lower_is_better else '↑'}" for metric in METRICS.values()
-    ]
+    header = ["model", "M parameters", "score"] + [metric.title for metric in METRICS.values()]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for score, row, size, of in scored:
-        values = [f"{of[metric]:.{4 if metric == 'qbe_mtwv' else 2}f}" if metric in of else "–" for metric in METRICS]
+        values = [f"{of[name]:.{metric.digits}f}" if name in of else "–" for name, metric in METRICS.items()]
         size, score = ("–" if value is None else f"{value:.{digits}f}" for value, digits in ((size, 1), (score, 0)))
         lines.append([row, size, score, *values])
+    return _table(lines)
+
+
+@dataclass(frozen=True)
+class MeasuredTask:
+    """
+    Results of one task.
+
+    Args:
+        scores (`Mapping[str, float]`): metric -> value.
+        dataset (`str`): name of the data.
+        superb_data (`bool`): whether the data are SUPERB's own splits of this task, as the caller says.
+    """
+
+    scores: Mapping[str, float]
+    dataset: str
+    superb_data: bool = False
+
+
+def results_page(name: str, tasks: Sequence[MeasuredTask], million_parameters: float | None = None) -> str:
+    """
+    What was measured of a model, in Markdown: each metric with its data. Only results on SUPERB's own data stand
+    beside [`PUBLISHED`]; if there are none, published rows are left out, and the page says so.
+
+    Args:
+        name (`str`): the model's name.
+        tasks (`Sequence[MeasuredTask]`): what was measured.
+        million_parameters (`float`, *optional*): its size.
+
+    Raises:
+        `ValueError`: if a metric is unknown.
+    """
+    for task in tasks:
+        _check_names(task.scores)
+    size = "" if million_parameters is None else f", {million_parameters:.1f} M parameters"
+    rows = [["metric", "result", "data"], ["---", "---:", "---"]]
+    for metric, of in METRICS.items():
+        rows += [[of.title, f"{t.scores[metric]:.{of.digits}f}", t.dataset] for t in tasks if metric in t.scores]
+    parts = [f"# {name}{size}", _table(rows)]
+    comparable = {metric: value for task in tasks if task.superb_data for metric, value in task.scores.items()}
+    if comparable:
+        parts += [
+            "## Beside published models",
+            "On SUPERB's own data alone. Learning rates of published results were swept for each model.",
+            comparison_table(name, comparable, million_parameters),
+        ]
+    if not all(task.superb_data for task in tasks):
+        whose = "The other results" if comparable else "These results"
+        parts.append(
+            f"{whose} are not of SUPERB's own data: they do not compare with published ones, which are left out."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
