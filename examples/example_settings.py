@@ -27,6 +27,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from skill_hf.encoders import is_out_of_memory
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -423,13 +425,6 @@ def complain(error: Exception) -> int:
     rank = int(os.environ.get("RANK", 0))
     print(f"error{f' (process {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on a CPU or a GPU, got no memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error)) is not None
 
 
 def run_script(body: Callable[[], int | None], is_input: Callable[[Exception], bool] = lambda error: True) -> int:

@@ -38,17 +38,18 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import datasets
 import numpy as np
 import torch
-from example_settings import REPOSITORY, Count, Seconds, checked_device, is_out_of_memory, parse, run_script
+from example_settings import REPOSITORY, Count, Range, Seconds, checked_device, parse, run_script
 from example_utils import DEMO_DATA, DEMO_STUDENT, check_column, load_config, load_feature_extractor
 from safetensors.numpy import save as serialize
 from tqdm.auto import tqdm
 
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
-from skill_hf.encoders import PretrainedEncoder, make_batches
+from skill_hf.encoders import PretrainedEncoder, is_out_of_memory, make_batches
 from skill_hf.files import read_json, try_directory, write_json
 from skill_hf.loading import load_model
 from skill_hf.superb.features import cast_states
@@ -81,7 +82,7 @@ class ExtractArguments:
     output_dir: str = field(
         default=str(REPOSITORY / "outputs" / "hidden_states"), metadata={"help": "Where the files go."}
     )
-    layers: list[int] | None = field(
+    layers: list[Annotated[int, Range(-1000, most=1000)]] | None = field(
         default=None, metadata={"help": "Hidden states to keep, from 0 or, counted from the end, -1; by default all."}
     )
     mean_over_time: bool = field(default=False, metadata={"help": "Keep the mean over the frames of each clip."})
@@ -335,6 +336,7 @@ def encode(encoder: PretrainedEncoder, batch: list[tuple[str, np.ndarray]]) -> I
 
 
 def extract(args: ExtractArguments) -> None:
+    try_directory(args.output_dir)
     dataset, names = load_clips(args)
     file_names(names, f".{args.file_format}")
     encoder = load_encoder(args)

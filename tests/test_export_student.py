@@ -207,8 +207,8 @@ def test_damaged_directory(student, tmp_path, damage, message):
     ("settings", "message"),
     [
         ({"formats": ["onnx", "tflite"]}, "tflite"),
-        ({"max_clips": 0}, "`max_clips` must be at least 1"),
-        ({"max_seconds": 0.1}, "`max_seconds` must be at least 0.5"),
+        ({"max_clips": 0}, "`max_clips` must be a whole number from 1 to 2147483647, but is 0"),
+        ({"max_seconds": 0.1}, "`max_seconds` must be a number from 0.5 to 1000000, but is 0.1"),
         ({"audio_dir": "nowhere"}, "`nowhere` does not exist"),
     ],
 )

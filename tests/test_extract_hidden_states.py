@@ -219,6 +219,108 @@ def test_other_settings_want_another_folder(shared, tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["layers"] == [0]
 
 
+# ------------------------------------------------------------------------------------------------- what is in the way
+@pytest.mark.parametrize("name", ["index.csv", "even/0.wav.safetensors", "settings.json"])
+def test_files_of_something_else_stay(shared, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path / "out"))
+    assert status == 2 and len(errors) == 1 and "name another `output_dir`" in errors[0] and name in errors[0]
+    assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path] and path.read_text() == "{}"
+
+
+def test_an_index_of_something_else_beside_these_settings_stays(shared, tmp_path):
+    extract(shared, tmp_path, layers=[0])
+    (tmp_path / "index.csv").write_text("my,own,table\n1,2,3\n")
+    status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path, layers=[0]))
+    assert status == 2 and f"{tmp_path / 'index.csv'} is not of this script" in errors[0]
+    assert (tmp_path / "index.csv").read_text() == "my,own,table\n1,2,3\n"
+
+
+def test_names_of_any_length_and_case_have_files():
+    long = ["é" * 120, "é" * 127, "a" * 255, "a" * 254 + "b", "x" * 300 + "/" + "y" * 300]
+    files = extract_hidden_states.file_names(long, ".safetensors")
+    for file in files.values():
+        assert max(len(part.encode()) for part in f"{file}.part".split("/")) <= 255
+    assert len(set(files.values())) == len(long)
+    assert files == extract_hidden_states.file_names(long[::-1], ".safetensors")  # the same in each run
+    assert extract_hidden_states.file_names(["A", "a"], ".npy") == {"A": "A.npy", "a": "a.npy"}
+    for pair in (["A", "a"], ["\u00e9", "e\u0301"], ["Straße", "STRASSE"]):
+        with pytest.raises(ValueError, match="fall on one file"):
+            extract_hidden_states.file_names(pair, ".npy", folds_case=True)
+
+
+def test_a_clip_s_name_may_have_255_bytes(shared, tmp_path):
+    shutil.copytree(shared / "audio" / "even", tmp_path / "audio")
+    name = "é" * 125 + "x.wav"
+    shutil.copy(tmp_path / "audio" / "0.wav", tmp_path / "audio" / name)
+    assert len(name.encode()) == 255
+    written = extract(shared, tmp_path / "out", audio_dir=tmp_path / "audio")
+    np.testing.assert_allclose(written[name], written["0.wav"], atol=1e-5)
+    assert extract(shared, tmp_path / "out", audio_dir=tmp_path / "audio").keys() == written.keys()
+
+
+# -------------------------------------------------------------------------------------------------- what is too large
+def test_long_clips_are_left_out_named_and_passed_over_again(shared, tmp_path, caplog):
+    settings = settings_of(shared, tmp_path, longest_seconds=0.6)
+    for new in (6, 0):
+        caplog.clear()
+        assert run_main(extract_hidden_states, settings)[0] == 0
+        assert f"{name_of(3)} is longer than 0.6 s; raise `longest_seconds`" in caplog.text
+        assert f"6 clips in {tmp_path}, {new} of them new, 1 left out" in caplog.text
+    assert extract_hidden_states.ExtractArguments().longest_seconds == 120
+    assert len(extract(shared, tmp_path / "cropped", longest_seconds=0.6, max_seconds=0.7)) == 7
+
+
+def test_a_clip_that_the_memory_is_too_small_for_is_left_out(shared, tmp_path, monkeypatch, caplog):
+    call, sizes = extract_hidden_states.PretrainedEncoder.__call__, []
+
+    def small(self, waveforms):
+        sizes.append(len(waveforms))
+        if sum(map(len, waveforms)) > 10_000:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return call(self, waveforms)
+
+    whole = extract(shared, tmp_path / "whole")
+    monkeypatch.setattr(extract_hidden_states.PretrainedEncoder, "__call__", small)
+    written = extract(shared, tmp_path / "out")
+    assert sizes == [7, *[1] * 7] and written.keys() == whole.keys() - {name_of(3)}
+    for name, states in written.items():
+        np.testing.assert_allclose(states, whole[name], atol=1e-5)
+    assert f"Left out: the memory is too small for {name_of(3)} of 1 s" in caplog.text
+
+    def broken(self, waveforms):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(extract_hidden_states.PretrainedEncoder, "__call__", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_main(extract_hidden_states, settings_of(shared, tmp_path / "broken"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1e6, r"the clip .*\.(wav|flac) reach .*, too large for float16 \(at most 65504\)"),
+        (np.nan, "hold NaN or infinite"),
+    ],
+)
+def test_values_too_large_for_half_precision_are_an_error(shared, tmp_path, monkeypatch, scale, message):
+    call = extract_hidden_states.PretrainedEncoder.__call__
+    monkeypatch.setattr(
+        extract_hidden_states.PretrainedEncoder,
+        "__call__",
+        lambda self, clips: [scale * of for of in call(self, clips)],
+    )
+    status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path / "half", save_dtype="float16"))
+    assert status == 2 and len(errors) == 1 and re.search(message, errors[0])
+    assert index_of(tmp_path / "half") == []
+    if scale == 1e6:
+        assert len(extract(shared, tmp_path / "whole")) == 7
+
+
 # ------------------------------------------------------------------------------------------------------------ datasets
 def save_dataset(shared, directory, **columns):
     paths = sorted(map(str, (shared / "audio").rglob("*.*")))[:2]

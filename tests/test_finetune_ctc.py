@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 
 import datasets
 import jiwer
@@ -170,10 +171,51 @@ def test_it_loads_without_this_package(shared, finished):
         ("Größe, naïve", "GRÖSSE NAÏVE"),
         (" . ", ""),
         (None, ""),
+        ("rock 'n' roll ' dogs' 'tis", "ROCK 'N' ROLL DOGS' 'TIS"),
+        ("‘single’ “double” «angles» 100% $5 + 3 = a|b", "SINGLE' DOUBLE ANGLES 100 5 3 A B"),
+        ("मैं हिन्दी बोलता हूँ।", "मैं हिन्दी बोलता हूँ"),
+        ("ฉันกำลังพูดภาษาไทย", "ฉันกำลังพูดภาษาไทย"),
+        ("ຂ້ອຍກຳລັງເວົ້າ", "ຂ້ອຍກຳລັງເວົ້າ"),
+        ("مُحَمَّدٌ، كَتَبَ؟", "مُحَمَّدٌ كَتَبَ"),
+        ("שָׁלוֹם, עוֹלָם!", unicodedata.normalize("NFC", "שָׁלוֹם עוֹלָם")),
+        ("Tiếng Việt.", "TIẾNG VIỆT"),
+        (unicodedata.normalize("NFD", "Tiếng Việt."), "TIẾNG VIỆT"),
+        (unicodedata.normalize("NFD", "한국어!"), "한국어"),
+        ("日本語、テスト。", "日本語 テスト"),
+        ("தமிழ் ខ្មែរ བོད་ཡིག", "தமிழ் ខ្មែរ བོད ཡིག"),
+        ("می\u200cخواهم \u200c.", "می\u200cخواهم"),
+        ("ක්\u200dරියා", "ක්\u200dරියා"),
+        ("п'ять пʼять п’ять", "П'ЯТЬ П'ЯТЬ П'ЯТЬ"),
+        ("❤️ love 👩\u200d👩\u200d👧 👍🏽 you 1️⃣ 🇩🇪", "LOVE YOU 1"),
+        ("\u0301 x \ufeffa\u00adb\u200fc\td\ne", "X ABC D E"),
+        ("´a` ¨ ² ½", "A ² ½"),
     ],
 )
 def test_text_is_capitals_without_punctuation(text, normalised):
     assert finetune_ctc.normalise_text(text) == normalised
+    assert finetune_ctc.normalise_text(normalised) == normalised  # nothing is left to do
+    if normalised:
+        tokenizer = finetune_ctc.make_tokenizer([normalised])
+        labels = tokenizer(normalised).input_ids
+        assert tokenizer.unk_token_id not in labels
+        assert tokenizer.decode(labels, group_tokens=False) == normalised
+
+
+def test_every_letter_digit_and_mark_stays_and_nothing_else():
+    """One character of each category of Unicode between two letters."""
+    for code in [*range(0x20, 0x3000), *range(0xA000, 0xD7A4), *range(0x1F000, 0x1FA00)]:
+        character = chr(code)
+        category = unicodedata.category(character)
+        left = finetune_ctc.normalise_text(f"x{character}x")
+        if character in "'\u2019\u02bc":
+            assert left == "X'X"
+        elif category[0] in "PSZ" or category == "Cc":
+            assert left == "X X", hex(code)
+        elif category == "Cf":
+            assert left in ("XX", f"X{character}X"), hex(code)
+        elif category[0] in "LNM":
+            expected = unicodedata.normalize("NFC", unicodedata.normalize("NFC", f"x{character}x").upper())
+            assert left == expected or character == "\u20e3", hex(code)
 
 
 def test_vocabulary_is_of_the_training_text_and_blank_is_padding(tmp_path):

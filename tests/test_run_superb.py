@@ -20,7 +20,7 @@ from example_helpers import (
 )
 from transformers import BertConfig
 
-from skill_hf.superb import PUBLISHED, evaluation
+from skill_hf.superb import PUBLISHED, evaluation, superb_score
 
 
 KEYWORDS = DEMO / "keywords"
@@ -154,12 +154,35 @@ def test_results_of_keywords(shared, finished):
 
 def test_table_of_keywords(finished):
     directory, results = finished
-    lines = (directory / "out" / "student" / "superb.md").read_text().splitlines()
-    assert len(lines) == 2 + 1 + len(PUBLISHED)
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    page = (directory / "out" / "student" / "superb.md").read_text()
     size = results["ks"]["parameters"] / 1e6
     accuracy = results["ks"]["scores"]["ks_accuracy"]
-    assert cells[:4] == ["**student**", f"{size:.1f}", "–", f"{accuracy:.2f}"] and set(cells[4:]) == {"–"}
+    assert page.startswith(f"# student, {size:.1f} M parameters\n")
+    assert f"| KS acc ↑ | {accuracy:.2f} | {results['ks']['dataset'][0]} |" in page.splitlines()
+    assert not any(row.name in page for row in PUBLISHED) and "not of SUPERB's own data" in page
+
+
+def test_published_rows_stand_beside_superb_s_data_alone(shared, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    results = evaluate(shared, tmp_path / "copy", **keywords_of(shared, superb_data=True))
+    page = (tmp_path / "copy" / "out" / "student" / "superb.md").read_text()
+    rows = page[page.index("## Beside published models") :].splitlines()
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["**student**", *(row.name for row in sorted_by_score())]
+    accuracy = results["ks"]["scores"]["ks_accuracy"]
+    assert rows[0][2:4] == ["–", f"{accuracy:.2f}"] and set(rows[0][4:]) == {"–"}
+    assert "not of SUPERB's own data" not in page
+
+
+def sorted_by_score():
+    return sorted(PUBLISHED, key=lambda row: -superb_score(row.results))
+
+
+def test_another_model_of_the_same_name_wants_another_directory(shared, finished, tmp_path):
+    shutil.copytree(shared / "student", tmp_path / "student")
+    settings = settings_of(shared, finished[0], **keywords_of(shared, model=tmp_path / "student"))
+    status, _, errors = run_main(run_superb, settings)
+    assert status == 2 and f"has results of ks by {shared / 'student'}, not by {tmp_path / 'student'}" in errors[0]
 
 
 def test_held_out_clips_are_of_other_speakers(shared):
@@ -195,10 +218,10 @@ def test_several_tasks_share_a_table(shared, tmp_path):
     evaluate(shared, tmp_path, task="sid")
     results = evaluate(shared, tmp_path, task="er")
     assert set(results) == {"sid", "er"}
-    row = (tmp_path / "out" / "student" / "superb.md").read_text().splitlines()[2]
+    page = (tmp_path / "out" / "student" / "superb.md").read_text()
     measured = [results["er"]["scores"]["er_accuracy"], results["sid"]["scores"]["sid_accuracy"]]
-    assert [float(cell) for cell in row.split("|")[3:] if re.fullmatch(r" [\d.]+ ", cell)] == [
-        pytest.approx(value, abs=0.01) for value in measured
+    assert re.findall(r"^\| (?:ER|SID) acc ↑ \| ([\d.]+) \|", page, re.MULTILINE) == [
+        f"{value:.2f}" for value in measured
     ]
 
 
@@ -243,14 +266,13 @@ def test_folds_are_tested_in_turn(shared, tmp_path):
 def test_filterbanks_are_a_floor(shared, tmp_path):
     results = evaluate(shared, tmp_path, **keywords_of(shared, model="fbank"))["ks"]
     assert results["parameters"] == 0 and results["runs"]["test"]["layer_weights"] == [1.0]
-    row = (tmp_path / "out" / "fbank" / "superb.md").read_text().splitlines()[2]
-    assert row.startswith("| **fbank** | – | – | ")
+    assert (tmp_path / "out" / "fbank" / "superb.md").read_text().startswith("# fbank\n")
 
 
 def test_untrained_weights_are_another_floor(shared, finished, tmp_path):
     results = evaluate(shared, tmp_path, **keywords_of(shared, untrained=True))["ks"]
     assert (tmp_path / "out" / "student_untrained_").is_dir()
-    assert "| **student (untrained)** |" in (tmp_path / "out" / "student_untrained_" / "superb.md").read_text()
+    assert "# student (untrained), " in (tmp_path / "out" / "student_untrained_" / "superb.md").read_text()
     trained = finished[1]["ks"]
     assert results["parameters"] == trained["parameters"]
     assert results["runs"]["test"]["layer_weights"] != trained["runs"]["test"]["layer_weights"]
@@ -341,9 +363,9 @@ def test_a_run_that_was_stopped_goes_on(shared, finished, tmp_path, monkeypatch,
         ({"task": "pr", "lexicon": "{shared}/none.txt"}, "The lexicon .*none.txt does not exist"),
         ({"task": "sid", "max_seconds": 0.01}, "None of the 12 clips can be read"),
         ({"task": "sid", "learning_rates": [1e38]}, "Training sid came to NaN with every learning rate"),
-        ({"task": "sid", "learning_rates": [1e-3, 0]}, "`learning_rates` must be above 0"),
-        ({"task": "sid", "learning_rates": [-1.0]}, "`learning_rates` must be above 0"),
-        ({"validation_share": 1}, "`validation_share` must be between 0 and 1, but is 1.0"),
+        ({"task": "sid", "learning_rates": [1e-3, 0]}, "`learning_rates` must be a number above 0, but is 0"),
+        ({"task": "sid", "learning_rates": [-1.0]}, "`learning_rates` must be a number above 0, but is -1.0"),
+        ({"validation_share": 1}, "`validation_share` must be a number above 0 and below 1, but is 1.0"),
         ({"task": "er", "folds": ["train"]}, "`folds` needs at least two splits"),
         ({"model": "fbank", "untrained": True}, "`fbank` has no weights to draw; leave out `--untrained`"),
         ({"cache_dtype": "bfloat16"}, "invalid choice: 'bfloat16'"),

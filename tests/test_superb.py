@@ -1,6 +1,6 @@
 import pytest
 
-from skill_hf.superb import METRICS, PUBLISHED, comparison_table, superb_score
+from skill_hf.superb import METRICS, PUBLISHED, MeasuredTask, comparison_table, results_page, superb_score
 
 
 # As the benchmark and the projects print them.
@@ -43,6 +43,13 @@ def test_missing_and_unknown_metrics_are_named():
         superb_score(results | {"ks_acc": 1.0})
 
 
+def page_rows(name: str, superb_data: bool) -> list[str]:
+    page = results_page(name, [MeasuredTask({"ks_accuracy": 95.5}, "data", superb_data), MeasuredTask({}, "other")])
+    assert "| KS acc ↑ | 95.50 | data |" in page.splitlines()
+    names = {row.name for row in PUBLISHED} | {f"**{name}**"}
+    return [line for line in page.splitlines() if line.split(" | ")[0].strip("| ") in names]
+
+
 def test_table_sets_a_model_beside_the_published_ones():
     between = PUBLISHED[3].results | {"ks_accuracy": 96.0}
     lines = comparison_table("mine", between, 23.6).splitlines()
@@ -51,5 +58,7 @@ def test_table_sets_a_model_beside_the_published_ones():
     names = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
     assert names.index("**mine**") == names.index("DPWavLM") + 1
     assert "| 23.6 | " in lines[2 + names.index("**mine**")]
+    assert page_rows(name="mine", superb_data=False) == []
+    assert len(page_rows(name="mine", superb_data=True)) == len(PUBLISHED) + 1
     partial = comparison_table("mine", {"ks_accuracy": 95.5}).splitlines()[2]
     assert partial.startswith("| **mine** | – | – | 95.50 | – |")

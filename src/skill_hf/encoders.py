@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -52,6 +53,13 @@ def make_batches(
                 batch = []
             batch.append(clip)
         yield batch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch on a CPU or a GPU, got no memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error)) is not None
 
 
 class PretrainedEncoder:

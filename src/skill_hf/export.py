@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, WavLMForXVector
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
 from .data import samples_per_frame
+from .files import try_file
 from .modeling_wavlm_skill_student import fold_weight_norm
 
 
@@ -116,10 +117,11 @@ def export_onnx(
 
     Raises:
         `ImportError`: if onnx, onnxscript or onnxruntime is missing.
-        `ValueError`: if the model has gates.
+        `ValueError`: if the model has gates, or the file can't be written.
         `RuntimeError`: if the file differs from the model; it is removed.
     """
     _require("onnx", "onnxscript", "onnxruntime")
+    try_file(path, "path")
     reference = NamedOutputs(_frozen_copy(model), output_hidden_states)
     # The fused attention is traced as one kernel and taken apart later, when the memory layout of its output is taken
     # for granted already (torch 2.13: "Cannot view a tensor ..."). The eager one computes the same without that step.
@@ -158,6 +160,7 @@ def export_program(
 
     Arguments, returned value and errors are those of [`export_onnx`].
     """
+    try_file(path, "path")
     reference = NamedOutputs(_frozen_copy(model), output_hidden_states)
     example = _noise(model, batch=2, spare_frames=SPARE_FRAMES[1])
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -196,7 +199,7 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
 
     Raises:
         `ImportError`: if onnx or onnxruntime is missing.
-        `ValueError`: if there is no audio.
+        `ValueError`: if there is no audio, or the file can't be written.
     """
     _require("onnx", "onnxruntime")
     import onnx
@@ -205,6 +208,7 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
     audio = [torch.as_tensor(waveform, dtype=torch.float32) for waveform in audio]
     if not audio:
         raise ValueError(NO_AUDIO)
+    try_file(quantized_path, "quantized_path")
     model, settings = onnx.load(path), {"per_channel": True, "reduce_range": True}
     positional = [
         node.name

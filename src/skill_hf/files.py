@@ -22,10 +22,8 @@ def try_directory(path: str | os.PathLike, name: str = "output_dir") -> None:
         `ValueError`: if it is something else or can't be written to.
     """
     path = Path(path)
-    with _named(path, name), _made(path), tempfile.NamedTemporaryFile(dir=path, prefix=".try-") as file:
-        file.write(b"0" * 4096)  # a full disk may still have room for an empty file
-        file.flush()
-        os.fsync(file.fileno())
+    with _named(path, name), _made(path):
+        _write_something(path)
 
 
 def try_file(path: str | os.PathLike, name: str = "output") -> None:
@@ -36,8 +34,8 @@ def try_file(path: str | os.PathLike, name: str = "output") -> None:
         `ValueError`: if it can't.
     """
     path = Path(path)
-    try_directory(path.parent, name)
-    with _named(path, name):
+    with _named(path, name), _made(path.parent):
+        _write_something(path.parent)
         if path.is_dir():
             raise IsADirectoryError(None, "it is a directory")
         if path.exists() and not os.access(path, os.W_OK):
@@ -46,6 +44,13 @@ def try_file(path: str | os.PathLike, name: str = "output") -> None:
             with open(path, "xb"):  # its name may be too long
                 pass
             path.unlink()
+
+
+def _write_something(directory: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".try-") as file:
+        file.write(b"0" * 4096)  # a full disk may still have room for an empty file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def keep_sources(output_dir: str | os.PathLike, sources: Mapping[str, str | os.PathLike | None]) -> None:

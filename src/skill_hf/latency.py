@@ -5,6 +5,7 @@ How long each unit of a student takes on a device: random architectures are meas
 
 import copy
 import importlib.metadata
+import numbers
 import platform
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from .version import __version__
 
 DTYPES = ("float32", "bfloat16", "float16")
 NUM_WARMUPS = 2  # forwards that don't count: kernels are chosen and memory is taken in the first ones
+MAX_SECONDS = 3600  # memory grows with the square of the length
 PICOSECONDS = 10**12  # in a second
 LEAST_SHARE = 0.1  # of the teacher's units in the smallest architectures that are drawn
 
@@ -90,18 +92,26 @@ def fit_latency(
             teacher.
     """
     config = student_config(config)
-    samples, least = round(seconds * sampling_rate), samples_per_frame(config)
-    if samples < least:
-        raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"`seconds` must be a number above 0 and at most {MAX_SECONDS}, but is {seconds!r}.")
     for name, value, minimum in (
         ("batch_size", batch_size, 1),
         ("num_threads", num_threads, 1),
         ("num_architectures", num_architectures, 5),
         ("num_heldout", num_heldout, 1),
         ("num_runs", num_runs, 1),
+        ("sampling_rate", sampling_rate, 1),
+        ("seed", seed, 0),
     ):
-        if value is not None and value < minimum:
+        if name == "num_threads" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+        if value < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
+    samples, least = round(seconds * sampling_rate), samples_per_frame(config)
+    if samples < least:
+        raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     device = _checked_device(device)

@@ -14,8 +14,8 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from ..data import AudioError, read_audio
-from ..encoders import FilterBank, PretrainedEncoder, make_batches
+from ..audio import AudioError, check_seconds, read_audio, samples_in
+from ..encoders import FilterBank, PretrainedEncoder, is_out_of_memory, make_batches
 from ..files import read_json, try_directory, write_json
 
 
@@ -94,6 +94,8 @@ def cache_hidden_states(
     """
     if "audio" not in dataset.column_names:
         raise ValueError(f"The data set has no column `audio`, but {', '.join(dataset.column_names)}; rename yours.")
+    check_seconds("max_seconds", max_seconds)
+    check_seconds("batch_seconds", batch_seconds)
     directory = Path(directory)
     try_directory(directory, "cache_dir")
     directory.mkdir(parents=True, exist_ok=True)
@@ -122,11 +124,21 @@ def cache_hidden_states(
             states_file.truncate(total * bytes_per_frame)  # what a run was writing when it was stopped
             writer = csv.writer(index_file, lineterminator="\n")
             clips = _read_clips(encoder, dataset, max_seconds, done, failed)
-            most_samples = int(batch_seconds * encoder.sampling_rate)
+            most_samples = samples_in(batch_seconds, encoder.sampling_rate)
             new_clips = new_frames = 0
             for batch in make_batches(clips, most_samples, 256, encoder.equal_lengths):
                 rows, waveforms = zip(*batch, strict=True)
-                for row, states in zip(rows, encoder(list(waveforms)), strict=True):
+                try:
+                    encoded = encoder(list(waveforms))
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    seconds = max(map(len, waveforms)) / encoder.sampling_rate
+                    raise ValueError(
+                        f"The memory is too small for rows {', '.join(map(str, rows))} of up to {seconds:.0f} s; crop"
+                        " clips by `max_seconds`."
+                    ) from error
+                for row, states in zip(rows, encoded, strict=True):
                     states = states.mean(0, keepdim=True) if mean_over_time else states
                     array = cast_states(states, dtype, f"row {row}", "cache_dtype")
                     states_file.write(array.tobytes())
