@@ -255,6 +255,7 @@ def check_output(output_dir: str, head: str, sources: dict[str, str | None]) -> 
     Raises:
         `ValueError`: if `output_dir` can't be written to, is a source, or holds a model without this `head`.
     """
+    try_directory(output_dir)
     keep_sources(output_dir, sources)
     config = Path(output_dir) / "config.json"
     if config.is_file():
@@ -265,7 +266,6 @@ def check_output(output_dir: str, head: str, sources: dict[str, str | None]) -> 
                 f"`output_dir`, {output_dir}, holds another model ({architectures}), which would be overwritten; name"
                 " another."
             )
-    try_directory(output_dir)
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

@@ -176,9 +176,9 @@ def print_table(results: dict[str, dict]) -> None:
 
 def run(arguments: list[str] | None) -> None:
     (args,) = parse(arguments, (ExportArguments,))
+    try_directory(args.output_dir)
     keep_sources(args.output_dir, {"model": args.model})
     keep_sources(Path(args.output_dir) / FILES["stock"], {"model": args.model})
-    try_directory(args.output_dir)
     model = load_student(args.model)
     if "stock" in args.formats and not isinstance(model, WavLMForSkillStudent):
         raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")

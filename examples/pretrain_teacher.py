@@ -310,12 +310,12 @@ def pretrain(wavlm, utterances, targets, num_clusters, steps, directory: Path, a
 
 def run(args: PretrainArguments) -> None:
     require("sklearn", "scikit-learn", "Clusters need")
+    try_directory(args.output_dir)
     keep_sources(
         args.output_dir,
         {name: getattr(args, name) for name in ("librispeech", "speech_commands", "init_from")},
     )
     keep_sources(args.output_dir / "model", {"init_from": args.init_from})
-    try_directory(args.output_dir)
     set_seed(args.seed)
     utterances = training_utterances(args)
     hours = sum(map(len, utterances)) / RATE / 3600

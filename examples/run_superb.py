@@ -318,9 +318,9 @@ def run(args: SuperbArguments, head_args: HeadArguments) -> None:
     path = Path(args.model)
     name = (path.resolve() if path.is_dir() else path).name + (" (untrained)" if args.untrained else "")
     model_dir = Path(head_args.output_dir) / re.sub(r"[^\w.-]+", "_", name)
-    keep_sources(model_dir, {"model": args.model, "dataset_name": args.dataset_name})
     try_directory(model_dir)
     try_directory(args.cache_dir, "cache_dir")
+    keep_sources(model_dir, {"model": args.model, "dataset_name": args.dataset_name})
     for task, of in read_results(model_dir).items():  # which this adds to
         if _place(str(of.get("model"))) != _place(args.model):
             raise ValueError(

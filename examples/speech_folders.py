@@ -22,11 +22,11 @@ def read_metadata(directory: Path, columns: Sequence[str]) -> list[dict[str, str
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
-            rows = list(table)
+            rows, header = list(table), table.fieldnames or ()
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV file in UTF-8 ({error}); save it as one.") from error
     columns = ("file_name", *columns)
-    if missing := [column for column in columns if column not in (table.fieldnames or ())]:
+    if missing := [column for column in columns if column not in header]:
         raise ValueError(f"{path} has no column {' and no column '.join(missing)}.")
     if not rows:
         raise ValueError(f"{path} has no rows.")

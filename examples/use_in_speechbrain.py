@@ -198,8 +198,8 @@ def prepare(args: Arguments) -> tuple[SpeakerBrain, DynamicItemDataset, DynamicI
     config = load_config(args.model)
     checked_device(args.device)
     if args.output_dir is not None:
-        keep_sources(args.output_dir, {"model": args.model, "audio_dir": args.audio_dir})
         try_directory(args.output_dir)
+        keep_sources(args.output_dir, {"model": args.model, "audio_dir": args.audio_dir})
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.model, freeze=args.output_dir is None).to(args.device)
     train, test, num_speakers = read_splits(args, encoder.feature_extractor)

@@ -262,7 +262,14 @@ def test_results_of_superb_that_are_none(shared, tmp_path, content):
 
 
 # ------------------------------------------------------------------------------------------------- trainings that fail
-SHORT = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
+SHORT = {
+    "max_steps": 3,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -278,8 +285,8 @@ def test_a_training_that_diverges_saves_nothing(shared, tmp_path, settings):
     assert status == 2 and len(errors) == 1
     assert "Lower `learning_rate`, which is 1e+3" in errors[0] and "nan" in errors[0].lower()
     assert (output_dir / "model.safetensors").read_text() == "before" and not (output_dir / "config.json").exists()
-    for checkpoint in output_dir.glob("checkpoint-*"):  # the first step still had finite weights
-        assert checkpoint.name == "checkpoint-1"
+    # A checkpoint of the first step, whose loss was finite, at most.
+    assert {checkpoint.name for checkpoint in output_dir.glob("checkpoint-*")} <= {"checkpoint-1"}
 
 
 @pytest.mark.parametrize(

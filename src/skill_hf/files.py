@@ -65,13 +65,14 @@ def keep_sources(output_dir: str | os.PathLike, sources: Mapping[str, str | os.P
         `ValueError`: if one is `output_dir`, by whatever path or link, or a checkpoint in it, which is deleted when
             newer ones are saved.
     """
-    output = Path(output_dir).resolve()
+    output = os.path.realpath(output_dir)
     for name, source in sources.items():
         if source is None or not os.path.isdir(source):
             continue
-        path = Path(source).resolve()
-        same = path == output or output.is_dir() and output.samefile(path)
-        if same or path.name.startswith("checkpoint-") and path.parent == output:
+        path = os.path.realpath(source)
+        same = path == output or os.path.isdir(output) and os.path.samefile(path, output)
+        folder, last = os.path.split(path)
+        if same or last.startswith("checkpoint-") and folder == output:
             what = "is" if same else "holds"
             raise ValueError(
                 f"`output_dir`, {output_dir}, {what} the `{name}`, {source}, which would be overwritten; name another."
