@@ -42,6 +42,7 @@ from transformers.trainer_utils import set_seed
 
 from skill_hf.checkpointing import last_complete_checkpoint
 from skill_hf.files import keep_sources, try_directory
+from skill_hf.loading import load_model
 
 
 logger = logging.getLogger(__name__)
@@ -322,11 +323,11 @@ def run(args: PretrainArguments) -> None:
     logger.info("%d utterances, %.2f hours", len(utterances), hours)
     wavlm = WavLMModel(small_wavlm_config(args.num_hidden_layers))
     if args.init_from is not None:
+        grown_from = load_model(str(args.init_from))
         try:
-            grown_from = WavLMModel.from_pretrained(args.init_from, dtype=torch.float32)
             wavlm.load_state_dict(grown_from.state_dict(), strict=False)
-        except Exception as error:  # transformers raises what its file readers do
-            raise ValueError(f"`init_from`, {args.init_from}, cannot be grown from: {error}") from error
+        except RuntimeError as error:  # other shapes
+            raise ValueError(f"`init_from`, {args.init_from}, is of another size: {error}") from error
     logger.info("%.2f M parameters", wavlm.num_parameters() / 1e6)
     for iteration, (steps, num_clusters) in enumerate(zip(args.steps, args.num_clusters, strict=True), start=1):
         directory = args.output_dir / f"iteration-{iteration}"

@@ -188,7 +188,7 @@ def drop_norm(folder):
             "`architectures` in config.json of .* is None; known",
         ),
         (lambda folder: edit_config(folder, architectures=["WavLMModel"]), "known are WavLMForSkillStudent, "),
-        (drop_classifier, "has no weights for classifier.bias, classifier.weight, projector.bias"),
+        (drop_classifier, "classifier.bias is missing; classifier.weight is missing; projector.bias is missing"),
         (drop_norm, "encoder.layer_norm.weight is missing"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
     ],

@@ -36,6 +36,7 @@ from pretrain_teacher import RATE, WINDOW, heldout_split, mfcc, normalise  # noq
 from speech_folders import read_metadata, read_speech  # noqa: E402
 
 from skill_hf.files import try_file, write_json  # noqa: E402
+from skill_hf.loading import load_model  # noqa: E402
 
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -272,10 +273,7 @@ def run(args: ProbeArguments) -> None:
     import sklearn
 
     try_file(args.output)
-    try:
-        teacher = WavLMModel.from_pretrained(args.teacher, dtype=torch.float32)
-    except Exception as error:  # transformers raises what its file readers do
-        raise ValueError(f"The teacher {args.teacher} cannot be loaded: {error}") from error
+    teacher = load_model(str(args.teacher))
     config = teacher.config
     untrained = []
     for offset in range(args.untrained_seeds):

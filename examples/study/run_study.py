@@ -33,12 +33,13 @@ import torch
 import transformers
 from filelock import FileLock
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, AutoModel, set_seed
+from transformers import AutoModel, set_seed
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from example_settings import MAX_COUNT, Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
+from example_utils import load_feature_extractor  # noqa: E402
 from study_design import (  # noqa: E402
     CALIBRATION_SAMPLES,
     CALIBRATION_SECONDS,
@@ -58,6 +59,7 @@ from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
+from skill_hf.loading import load_model  # noqa: E402
 from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
 
 
@@ -262,11 +264,8 @@ def run(args: StudyArguments) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # so that a GPU rounds as a CPU does
-    try:
-        teacher = AutoModel.from_pretrained(args.teacher, dtype=torch.float32).to(device).eval()
-        feature_extractor = AutoFeatureExtractor.from_pretrained(args.teacher)
-    except Exception as error:  # transformers raises what its file readers do
-        raise ValueError(f"The teacher {args.teacher} cannot be loaded: {error}") from error
+    teacher = load_model(str(args.teacher)).to(device).eval()
+    feature_extractor = load_feature_extractor(str(args.teacher), teacher.config)
     train, heldout = speech_to_distil(args.librispeech)
     splits = probe_splits(args.librispeech, args.speech_commands)
     with FileLock(args.results / "references.lock"):  # else workers that start together would all encode all of it
