@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -80,6 +81,8 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
         if isinstance(stored, str):
             check_file(stored)
             size, opened = os.path.getsize(stored), os.fsencode(stored)
+            if stored.lower().endswith(".raw"):  # which soundfile takes for samples without a header
+                opened = io.BytesIO(Path(stored).read_bytes())
         else:
             size, opened = len(stored), io.BytesIO(stored)
         if not size:
@@ -95,7 +98,7 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
                 file = stack.enter_context(open(stored, "rb"))
                 content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             yield AudioStream(sound, content)
-        except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: a name that ends in .raw
+        except (soundfile.SoundFileError, OSError) as error:
             reason = getattr(error, "error_string", "") or str(error)
             raise DecodingError(
                 f"is no audio that can be decoded ({reason.strip()}); convert it to WAV or FLAC, or leave it out"
@@ -204,7 +207,7 @@ class _EndlessFile(io.BytesIO):
 def _mp3_has_exact_length(content: bytes | mmap.mmap) -> bool:
     """Whether the file says how many bytes of frames it has, and has them."""
     claimed = _mp3_claimed_end(content, _after_id3(content, 0))
-    return claimed is not None and abs(claimed - _mp3_end(content)) <= _LARGEST_FRAME
+    return claimed is not None and 0 <= _mp3_end(content) - claimed <= _LARGEST_FRAME
 
 
 def _mp3_claimed_end(content: bytes | mmap.mmap, start: int) -> int | None:

@@ -1,5 +1,6 @@
 """Files behind a URL: which protocols are read, for how long, and how much of them."""
 
+import math
 import os
 import queue
 import re
@@ -20,7 +21,12 @@ REMOTE_SECONDS = 10.0
 REMOTE_BYTES_PER_SECOND = 64 * 2**10
 REMOTE_MAX_BYTES = 256 * 2**20
 
+# A server that did not keep up is not waited for again so soon: a set may have thousands of rows there.
+REMOTE_RETRY_SECONDS = 60.0
+
 _CHUNK_BYTES = 2**20
+
+_late: dict[str, float] = {}  # server -> when it was late
 
 
 class RemoteFileError(OSError):
@@ -58,12 +64,14 @@ def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
     Content behind a URL of an allowed protocol.
 
     Raises:
-        [`RemoteFileError`]: if the protocol is not allowed or not installed, the server does not begin to answer in
-            [`REMOTE_SECONDS`] or stays below [`REMOTE_BYTES_PER_SECOND`], or the content exceeds
-            [`REMOTE_MAX_BYTES`].
+        [`RemoteFileError`]: if the protocol is not allowed or not installed, there is no such file, the server does
+            not begin to answer in [`REMOTE_SECONDS`] or stays below [`REMOTE_BYTES_PER_SECOND`] (or did in the last
+            [`REMOTE_RETRY_SECONDS`]), or the content exceeds [`REMOTE_MAX_BYTES`].
     """
     check_protocols(url, protocols)
-    protocol = _protocol(url)
+    protocol, server = _protocol(url), "/".join(url.split("/")[:3])
+    if time.monotonic() - _late.get(server, -math.inf) < REMOTE_RETRY_SECONDS:
+        raise RemoteFileError(f"is on a server that did not answer in time less than {REMOTE_RETRY_SECONDS:.0f} s ago")
     try:
         if protocol in PROTOCOLS or "::" not in url:
             filesystem = fsspec.filesystem(protocol)  # here, since fsspec keeps one for each thread
@@ -73,6 +81,11 @@ def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
         return _read_in_time(lambda: fsspec.open(url, "rb"))
     except RemoteFileError:
         raise
+    except TimeoutError as error:
+        _late[server] = time.monotonic()
+        raise RemoteFileError(str(error)) from error
+    except FileNotFoundError as error:
+        raise RemoteFileError("does not exist or cannot be reached") from error
     except Exception as error:  # each file system has errors of its own
         raise RemoteFileError(f"cannot be fetched ({_reason(error)})") from error
 
@@ -100,7 +113,7 @@ def _read_in_time(open_file: Callable[[], Any]) -> bytes:
             try:
                 chunk = chunks.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise RemoteFileError(
+                raise TimeoutError(
                     f"did not arrive in time ({len(content)} bytes in {time.monotonic() - start:.0f} s)"
                 ) from None
             if isinstance(chunk, BaseException):
