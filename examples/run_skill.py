@@ -62,7 +62,7 @@ from safetensors import safe_open
 from transformers import AutoModel, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
-from skill_hf.data import calibration_waveforms, load_audio_dir, load_speech_dataset
+from skill_hf.data import load_audio_dir, load_speech_dataset
 from skill_hf.divergence import NonFiniteError
 from skill_hf.families import load_student
 from skill_hf.interruption import Terminated
@@ -101,6 +101,10 @@ class DataArguments:
         default=2.0, metadata={"help": "Shorter clips are padded to this length in seconds rather than crop others."}
     )
     max_eval_samples: Count | None = field(default=None, metadata={"help": "Clips to evaluate on; by default all."})
+    audio_protocols: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Protocols of URLs in rows to read beside http, https and hf, such as s3 or zip."},
+    )
     num_heldout: Annotated[int, Range(least=0, most=MAX_COUNT)] = field(
         default=32,
         metadata={
@@ -161,6 +165,7 @@ def load_data(args: DataArguments, seed: int) -> tuple:
         train = load_audio_dir(args.audio_dir)
     else:
         form = {"config_name": args.dataset_config_name, "audio_column": args.audio_column}
+        form["protocols"] = args.audio_protocols
         train = load_speech_dataset(args.dataset_name, split=args.train_split, streaming=args.streaming, **form)
         if args.streaming:
             train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
@@ -216,12 +221,9 @@ def make_trainer(
         callbacks=[clock],
     )
     lengths = {"max_seconds": data_args.max_seconds, "min_seconds": data_args.min_seconds}
+    lengths["protocols"] = data_args.audio_protocols
     trainer.data_collator = dataclasses.replace(trainer.data_collator, seed=training_args.seed, **lengths)
     trainer.eval_data_collator = dataclasses.replace(trainer.eval_data_collator, **lengths)
-    if heldout is not None:
-        # The trainer tries clips of the training set first thing; these it would come to only in the end.
-        for _ in calibration_waveforms(heldout, 8, data_args.max_seconds, 0, trainer.processing_class):
-            pass
     return trainer
 
 

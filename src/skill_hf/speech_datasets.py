@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import os
 import re
@@ -89,9 +90,8 @@ def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
             seconds = audio_seconds(path)
             path.encode()
         except UnicodeEncodeError:
-            errors.append(
-                AudioError(f"`{path.encode(errors='backslashreplace').decode()}` has no UTF-8 name; rename.")
-            )
+            shown = path.encode(errors="backslashreplace").decode()
+            errors.append(AudioError(f"`{shown}` has a name that is not UTF-8; rename it."))
         except AudioError as error:
             num_bad_files += os.path.isfile(path)
             errors.append(error)
@@ -282,17 +282,23 @@ def _load_split(
     root = [os.path.abspath(name)] if os.path.isdir(name) else []
     # A split may be sliced and added to others: `train[:10%]+validation`.
     parts = re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split)
-    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-        if isinstance(loaded, datasets.Dataset):
-            loaded = {str(loaded.split or "train"): loaded}
-        _check_split(name, parts, list(loaded))
+    saved = Path(name) / "dataset_dict.json"
+    if saved.is_file() or (Path(name) / "state.json").is_file():
+        if saved.is_file():
+            _check_split(name, parts, json.loads(saved.read_text(encoding="utf-8"))["splits"])
+            loaded = {part: _load_saved(os.path.join(name, part), part) for part in parts}
+        else:
+            dataset = _load_saved(name, split)
+            loaded = {str(dataset.split or "train"): dataset}
+            _check_split(name, parts, list(loaded))
         lengths = {part: len(dataset) for part, dataset in loaded.items()}
         pieces = [
             loaded[piece.splitname].select(range(lengths[piece.splitname])[slice(piece.from_, piece.to)])
             for piece in datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
         ]
         joined = datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
+        if not len(joined):
+            raise AudioError(f"The split `{split}` of `{name}` has no rows; name another split or dataset.")
         return (joined.to_iterable_dataset() if streaming else joined), root
 
     builder = datasets.load_dataset_builder(name, config_name)
@@ -313,6 +319,13 @@ def _load_split(
         return builder.as_streaming_dataset(split=split), root
     builder.download_and_prepare()
     return builder.as_dataset(split=split), root
+
+
+def _load_saved(directory: str, split: str) -> datasets.Dataset:
+    state = json.loads((Path(directory) / "state.json").read_text(encoding="utf-8"))
+    if not state.get("_data_files"):  # which `datasets` (5.2) cannot load
+        raise AudioError(f"The split `{split}` in `{directory}` has no rows; name another split or dataset.")
+    return datasets.load_from_disk(directory)
 
 
 def _table_beside(
