@@ -91,7 +91,8 @@ class SpeechCollator:
         seed (`int`, *optional*, defaults to 0):
             Seed of the crops.
         epoch (`int`, *optional*, defaults to 0):
-            Mixed into the seed: raised at the start of an epoch, it changes the crops of a batch that comes again.
+            Mixed into the seed: raised at the start of an epoch, it changes the crops of a batch that comes again. A
+            tensor in shared memory where workers outlive an epoch.
         protocols (`Sequence[str]`, *optional*):
             Protocols of URLs to read beside `http`, `https` and `hf`, such as `s3`.
     """
@@ -102,7 +103,7 @@ class SpeechCollator:
     crop: str = "random"
     min_samples: int = MIN_SAMPLES
     seed: int = 0
-    epoch: int = 0
+    epoch: int | torch.Tensor = 0
     protocols: Sequence[str] = ()
     _named: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _skipped: torch.Tensor = field(init=False, repr=False, compare=False)
@@ -135,7 +136,7 @@ class SpeechCollator:
         choose_start = None
         if self.crop == "random":
             content = functools.reduce(lambda checksum, row: zlib.crc32(row_key(row), checksum), rows, 0)
-            choose_start = _random_start(self.seed, self.epoch, content)
+            choose_start = _random_start(self.seed, int(self.epoch), content)
         clips, errors = [], []
         for row in rows:
             try:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 FIGURES = ("architecture.png", "layer_similarity.png", "layer_distances.png", "training.png")
 LOSS_TERMS = {"l1": "L1", "l2": "L2", "cosine": "− cosine similarity"}
+PRECISIONS = {"bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
 EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
 CURVE_ROWS = 8
 HUB_TIMEOUT = 5.0  # seconds; a card does not wait longer for the licence of the teacher
@@ -362,7 +363,8 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
         gate_learning_rate=steps and config.resolve_gate_learning_rate(steps.joint),
         num_steps_done=state.global_step,
         clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        precision="bfloat16 mixed" if args.bf16 else "float16 mixed" if args.fp16 else "float32",
+        # Of the accelerator, since `accelerate launch` may have set it.
+        precision=PRECISIONS.get(trainer.accelerator.mixed_precision, "float32"),
         seed=args.seed,
         loss_names=["Distillation loss", *(LOSS_TERMS[term] for term in terms)],
         losses=_losses(state.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms)]),

@@ -168,6 +168,19 @@ def push_trained(
 
 
 @contextmanager
+def explain_refusal(repo_id: str):
+    """Before training: whatever the Hub, or the way to it, answers is an `OSError` of one line."""
+    try:
+        yield
+    except (HFValidationError, HTTPError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"`push_to_hub` is True, but `{repo_id}` cannot be written to: check the network, `hub_model_id` and your"
+            f" token (`hf auth login` or `hub_token`), or set it to False and publish later. ({reason})"
+        ) from error
+
+
+@contextmanager
 def _explain_failure(output_dir: Path, repo_id: str):
     try:
         yield

@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -24,10 +24,13 @@ from transformers import (
     TrainingArguments,
     Wav2Vec2FeatureExtractor,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from . import pruning, publishing, storage
 from .analysis import layer_distances
+from .argument_validation import check_arguments, check_trainer_arguments
 from .budgets import make_budget
 from .checkpointing import (
     SKILL_STATE_NAME,
@@ -52,6 +55,7 @@ from .data import (
 )
 from .distillation import SkillDistiller, target_means
 from .divergence import FiniteWatch, refuse_non_finite
+from .early_stopping import restore_patience, stopped_early, without_early_stopping
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .gates import noise_seed
 from .interruption import Interruption
@@ -61,6 +65,7 @@ from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe, warn_of_slow_gates
 from .run_identity import checksum, describe_run
 from .run_record import RunRecord
+from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
 from .similarity import layer_similarity
 from .skill_config import SkillConfig, StageSteps
@@ -107,7 +112,8 @@ class SkillDistillationTrainer(Trainer):
             [`~skill_hf.data.SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
             them in evaluation.
         kwargs:
-            Anything else that [`~transformers.Trainer`] takes, but `model_init` and `optimizers`.
+            Anything else that [`~transformers.Trainer`] takes, but `model_init`, `optimizers`, `compute_metrics`,
+            `compute_loss_func` and `preprocess_logits_for_metrics`.
 
     Attributes:
         layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer), once
@@ -118,7 +124,8 @@ class SkillDistillationTrainer(Trainer):
 
     Raises:
         `ValueError`: if the teacher cannot be loaded or is of an unknown family, or the recipe does not fit it (more
-            clusters than layers, groups that name a layer it does not have, a sparsity that its gates cannot reach).
+            clusters than layers, groups that name a layer it does not have, a sparsity that its gates cannot reach),
+            or an argument is out of its range or can't be honoured in both stages.
 
     Example:
 
@@ -140,6 +147,9 @@ class SkillDistillationTrainer(Trainer):
     # `compute_loss` divides by the frames of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
+    # What evaluation gives, by any of which `metric_for_best_model` may choose; a subclass that gives more adds them.
+    evaluation_metrics = ("loss", "distillation_loss", "l1_loss", "l2_loss", "cosine_loss")
+
     def __init__(
         self,
         teacher: str | PreTrainedModel,
@@ -152,16 +162,13 @@ class SkillDistillationTrainer(Trainer):
         data_collator: Callable | None = None,
         **kwargs,
     ):
-        for name in ("model_init", "optimizers"):
-            if kwargs.get(name) not in (None, (None, None)):
-                raise ValueError(
-                    f"`{name}` cannot be given: each stage makes its own. Use `model` or `optimizer_cls_and_kwargs`."
-                )
+        check_trainer_arguments(kwargs)
         self.skill_config = SkillConfig() if skill_config is None else skill_config
         if not isinstance(self.skill_config, SkillConfig):
             raise ValueError(f"`skill_config` must be a SkillConfig, but is a {type(skill_config).__name__}.")
         self.skill_config.validate()  # its fields may have been changed since it was made
         args = SkillTrainingArguments(output_dir="trainer_output") if args is None else args
+        check_arguments(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or name one"
@@ -235,6 +242,7 @@ class SkillDistillationTrainer(Trainer):
         self.layer_similarity: np.ndarray | None = None
         self.record = RunRecord()
         self._micro_batch = 0
+        self._length_order: torch.Generator | None = None
         self._train_sums: dict[str, torch.Tensor] = {}
         self._eval_sums: dict[str, torch.Tensor] = {}
         self.start_checksum = None if model is None else checksum(student)
@@ -388,7 +396,9 @@ class SkillDistillationTrainer(Trainer):
             raise ValueError("This trainer has finished both stages; make a new one to train again.")
         if self.stage and not resume_from_checkpoint:
             raise ValueError(f"This trainer has begun already. {how_to_resume(self.args.output_dir)}")
+        check_data(self)
         self.steps = self.skill_config.resolve_steps(self._total_steps())
+        check_run(self, resumed=bool(resume_from_checkpoint))
         self.run = describe_run(self)
         with self.interruption.listening(), run_directory(self, resume_from_checkpoint) as checkpoint:
             return self._train_stages(checkpoint, trial, ignore_keys_for_eval)
@@ -425,8 +435,9 @@ class SkillDistillationTrainer(Trainer):
                     )
                     return output
                 checkpoint = boundary = self._cut()
+            self.args = user_args
             output = self._train_stage(checkpoint, trial, ignore_keys_for_eval)
-            if self.state.global_step >= self.steps.total:
+            if self.state.global_step >= self.steps.total or stopped_early(self.callback_handler.callbacks):
                 self.stage = 3
                 self._measure("end")
                 for sentence in self.record.advice_on_student():
@@ -457,9 +468,11 @@ class SkillDistillationTrainer(Trainer):
         self.model = self.model_wrapped = self.callback_handler.model = self.distiller
         self.optimizer = self.lr_scheduler = None
         self.finite_watch.reset()
+        restore_patience(self.callback_handler.callbacks, None)
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-            if state.global_step >= args.max_steps:
+            restore_patience(self.callback_handler.callbacks, state)
+            if state.global_step >= args.max_steps or stopped_early(self.callback_handler.callbacks):
                 self._load_from_checkpoint(checkpoint)
                 self._load_rng_state(checkpoint)
                 self.state = state
@@ -606,6 +619,11 @@ class SkillDistillationTrainer(Trainer):
 
     # ---- The Hub ----
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in [`~transformers.Trainer.init_hf_repo`]; a failure is an `OSError` of one line."""
+        with publishing.explain_refusal(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(token, private)
+
     def push_to_hub(
         self,
         commit_message: str = "End of training",
@@ -727,6 +745,9 @@ class SkillDistillationTrainer(Trainer):
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # one that the checkpoint's run did not have
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if self.stage != 2:
             return position
         # Steps count on through both stages, but each reads the data from its beginning: a stream could otherwise
@@ -763,9 +784,18 @@ class SkillDistillationTrainer(Trainer):
         return self.optimizer
 
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        # Each pass over the data has its own crops and order, and those of stage 2 are none of stage 1.
+        number = 2 * epoch + (self.stage == 2)
         if isinstance(self.data_collator, SpeechCollator):
-            # Each pass over the data has its own crops, and those of stage 2 are none of stage 1.
-            self.data_collator.epoch = 2 * epoch + (self.stage == 2)
+            if self.args.dataloader_persistent_workers:
+                # Workers that outlive an epoch keep their copy of the collator.
+                shared = torch.as_tensor(self.data_collator.epoch).share_memory_()
+                self.data_collator.epoch = shared.fill_(number)
+            else:
+                self.data_collator.epoch = number
+        if self._length_order is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._length_order.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
         super()._run_epoch(*args, epoch=epoch, **kwargs)
         if getattr(self.data_collator, "num_skipped", 0):
             logger.warning("Clips left out of training batches so far: %d.", self.data_collator.num_skipped)
@@ -773,12 +803,46 @@ class SkillDistillationTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         return super().create_scheduler(self.steps.final if self.stage == 2 else self.steps.joint, optimizer)
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        collator, self.data_collator = self.data_collator, self.eval_data_collator
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        raise ValueError("`create_optimizer_and_scheduler` cannot be called: each stage of `train()` makes its own.")
+
+    def hyperparameter_search(self, *args, **kwargs):
+        raise ValueError("`hyperparameter_search` cannot be called: a trainer trains once; make one for each trial.")
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_persistent_workers:
+            # Only a loader's first pass starts workers, for which it would draw from the global generator: another
+            # pass after resuming.
+            loader.generator = torch.Generator()
+        return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Its order would come from the global generator, which stands elsewhere after resuming.
+            sampler.generator = self._length_order = torch.Generator()
+        return sampler
+
+    @contextmanager
+    def _held_out(self):
+        """What loads data within this context reads whole clips, and all of them."""
+        collator, args = self.data_collator, self.args
+        self.data_collator, self.args = self.eval_data_collator, copy.copy(args)
+        # Loaders with persistent workers are kept, by a name that another dataset can have.
+        self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
         try:
-            return super().get_eval_dataloader(disable_audio_decoding(eval_dataset))
+            yield
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args = collator, args
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._held_out():
+            return super().get_eval_dataloader(disable_audio_decoding(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        with self._held_out():
+            return super().get_test_dataloader(disable_audio_decoding(test_dataset))
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Valid frames of all micro-batches of all processes: what the sums of the loss are divided by."""
@@ -848,6 +912,10 @@ class SkillDistillationTrainer(Trainer):
         self._add_to(self._eval_sums, outputs, outputs["num_frames"], weight=outputs["num_frames"])
         return loss.detach(), None, None
 
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with without_early_stopping(self.callback_handler) if self.stage == 1 else nullcontext():
+            return super()._evaluate(*args, **kwargs)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
         Held-out distillation loss over the groups: `eval_distillation_loss` and its parts, means over all valid
@@ -855,6 +923,19 @@ class SkillDistillationTrainer(Trainer):
         """
         if self.is_in_train:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self._distiller_as_model():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """
+        The `metrics` of [`~SkillDistillationTrainer.evaluate`] for `test_dataset`; `predictions` and `label_ids` are
+        `None`, since what a student predicts are hidden states.
+        """
+        with nullcontext() if self.is_in_train else self._distiller_as_model():
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    @contextmanager
+    def _distiller_as_model(self):
         if self.distiller is None:
             self._setup()
             self.steps = self.steps or self.skill_config.resolve_steps(self._total_steps())
@@ -862,7 +943,7 @@ class SkillDistillationTrainer(Trainer):
         wrapped = self.model_wrapped
         self.model = self.model_wrapped = self.distiller
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            yield
         finally:
             self.model, self.model_wrapped = self.student, wrapped
 

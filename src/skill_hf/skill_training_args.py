@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .argument_validation import check_arguments, one_line
+from .skill_config import FULL_STEPS
+
 
 @dataclass
 class SkillTrainingArguments(TrainingArguments):
@@ -14,7 +17,10 @@ class SkillTrainingArguments(TrainingArguments):
     > Changed defaults
 
     Args:
-        max_steps (`int`, *optional*, defaults to 75000): optimizer steps of both stages; -1 to go by epochs.
+        max_steps (`int`, *optional*): optimizer steps of both stages; -1 to go by epochs. By default 75000, or epochs
+            if `num_train_epochs` is given.
+        num_train_epochs (`float`, *optional*): passes over the data in both stages together, if `max_steps` is not
+            given; 3 with a `max_steps` of -1.
         learning_rate (`float`, *optional*, defaults to 2e-4): peak of the first stage.
         warmup_steps (`float`, *optional*, defaults to 0.3): share of the first stage's steps, or a number of steps.
         max_grad_norm (`float`, *optional*, defaults to 10.0): norm that gradients are clipped to.
@@ -27,10 +33,17 @@ class SkillTrainingArguments(TrainingArguments):
     Args:
         overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may begin in an `output_dir`
             that holds another one, whose checkpoints are removed.
+
+    Raises:
+        `ValueError`: if an argument is out of its range, or a run of two stages cannot honour it.
     """
 
-    max_steps: int = field(
-        default=75_000, metadata={"help": "Optimizer steps of both stages; -1 to go by num_train_epochs."}
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of both stages, 75000 by default; -1 to go by num_train_epochs."},
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the data in both stages together, if max_steps is not given."}
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the first stage."})
     warmup_steps: float = field(
@@ -42,3 +55,14 @@ class SkillTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a new run may replace the one in output_dir and its checkpoints."}
     )
+
+    def __post_init__(self):
+        if self.max_steps is None:
+            self.max_steps = FULL_STEPS if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
+        check_arguments(self)
+        try:
+            super().__post_init__()
+        except Exception as error:  # of any type: what it converts and imports is of many libraries
+            raise ValueError(f"The training arguments cannot be used: {one_line(error)}.") from error

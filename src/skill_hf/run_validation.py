@@ -1,0 +1,179 @@
+"""What arguments, data, optimizer and metrics of a run must agree on, checked when `train()` starts."""
+
+import copy
+import math
+
+import torch
+from transformers import SchedulerType, get_scheduler
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
+
+from .argument_validation import check_arguments, one_line, refuse
+from .early_stopping import early_stoppers
+
+
+# Steps of a stage at which its learning-rate schedule is tried.
+TRIED_STEPS = 16
+
+BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def check_run(trainer, resumed: bool = False) -> None:
+    """
+    Args:
+        trainer ([`SkillDistillationTrainer`]): as it is when `train()` starts, with its `steps`.
+        resumed (`bool`, *optional*, defaults to `False`): whether the student is that of a checkpoint.
+
+    Raises:
+        `ValueError`: if an optimizer or a schedule cannot be made, a metric is asked for that evaluation doesn't give,
+            or nothing would be pruned.
+    """
+    for stage, steps in ((1, trainer.steps.joint), (2, trainer.steps.final)):
+        if steps:
+            _check_schedule(trainer, stage, steps, make_optimizer(trainer, stage))
+    _check_metric(trainer)
+    if not trainer.steps.joint and not resumed and trainer.budget.total(trainer.student) >= trainer.teacher_cost:
+        refuse(
+            "final_steps",
+            trainer.steps.final,
+            "all steps would be those of stage 2 and nothing would be pruned; lower it, or give a `model` that is"
+            " pruned already",
+        )
+
+
+def check_data(trainer) -> None:
+    """
+    Raises:
+        `ValueError`: if an argument has become invalid, `trainer` has no batch to train on, or not what its sampling
+            strategy needs.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    check_arguments(args)
+    if dataset is None:
+        raise ValueError("There is no `train_dataset` to train on; give one.")
+    strategy = args.train_sampling_strategy
+    if not has_length(dataset):
+        if args.max_steps < 0:
+            refuse("max_steps", args.max_steps, "a dataset without a length has no epochs; set it above 0")
+        if strategy != "random":
+            refuse("train_sampling_strategy", strategy, "a stream is read in its own order; leave it out")
+        return
+    if not len(dataset):
+        raise ValueError("`train_dataset` has no rows; give one with audio.")
+    try:
+        num_batches = len(trainer.get_train_dataloader())
+    except (KeyError, TypeError, ValueError) as error:
+        if strategy not in ("group_by_length", "batch_rebalance"):
+            raise
+        refuse(
+            "train_sampling_strategy",
+            strategy,
+            f"the rows have no numbers in a column `{args.length_column_name}` ({one_line(error)}); add it, or use"
+            " random",
+        )
+    if not num_batches:
+        refuse(
+            "dataloader_drop_last",
+            args.dataloader_drop_last,
+            f"{len(dataset)} clips don't fill one batch of {args.per_device_train_batch_size} on each of"
+            f" {args.world_size} processes; switch it off or lower `per_device_train_batch_size`",
+        )
+
+
+def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
+    """
+    The optimizer of a stage over one parameter of its own, which has taken a step.
+
+    Raises:
+        `ValueError`: if it is not installed, doesn't take its arguments, or can't be used in two stages.
+    """
+    args = trainer.args
+    given = trainer.optimizer_cls_and_kwargs
+    name, value = ("optim", args.optim) if given is None else ("optimizer_cls_and_kwargs", given)
+    rate = args.learning_rate if stage == 1 else trainer.skill_config.final_learning_rate
+    parameter = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        cls, kwargs = given or trainer.get_optimizer_cls_and_kwargs(args, trainer.student)
+    except Exception as error:  # each optimizer has its own library
+        settings = f" with `optim_args` {args.optim_args!r}" if args.optim_args else ""
+        refuse(name, value, f"{settings.strip() or 'it'} cannot be made: {one_line(error)}")
+    own = sorted(kwargs.keys() & {"params", "model", "optimizer_dict"})
+    if own or is_optimizer_factory(cls):
+        refuse(name, value, f"it groups parameters itself{f' (`{own[0]}`)' if own else ''} and gates need their own")
+    try:
+        optimizer = cls([{"params": [parameter], "weight_decay": args.weight_decay}], **kwargs | {"lr": rate})
+        if not callable(getattr(optimizer, "eval", None)):
+            optimizer.step()
+    except Exception as error:
+        refuse(name, value, f"it cannot be used: {one_line(error)}")
+    if callable(getattr(optimizer, "eval", None)):
+        refuse(name, value, "the cut and the checkpoints would not see the weights that it averages; use another")
+    if given is None and args.optim_args:
+        _check_optimizer_arguments(trainer, kwargs)
+    return optimizer
+
+
+def _check_optimizer_arguments(trainer, kwargs: dict) -> None:
+    """transformers passes over the `optim_args` that the optimizer of its choice does not read."""
+    without = copy.copy(trainer.args)
+    for pair in trainer.args.optim_args.replace(" ", "").split(","):
+        key = pair.partition("=")[0]
+        without.optim_args = pair
+        alone = trainer.get_optimizer_cls_and_kwargs(without, trainer.student)[1]
+        without.optim_args = None
+        if repr(alone) == repr(trainer.get_optimizer_cls_and_kwargs(without, trainer.student)[1]):
+            default = f"; it takes {', '.join(sorted(kwargs))}"
+            refuse("optim_args", trainer.args.optim_args, f"{trainer.args.optim.value} does not read `{key}`{default}")
+
+
+def _check_schedule(trainer, stage: int, steps: int, optimizer: torch.optim.Optimizer) -> None:
+    args = trainer.args
+    warmup = args.get_warmup_steps(steps) if stage == 1 else trainer.steps.final_warmup
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        factors = [
+            factor(round(steps * share / TRIED_STEPS))
+            for factor in getattr(scheduler, "lr_lambdas", ())
+            for share in range(TRIED_STEPS + 1)
+        ]
+        wrong = next((factor for factor in factors if not 0 <= factor < math.inf), None)
+        reason = "" if wrong is None else f"the rate of stage {stage} would be {wrong} times its peak"
+    except Exception as error:  # of the types of the arguments, their number, their range
+        reason = one_line(error)
+    if reason:
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        refuse("lr_scheduler_kwargs", args.lr_scheduler_kwargs, f"the schedule {kind} does not take that: {reason}")
+
+
+def _check_metric(trainer) -> None:
+    """What chooses by a metric needs one that evaluation gives, and evaluation."""
+    args = trainer.args
+    users = {
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "save_strategy": args.save_strategy == SaveStrategy.BEST,
+        "lr_scheduler_type": args.lr_scheduler_type in BY_METRIC,
+        "callbacks": bool(early_stoppers(trainer.callback_handler.callbacks)),
+    }
+    names = [name for name, uses in users.items() if uses]
+    shown = {"callbacks": "EarlyStoppingCallback"}
+    for name in names:
+        value = shown.get(name, getattr(args, name, None))
+        if args.eval_strategy == IntervalStrategy.NO:
+            refuse(name, value, "nothing is evaluated; set `eval_strategy` to steps or epoch")
+        if args.metric_for_best_model is None:
+            refuse(name, value, "there is no metric to go by; set `metric_for_best_model`")
+        if args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay > trainer.steps.total:
+            refuse("eval_delay", args.eval_delay, f"the run has {trainer.steps.total} steps and `{name}` needs one")
+    if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": None}
+    known = [f"{name}_{metric}".lstrip("_") for name in sets for metric in trainer.evaluation_metrics]
+    if args.metric_for_best_model.removeprefix("eval_") not in known:
+        refuse("metric_for_best_model", args.metric_for_best_model, f"it must be one of {', '.join(known)}")
