@@ -815,6 +815,8 @@ class SkillDistillationTrainer(Trainer):
             # Only a loader's first pass starts workers, for which it would draw from the global generator: another
             # pass after resuming.
             loader.generator = torch.Generator()
+            if hasattr(loader, "base_dataloader"):  # that accelerate wraps
+                loader.base_dataloader.generator = loader.generator
         return loader
 
     def _get_train_sampler(self, train_dataset=None):
