@@ -18,6 +18,7 @@ from accelerate.utils import DynamoBackend
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -255,12 +256,12 @@ def _check_number(args, name: str, number: Number) -> None:
     if value is None and number.optional:
         return
     is_number = isinstance(value, Integral if number.whole else Real) and not isinstance(value, (bool, np.bool_))
-    # Of whole numbers beyond the range of floats even the comparison fails.
-    if not is_number or abs(value) > 1e300 or not number.holds(value):
-        refuse(name, value, f"it must be {number}")
-    if not isinstance(value, (int, float)) or isinstance(value, np.generic):
-        value = int(value) if isinstance(value, Integral) else float(value)
+    if is_number and isinstance(value, np.generic):
+        value = value.item()
         setattr(args, name, value)
+    # Beyond 64 bit even comparing a whole number with a float fails.
+    if not is_number or (isinstance(value, int) and abs(value) >= 2**63) or not number.holds(value):
+        refuse(name, value, f"it must be {number}")
     if name in SHARES and value > 1 and value != int(value):
         refuse(name, value, "from 1 on it is a number of steps and must be whole; below 1 it is a share of all steps")
 
@@ -355,8 +356,10 @@ def _check_accelerator_config(args) -> None:
     config = args.accelerator_config
     if isinstance(config, (str, dict)):  # `__post_init__` makes an object of it
         config = _dict_of(args, "accelerator_config")
-    elif config is not None and not isinstance(config, type):
+    elif isinstance(config, AcceleratorConfig):
         config = dict(vars(config))
+    elif config is not None:
+        refuse("accelerator_config", config, "it must be a dict, JSON or an AcceleratorConfig")
     if not isinstance(config, dict):
         return
     for name, (allowed, why) in _ACCELERATOR_CONFIG.items():

@@ -131,6 +131,9 @@ def _check_schedule(trainer, stage: int, steps: int, optimizer: torch.optim.Opti
     args = trainer.args
     warmup = args.get_warmup_steps(steps) if stage == 1 else trainer.steps.final_warmup
     try:
+        for key, value in (args.lr_scheduler_kwargs or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{key}` must be finite")
         scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer=optimizer,
