@@ -516,6 +516,7 @@ BAD_VALUES = {
     "report_to": ["wandb", "foo", 5, ["comet_ml"]],
     "debug": ["tpu_metrics_debug", "foo"],
     "bf16": ["false", 1, None],
+    "overwrite_output_dir": ["false", 1],
     "fp16": [True],
     "gradient_checkpointing": ["no"],
     "gradient_checkpointing_kwargs": [{"use_reentrant": True}, {"foo": 1}, 3, "{"],

@@ -95,6 +95,7 @@ OPTIONAL_FLAGS = (
 FLAGS = (
     *(item.name for item in dataclasses.fields(TrainingArguments) if isinstance(item.default, bool)),
     *OPTIONAL_FLAGS,
+    "overwrite_output_dir",  # of `SkillTrainingArguments`
 )
 # Of type bool by default, but of others, too.
 FLAGS = tuple(name for name in dict.fromkeys(FLAGS) if name != "fsdp")
