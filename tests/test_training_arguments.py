@@ -460,6 +460,7 @@ def test_accelerator_config(tmp_path):
 
 def test_predict_reads_whole_clips(tmp_path):
     trainer = make_trainer(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=3)
+    trainer.eval_data_collator = dataclasses.replace(trainer.data_collator, crop="none")
     trainer.train()
     held_out = trainer.evaluate(CLIPS[:4])
     output = trainer.predict(
