@@ -328,7 +328,9 @@ def test_the_same_rule_wherever_an_encoder_is_loaded(teacher_files, tmp_path, lo
     refused(lambda: load(directory), pattern)
 
 
-@pytest.mark.parametrize("source", [None, 5, b"teacher", "", [], torch.nn.Linear(2, 2), object()], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "source", [None, 5, b"teacher", "", [], torch.nn.Linear(2, 2), object()], ids=lambda value: type(value).__name__
+)
 def test_things_that_are_no_teacher(source):
     refused(lambda: load_teacher(source))
 

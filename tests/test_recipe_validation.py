@@ -1,0 +1,33 @@
+import math
+
+import pytest
+
+from skill_hf import SkillConfig
+from skill_hf.recipe_validation import warn_of_slow_gates
+from skill_hf.skill_config import gate_travel
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "units", "warned"),
+    [
+        (0.02, 40, ["attention_heads"], True),
+        (0.15, 40, ["conv_channels", "ffn_dims"], True),
+        (0.15, 100, ["attention_heads"], False),
+        (0.02, 50_000, ["attention_heads"], False),
+        (0.1, 40, ["ffn_dims"], False),  # which start half open
+        (0.0, 40, ["ffn_dims"], True),
+        (None, 1, ["attention_heads"], False),
+    ],
+)
+def test_gates_that_cannot_get_there_are_warned_about(rate, steps, units, warned, caplog):
+    config = SkillConfig(gate_learning_rate=rate, pruning_units=units)
+    warn_of_slow_gates(config, steps)
+    assert ("`gate_learning_rate`" in caplog.text) is warned
+    if warned:
+        # A gate starts at the logit of its probability to be open and is as likely closed as open at 2/3 ln(1/11).
+        start = math.log(0.99 / 0.01) if units != ["ffn_dims"] else 0.0
+        distance = start - 2 / 3 * math.log(1 / 11)
+        assert f"from open to closed are {distance:.1f}" in caplog.text
+        assert gate_travel(rate, steps) < distance
+        own = SkillConfig().resolve_gate_learning_rate(steps)
+        assert f"({own:.2g} would be used)" in caplog.text
