@@ -615,6 +615,13 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert (args.max_steps, args.learning_rate, args.max_grad_norm) == (75_000, 2e-4, 10.0)
     assert args.get_warmup_steps(50_000) == 15_000
     assert args.weight_decay == 0
+    assert args.logging_steps == 50
+
+
+@pytest.mark.parametrize(("steps", "logging_steps"), [(1, 1), (60, 3), (999, 49), (1000, 50), (-1, 50)])
+def test_a_short_run_has_lines_to_show(tmp_path, steps, logging_steps):
+    assert SkillTrainingArguments(output_dir=str(tmp_path), max_steps=steps).logging_steps == logging_steps
+    assert SkillTrainingArguments(output_dir=str(tmp_path), max_steps=steps, logging_steps=7).logging_steps == 7
 
 
 # Gloo's threads abort a process that ends while they still hold its tensors.

@@ -8,6 +8,10 @@ from .argument_validation import check_arguments, one_line
 from .skill_config import FULL_STEPS
 
 
+FULL_LOGGING_STEPS = 50
+LOG_LINES = 20  # that even a short run has, so that there is something to see
+
+
 @dataclass
 class SkillTrainingArguments(TrainingArguments):
     r"""
@@ -24,7 +28,8 @@ class SkillTrainingArguments(TrainingArguments):
         learning_rate (`float`, *optional*, defaults to 2e-4): peak of the first stage.
         warmup_steps (`float`, *optional*, defaults to 0.3): share of the first stage's steps, or a number of steps.
         max_grad_norm (`float`, *optional*, defaults to 10.0): norm that gradients are clipped to.
-        logging_steps (`float`, *optional*, defaults to 50): optimizer steps between two log lines.
+        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, and fewer where a run
+            would have less than `LOG_LINES` lines.
         per_device_train_batch_size (`int`, *optional*, defaults to 10): clips per step and device. The published
             recipe sees 640 s of audio per step in all: reach it with `gradient_accumulation_steps` and devices.
 
@@ -50,7 +55,9 @@ class SkillTrainingArguments(TrainingArguments):
         default=0.3, metadata={"help": "Share of the first stage's steps (below 1) or a number of steps."}
     )
     max_grad_norm: float = field(default=10.0, metadata={"help": "Norm that gradients are clipped to."})
-    logging_steps: float = field(default=50, metadata={"help": "Optimizer steps between two log lines."})
+    logging_steps: float | None = field(
+        default=None, metadata={"help": "Optimizer steps between two log lines, 50 by default; fewer in short runs."}
+    )
     per_device_train_batch_size: int = field(default=10, metadata={"help": "Clips per step and device."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a new run may replace the one in output_dir and its checkpoints."}
@@ -61,6 +68,9 @@ class SkillTrainingArguments(TrainingArguments):
             self.max_steps = FULL_STEPS if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0
+        if self.logging_steps is None:
+            is_short = isinstance(self.max_steps, int) and 0 < self.max_steps < LOG_LINES * FULL_LOGGING_STEPS
+            self.logging_steps = max(self.max_steps // LOG_LINES, 1) if is_short else FULL_LOGGING_STEPS
         check_arguments(self)
         try:
             super().__post_init__()
