@@ -28,8 +28,8 @@ class SkillTrainingArguments(TrainingArguments):
         learning_rate (`float`, *optional*, defaults to 2e-4): peak of the first stage.
         warmup_steps (`float`, *optional*, defaults to 0.3): share of the first stage's steps, or a number of steps.
         max_grad_norm (`float`, *optional*, defaults to 10.0): norm that gradients are clipped to.
-        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, and fewer where a run
-            would have less than `LOG_LINES` lines.
+        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, and fewer where a
+            run would have less than `LOG_LINES` lines.
         per_device_train_batch_size (`int`, *optional*, defaults to 10): clips per step and device. The published
             recipe sees 640 s of audio per step in all: reach it with `gradient_accumulation_steps` and devices.
 
