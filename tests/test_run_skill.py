@@ -359,7 +359,7 @@ BAD = {
     ),
     "no checkpoint": (
         lambda tmp, shared: {"resume_from_checkpoint": str(shared / "teacher")},
-        "is no checkpoint of SkillDistillationTrainer",
+        "is not a whole checkpoint of SkillDistillationTrainer: it has no skill_state.json",
     ),
     "nothing to resume": (lambda *_: {"resume_from_checkpoint": True}, "There is no checkpoint to resume from"),
     "too few steps": (lambda *_: {"final_steps": 7}, "`final_steps` (7) must not be above"),
