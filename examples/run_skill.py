@@ -62,7 +62,7 @@ from safetensors import safe_open
 from transformers import AutoModel, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
-from skill_hf.data import load_audio_dir, load_speech_dataset
+from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset
 from skill_hf.divergence import NonFiniteError
 from skill_hf.families import load_student
 from skill_hf.interruption import Terminated
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
 
     def is_input(error: Exception) -> bool:
-        return not clock.training_began or isinstance(error, (NonFiniteError, UnfinishedError))
+        return not clock.training_began or isinstance(error, (AudioError, NonFiniteError, UnfinishedError))
 
     try:
         return run_script(lambda: run(words, clock), is_input)

@@ -343,7 +343,10 @@ BAD = {
     ),
     "sparsity 0": (lambda *_: {"target_sparsity": 0}, "`target_sparsity` must be a finite number above 0 and below 1"),
     "sparsity 1": (lambda *_: {"target_sparsity": 1}, "`target_sparsity` must be a finite number above 0 and below 1"),
-    "sparsity 1.5": (lambda *_: {"target_sparsity": 1.5}, "`target_sparsity` must be a finite number above 0 and below 1"),
+    "sparsity 1.5": (
+        lambda *_: {"target_sparsity": 1.5},
+        "`target_sparsity` must be a finite number above 0 and below 1",
+    ),
     "unreachable sparsity": (lambda *_: {"target_sparsity": 0.99}, "`target_sparsity` is 0.99, but"),
     "both cuts": (lambda *_: {"num_clusters": 2, "distance_threshold": 0.1}, "`num_clusters` (2) and `distance_thres"),
     "too many clusters": (lambda *_: {"num_clusters": 9}, "`num_clusters` is 9, but the teacher has only 3 layers"),

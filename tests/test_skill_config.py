@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -130,6 +131,32 @@ def test_a_damaged_file_is_named(content, tmp_path):
     with pytest.raises(ValueError, match="skill_config.json is not a recipe") as error:
         SkillConfig.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "costs.json"])
+def test_a_recipe_of_others_names_no_file_of_this_machine(name, tmp_path):
+    (tmp_path / "skill_config.json").write_text(json.dumps({"budget": "latency", "latency_costs": name}))
+    with pytest.raises(ValueError, match="`latency_costs` must be what was measured"):
+        SkillConfig.from_pretrained(tmp_path)
+
+
+def test_pipes_devices_and_large_files_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "skill_config.json")
+    with pytest.raises(ValueError, match="not a regular file"):
+        SkillConfig.from_pretrained(tmp_path)
+    for path in ("/dev/zero", str(tmp_path / "skill_config.json"), str(tmp_path)):
+        with pytest.raises(ValueError, match="`latency_costs`.*not a regular file"):
+            SkillConfig(budget="latency", latency_costs=path)
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(2**25)
+    with pytest.raises(ValueError, match="`latency_costs`.*bytes"):
+        SkillConfig(budget="latency", latency_costs=str(tmp_path / "large.json"))
+
+
+@pytest.mark.parametrize("directory", [None, 3, b"x", ["a"]])
+def test_what_is_no_directory(directory):
+    with pytest.raises(ValueError, match="is none|is not a recipe"):
+        SkillConfig.from_pretrained(directory)
 
 
 def test_a_warmup_of_the_full_recipe_set_by_hand_is_kept():

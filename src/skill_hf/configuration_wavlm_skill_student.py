@@ -323,7 +323,9 @@ def _check_field(name, value):
     elif name in ("id2label", "label2id"):
         right = value is None or isinstance(value, dict) and len(value) <= MAX_LABELS
         right = right and all(str(key).isdigit() for key in (value or {}) if name == "id2label")
-        right = right and all(_is_index(one, MAX_SIZE) for one in (value or {}).values() if name == "label2id")
+        # transformers' own scripts write the numbers as text.
+        numbers = (value or {}).values() if name == "label2id" else ()
+        right = right and all(_is_index(one, MAX_SIZE) or isinstance(one, str) and one.isdigit() for one in numbers)
         wanted = "a dict of labels and their numbers"
     elif name in ("name_or_path", "_name_or_path", "transformers_version"):
         right = value is None or isinstance(value, (str, os.PathLike))

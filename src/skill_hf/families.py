@@ -62,6 +62,8 @@ def _check_plain(teacher: PreTrainedModel, name: str) -> None:
                     "is missing" if there is None else f"has shape {tuple(there)} instead of {tuple(tensor.shape)}"
                 )
                 raise ValueError(f"{weight} {problem}")
+        # A model keeps it when masking is switched off after loading; a student has no use for it then.
+        weights.pop("masked_spec_embed", None)
         if weights:
             raise ValueError(f"{next(iter(weights))} is no weight of a {teacher.config.model_type}")
 
@@ -95,9 +97,17 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
     """An exact, unpruned copy of `teacher` as its family's student, in train mode."""
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     student = empty_student(teacher.config)
-    weights = {name: tensor.detach().clone() for name, tensor in teacher.state_dict().items()}
+    weights = {name: tensor.detach().clone() for name, tensor in _own_weights(student, teacher).items()}
     student.load_state_dict(weights, assign=True)
     return student.requires_grad_(True).train()
+
+
+def _own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The teacher's, without that of a masking that was switched off after it was loaded."""
+    weights = teacher.state_dict()
+    if "masked_spec_embed" not in student.state_dict():
+        weights.pop("masked_spec_embed", None)
+    return weights
 
 
 def load_student(source: str | os.PathLike) -> PreTrainedModel:
@@ -126,7 +136,7 @@ def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = 
     if type(teacher) not in STUDENT_CLASSES[teacher.config.model_type].__mro__:
         return teacher
     student = empty_student(teacher.config)
-    student.load_state_dict(teacher.state_dict(), assign=True)
+    student.load_state_dict(_own_weights(student, teacher), assign=True)
     student.requires_grad_(False).eval()
     student._is_fused = True  # in part: it cannot be saved or trained
     if autocast_dtype is None:

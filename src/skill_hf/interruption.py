@@ -44,7 +44,7 @@ class Interruption(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.signal = 0
+        self.signal, self._signalled_at = 0, 0.0
         self.is_deferred = False
 
     @contextmanager

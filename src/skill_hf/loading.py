@@ -44,7 +44,8 @@ MAX_JSON_BYTES = 2**24  # an index of a hundred thousand weights is smaller
 # The largest speech encoders have 2 to 3 billion.
 MAX_PARAMETERS = 2**33
 MAX_HEAD_PARAMETERS = 2**28
-SAMPLING_RATES = (1_000, 384_000)  # Hz
+SAMPLING_RATES = (2_000, 384_000)  # Hz
+COUNTERS = ("num_batches_tracked",)  # of batch norms, whole numbers
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EXTRACTOR_FIELDS = ("feature_size", "sampling_rate", "padding_value", "padding_side", "return_attention_mask")
 EXTRACTOR_FIELDS += ("do_normalize",)
@@ -167,7 +168,7 @@ def load_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
         else:
             weights |= _read_pickle(path)
     for name, tensor in weights.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and not name.endswith(COUNTERS):
             raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, but must be floating")
     return weights
 
@@ -296,6 +297,8 @@ def check_encoder(model, what: str) -> None:
     for name, tensor in encoder.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"{what} has no values in {name}, which is on the meta device; load it for real.")
+        if name.endswith(COUNTERS):
+            continue
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{what} has weights of type {kind} in {name}; load it in floating point.")

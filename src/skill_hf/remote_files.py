@@ -22,11 +22,13 @@ REMOTE_BYTES_PER_SECOND = 64 * 2**10
 REMOTE_MAX_BYTES = 256 * 2**20
 
 # A server that did not keep up is not waited for again so soon: a set may have thousands of rows there.
+REMOTE_LATE_READS = 3
 REMOTE_RETRY_SECONDS = 60.0
 
 _CHUNK_BYTES = 2**20
 
-_late: dict[str, float] = {}  # server -> when it was late
+# Server -> how many reads in a row were late, and when the last one was.
+_late: dict[str, tuple[int, float]] = {}
 
 
 class RemoteFileError(OSError):
@@ -47,6 +49,8 @@ def check_protocols(url: str, protocols: Sequence[str] = ()) -> None:
     Raises:
         [`RemoteFileError`]: if a protocol is not allowed, or the URL is a chain of default ones, which none needs.
     """
+    if isinstance(protocols, str):
+        raise ValueError(f"`protocols` must be a list of names such as ['s3'], but is {protocols!r}.")
     named = [protocol.lower() for protocol in protocols]
     first, *rest = [_protocol(link) for link in url.split("::")]
     # An address such as `http://[::1]/a.wav` is no chain. The last link of one may be a path.
@@ -69,20 +73,28 @@ def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
             [`REMOTE_RETRY_SECONDS`]), or the content exceeds [`REMOTE_MAX_BYTES`].
     """
     check_protocols(url, protocols)
-    protocol, server = _protocol(url), "/".join(url.split("/")[:3])
-    if time.monotonic() - _late.get(server, -math.inf) < REMOTE_RETRY_SECONDS:
-        raise RemoteFileError(f"is on a server that did not answer in time less than {REMOTE_RETRY_SECONDS:.0f} s ago")
+    protocol = _protocol(url)
+    # On the Hub a repository is one, in `hf://datasets/owner/name`.
+    server = "/".join(url.split("/")[: 6 if protocol == "hf" else 3])
+    num_late, when = _late.get(server, (0, -math.inf))
+    if num_late >= REMOTE_LATE_READS and time.monotonic() - when < REMOTE_RETRY_SECONDS:
+        raise RemoteFileError(
+            f"is on a server that was late {num_late} times in a row, less than {REMOTE_RETRY_SECONDS:.0f} s ago"
+        )
     try:
         if protocol in PROTOCOLS or "::" not in url:
             filesystem = fsspec.filesystem(protocol)  # here, since fsspec keeps one for each thread
             # A stream; by default fsspec would first ask for the size and then for ranges.
             settings = {"block_size": 0} if protocol in ("http", "https") else {}
-            return _read_in_time(lambda: filesystem.open(url, "rb", **settings))
-        return _read_in_time(lambda: fsspec.open(url, "rb"))
+            content = _read_in_time(lambda: filesystem.open(url, "rb", **settings))
+        else:
+            content = _read_in_time(lambda: fsspec.open(url, "rb"))
+        _late.pop(server, None)
+        return content
     except RemoteFileError:
         raise
     except TimeoutError as error:
-        _late[server] = time.monotonic()
+        _late[server] = (num_late + 1, time.monotonic())
         raise RemoteFileError(str(error)) from error
     except FileNotFoundError as error:
         raise RemoteFileError("does not exist or cannot be reached") from error

@@ -75,8 +75,8 @@ def describe_data(dataset) -> dict:
         return described | known | {"split": _plain(getattr(dataset, "split", None)), "rows": rows}
     indices = sorted({int(index) for index in np.linspace(0, rows - 1, ROWS)}) if rows else []
     keys = [_key(dataset, index) for index in indices]
-    # Rows that are drawn at random when they are read have nothing to be told by.
-    is_fixed = bool(keys) and keys[0] == _key(dataset, indices[0])
+    # Rows that change at random each time they are read have nothing to be told by.
+    is_fixed = bool(keys) and keys == [_key(dataset, index) for index in indices]
     return described | {"rows": rows, "checksum": zlib.crc32(b"\0".join(keys)) if is_fixed else None}
 
 

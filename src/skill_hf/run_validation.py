@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Mapping
 
+import datasets
 import torch
 from transformers import SchedulerType, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
@@ -41,6 +43,20 @@ def check_run(trainer, resumed: bool = False) -> None:
         )
 
 
+def check_rows(name: str, dataset) -> None:
+    """
+    Raises:
+        `ValueError`: if `dataset` is nothing that rows can be taken from, such as a dict of splits or of columns.
+    """
+    if isinstance(dataset, Mapping):
+        keys = ", ".join(map(str, list(dataset)[:5]))
+        raise ValueError(f"`{name}` is a {type(dataset).__name__} of {keys or 'nothing'}; give one of its datasets.")
+    streams = (datasets.IterableDataset, torch.utils.data.IterableDataset)
+    has_rows = hasattr(dataset, "__getitem__") and has_length(dataset) and not isinstance(dataset, (str, bytes))
+    if not has_rows and not isinstance(dataset, streams):
+        raise ValueError(f"`{name}` must be a dataset or a list of rows, but is a {type(dataset).__name__}.")
+
+
 def check_data(trainer) -> None:
     """
     Raises:
@@ -51,6 +67,13 @@ def check_data(trainer) -> None:
     check_arguments(args)
     if dataset is None:
         raise ValueError("There is no `train_dataset` to train on; give one.")
+    check_rows("train_dataset", dataset)
+    heldout = trainer.eval_dataset
+    if isinstance(heldout, dict) and not heldout:
+        raise ValueError("`eval_dataset` is a dict without a dataset; give one, or leave it out.")
+    for name, rows in heldout.items() if isinstance(heldout, dict) else [("", heldout)]:
+        if rows is not None:
+            check_rows(f"eval_dataset[{name!r}]" if name else "eval_dataset", rows)
     strategy = args.train_sampling_strategy
     if not has_length(dataset):
         if args.max_steps < 0:

@@ -281,11 +281,16 @@ class SkillConfig:
         Raises:
             `ValueError`: if the file is missing, is not such a file, or a field has an impossible value.
         """
-        path = Path(directory) / SKILL_CONFIG_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            path = Path(directory) / SKILL_CONFIG_NAME
+        except TypeError:
+            raise ValueError(f"A recipe is read from a directory, but {directory!r} is none.") from None
+        try:
+            values = json.loads(fields.read_text(path))
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, not names and values")
+            if isinstance(values.get("latency_costs"), str):  # somebody else's file may name any of this machine
+                raise ValueError("`latency_costs` must be what was measured, but is the name of a file")
             return cls(**{name: value for name, value in values.items() if name in FIELD_KINDS})
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -327,7 +332,7 @@ def _latency_costs(name: str, value) -> dict:
     """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
     try:
         # As it will be read back from skill_config.json: a tuple is a list.
-        value = json.loads(Path(value).read_text(encoding="utf-8") if isinstance(value, str) else json.dumps(value))
+        value = json.loads(fields.read_text(value) if isinstance(value, str) else json.dumps(value))
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"

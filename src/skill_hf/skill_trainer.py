@@ -45,6 +45,7 @@ from .checkpointing import (
 )
 from .clustering import cluster_layers, layer_tree, silhouettes
 from .data import (
+    MAX_BAD_SHARE,
     AudioError,
     SpeechCollator,
     calibration_waveforms,
@@ -81,6 +82,8 @@ EVAL_CLIPS_TRIED = 32
 COST_TOLERANCE = 0.005
 # Clips that the student is measured on before and after the cut and at the end.
 REPORT_CLIPS = 32
+# Clips of training after which the share of those that cannot be read is judged.
+CLIPS_JUDGED = 256
 
 
 class SkillDistillationTrainer(Trainer):
@@ -437,6 +440,7 @@ class SkillDistillationTrainer(Trainer):
                 checkpoint = boundary = self._cut()
             self.args = user_args
             output = self._train_stage(checkpoint, trial, ignore_keys_for_eval)
+            self.interruption.is_deferred = False  # no step follows that could end first
             if self.state.global_step >= self.steps.total or stopped_early(self.callback_handler.callbacks):
                 self.stage = 3
                 self._measure("end")
@@ -457,6 +461,7 @@ class SkillDistillationTrainer(Trainer):
         """Runs the rest of the present stage with the Trainer's own loop."""
         args = copy.copy(self.args)
         self._train_sums = {}
+        self._counted = torch.tensor([self.state.global_step, getattr(self.data_collator, "num_skipped", 0)])
         if self.stage == 1:
             args.max_steps = self.steps.joint
             args.load_best_model_at_end = False  # the best of the first stage is the one that is pruned the least
@@ -703,7 +708,7 @@ class SkillDistillationTrainer(Trainer):
     def _report_rows(self) -> list:
         """Rows of some clips that the student is measured on: held out, if there are any, else of the training set."""
         heldout = self.eval_dataset
-        heldout = next(iter(heldout.values())) if isinstance(heldout, dict) else heldout
+        heldout = next(iter(heldout.values()), None) if isinstance(heldout, dict) else heldout
         source = self.train_dataset if heldout is None else heldout
         rows = sample_rows(source, REPORT_CLIPS, self.args.seed)
         self.record.measured_on = f"{len(rows)} {'training' if heldout is None else 'held-out'} clips"
@@ -721,7 +726,7 @@ class SkillDistillationTrainer(Trainer):
             with self._clips_alone(), self.accelerator.autocast():
                 _, outputs = self.compute_loss(self.distiller, batch, return_outputs=True)
             self._add_to(sums, outputs, outputs["num_frames"], weight=outputs["num_frames"])
-        if not sums["weight"]:  # not one of the clips can be read
+        if not sums.get("weight"):  # not one of the clips can be read
             return
         self.record.losses[moment] = {
             "distillation_loss": (sums["distillation_loss"] / sums["weight"]).item(),
@@ -1002,9 +1007,27 @@ class SkillDistillationTrainer(Trainer):
         del means["weight"]
         return means
 
+    def _check_skipped(self) -> None:
+        """Ends a run most of whose clips cannot be read any more: it would go on to train on silence."""
+        counts = torch.tensor([self.state.global_step, getattr(self.data_collator, "num_skipped", 0)])
+        clips = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        steps, skipped = (counts - self._counted).tolist()
+        if steps * clips < CLIPS_JUDGED:
+            return
+        self._counted = counts
+        share = skipped / (steps * clips)
+        if self.accelerator.num_processes > 1:  # all of them go on or end
+            share = self.accelerator.gather(torch.tensor([share], device=self.args.device)).mean().item()
+        if share > MAX_BAD_SHARE:
+            raise AudioError(
+                f"{100 * share:.0f} % of the clips of the last {steps} steps cannot be read; the warnings above name"
+                f" them. {how_to_resume(self.args.output_dir)}"
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
             self.finite_watch.check()
+            self._check_skipped()
             terms = self._mean_over_processes(self._train_sums)
             self._train_sums = {}
             gates = self.distiller.has_gates
