@@ -37,7 +37,8 @@ REMOTE = {"trust_remote_code": True}
 
 
 def difference(one, two) -> float:
-    return (one - two).abs().max().item()
+    """Relative to the largest value, as rounding is."""
+    return ((one - two).abs().max() / two.abs().max()).item()
 
 
 def error_of(function) -> str:

@@ -11,7 +11,14 @@ import torch
 from conftest import tiny_teacher
 from example_helpers import DEMO, isolate, run_main, save_feature_extractor, save_student
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer, WavLMModel
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCTC,
+    AutoTokenizer,
+    Wav2Vec2CTCTokenizer,
+    WavLMModel,
+)
 
 from skill_hf.data import read_audio
 from skill_hf.export import OnnxModel
@@ -112,7 +119,7 @@ def test_snippet_of_the_documentation_runs(exported, student):
     names = {"waveform": read_audio(CLIP, max_seconds=1.0)}
     exec(snippet.replace("outputs/exported", str(folder)), names)
     assert names["hidden_states"].shape == (1, 49, 32)
-    waveform = export_student.AutoFeatureExtractor.from_pretrained(student)(
+    waveform = AutoFeatureExtractor.from_pretrained(student)(
         names["waveform"], sampling_rate=16_000, return_tensors="pt"
     ).input_values
     with torch.no_grad():

@@ -235,7 +235,7 @@ def test_what_cannot_shrink(tmp_path, clips):
     with pytest.raises(ValueError, match="`shrink_steps`.*Adafactor.*`exp_avg_sq_row`.*adamw_torch"):
         make_trainer(tmp_path, clips, recipe={"shrink_steps": 2}, optim="adafactor")
     make_trainer(tmp_path, clips, optim="adafactor")
-    with pytest.raises(ValueError, match="`shrink_steps` must be at least 0, but is -1"):
+    with pytest.raises(ValueError, match="`shrink_steps` must be a whole number of at least 0, but is -1"):
         SkillConfig(shrink_steps=-1)
 
 

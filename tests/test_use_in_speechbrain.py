@@ -37,7 +37,7 @@ WRONG = {
     "one clip": r"Each speaker needs two clips, but these have one: \d+\.$",
     "no speakers": r"metadata\.csv has no column speaker\.$",
     "wrong rate": r"\.ogg must be mono at 16000 Hz, but has 1 channel\(s\) at 24000 Hz\.$",
-    "short segments": r"`segment_seconds` must be at least 0\.5, but is 0\.2\.$",
+    "short segments": r"`segment_seconds` must be a number from 0\.5 to 1000000, but is 0\.2\.$",
 }
 
 

@@ -217,7 +217,7 @@ def audio_seconds(path: str) -> float:
 
 def check_seconds(name: str, seconds: float) -> None:
     """Raises a `ValueError` unless `seconds` is a number above 0."""
-    if not (isinstance(seconds, (int, float, np.number)) and seconds > 0):
+    if isinstance(seconds, bool) or not (isinstance(seconds, (int, float, np.number)) and seconds > 0):
         raise ValueError(f"`{name}` must be a number of seconds above 0, but is {seconds!r}.")
 
 

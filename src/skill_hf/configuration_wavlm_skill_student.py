@@ -79,6 +79,7 @@ _FLAGS = (
     "add_adapter",
     "masked_group_norm",
     "is_encoder_decoder",
+    "tie_last_hidden_states",
 )
 _NAMES = {
     "feat_extract_norm": ("group", "layer"),
@@ -89,6 +90,7 @@ _NAMES = {
 }
 # Arguments of transformers' own that are not among a config's fields.
 _ARGUMENTS = (
+    "tie_last_hidden_states",
     "num_labels",
     "torch_dtype",
     "name_or_path",

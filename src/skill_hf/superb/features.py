@@ -94,7 +94,8 @@ def cache_hidden_states(
     """
     if "audio" not in dataset.column_names:
         raise ValueError(f"The data set has no column `audio`, but {', '.join(dataset.column_names)}; rename yours.")
-    check_seconds("max_seconds", max_seconds)
+    if max_seconds is not None:
+        check_seconds("max_seconds", max_seconds)
     check_seconds("batch_seconds", batch_seconds)
     directory = Path(directory)
     try_directory(directory, "cache_dir")
