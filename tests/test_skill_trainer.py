@@ -20,7 +20,13 @@ from transformers import (
     WavLMModel,
 )
 
-from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
+from skill_hf import (
+    SkillConfig,
+    SkillDistillationTrainer,
+    SkillTrainingArguments,
+    WavLMForSkillStudent,
+    skill_trainer,
+)
 from skill_hf.analysis import count_macs
 from skill_hf.families import build_student
 from skill_hf.pruning import add_gates, fit_gates, prune
@@ -772,3 +778,34 @@ def test_sets_that_are_mostly_bad_are_refused_at_the_start(clips, tmp_path, wher
     with pytest.raises(ValueError, match="4 of the 7 clips tried cannot be read; the first: row .* NaN"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Vanishing(torch.utils.data.Dataset):
+    """Clips of a disk that goes away."""
+
+    def __init__(self, clips):
+        self.clips, self.is_gone = clips, False
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        return BAD if self.is_gone else {"audio": self.clips[index]["input_values"]}
+
+
+class TakeAway(TrainerCallback):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.dataset.is_gone = state.global_step >= 3
+
+
+def test_clips_that_vanish_end_the_run(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(skill_trainer, "CLIPS_JUDGED", 8)
+    rows = Vanishing(clips)
+    trainer = make_trainer(tmp_path, rows, evaluate_on=clips[:3], callbacks=[TakeAway(rows)])
+    with pytest.raises(ValueError, match=r"% of the clips of the last 2 steps cannot be read.*checkpoint-\d") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert 3 < trainer.state.global_step < trainer.steps.joint + 1
