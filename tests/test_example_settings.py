@@ -230,8 +230,8 @@ FILES = {
         '{"max_steps": true}',
         "must be a whole number from -1 to 2147483647, but is True",
     ),
-    "null for a number": ("a.yaml", "max_steps: ~", "must be a whole number from -1 to 2147483647, but is null"),
-    "nothing for a number": ("a.yaml", "max_steps:", "must be a whole number from -1 to 2147483647, but is null"),
+    "null for a number": ("a.yaml", "seed: ~", "must be a whole number from 0 to 4294967295, but is null"),
+    "nothing for a number": ("a.yaml", "seed:", "must be a whole number from 0 to 4294967295, but is null"),
     "NaN": ("a.json", '{"learning_rate": NaN}', "NaN is no number of JSON"),
     "YAML's NaN": (
         "a.yaml",

@@ -139,6 +139,7 @@ def trainer(teacher, student, tmp_path):
         processing_class=Wav2Vec2FeatureExtractor(return_attention_mask=True),
         train_dataset=[{}] * 1234,
         eval_dataset=None,
+        accelerator=SimpleNamespace(mixed_precision="no"),
         record=RunRecord(
             silhouettes={2: 0.481, 3: 0.47},
             half_groups=[[[0, 1], [2, 3]], [[0], [1, 2, 3]]],
