@@ -414,7 +414,8 @@ class SkillDistillationTrainer(Trainer):
             warn_of_slow_gates(self.skill_config, self.steps.joint)
             self._setup()
             self.stage = 1 if self.steps.joint else 2
-            self.distiller = self._make_distiller()
+            with torch.random.fork_rng(devices=[]):  # in stage 1 another one follows, with gates
+                self.distiller = self._make_distiller()
             self._measure("start")
             if self.stage == 1:
                 self.student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
@@ -956,7 +957,8 @@ class SkillDistillationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_sums = {}
-        with self._clips_alone():
+        # Its loader draws a number: training must not depend on whether anything was evaluated.
+        with self._clips_alone(), torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
