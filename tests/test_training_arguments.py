@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_teacher
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, Wav2Vec2FeatureExtractor
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, Wav2Vec2FeatureExtractor
 
-from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
+from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, run_validation
 from skill_hf.argument_validation import CHOICES, FLAGS, NUMBERS, REFUSED, REFUSED_OF_TRAINER, check_arguments
 from skill_hf.data import SpeechCollator
 from skill_hf.families import build_student
@@ -707,22 +707,11 @@ def test_a_pruned_student_needs_no_stage_1(tmp_path):
 
 def test_the_check_draws_no_random_numbers(tmp_path):
     trainer = make_trainer(tmp_path, optim="sgd", lr_scheduler_type="cosine")
-    trainer._setup()
-    drawn = []
-
-    class Stop(Exception):
-        pass
-
-    class Look(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            drawn.append(torch.get_rng_state())
-            raise Stop
-
-    trainer.add_callback(Look())
+    trainer.steps = trainer.skill_config.resolve_steps(6)
     before = torch.get_rng_state()
-    with pytest.raises(Stop):
-        trainer.train()
-    assert torch.equal(before, drawn[0])
+    run_validation.check_data(trainer)
+    run_validation.check_run(trainer)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 # ---- SkillTrainingArguments ----
