@@ -206,7 +206,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
 
 def test_another_session_resumes_too(tmp_path, clips, reference):
     with pytest.raises(Terminated):
-        make(tmp_path, clips, SignalAt(4, signal.SIGTERM), save_only_model=True).train()
+        make(tmp_path, clips, SignalAt(4, signal.SIGTERM)).train()
     trainer = make(tmp_path, clips)
     trainer.train(resume_from_checkpoint=True)
     assert_same(trainer, reference)

@@ -411,9 +411,8 @@ def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
     listed = read_json(directory / MANIFEST_NAME).get("files")
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         raise CheckpointError(f"{MANIFEST_NAME} must list files, but lists {_short(listed)}")
-    sharded = any(name.startswith(("pytorch_model_fsdp", "global_step")) for name in listed)
     for name in needed:
-        if name not in listed and not sharded:
+        if name not in listed:
             raise CheckpointError(f"it was written without {name} (by `save_only_model`)")
     for name, expected in listed.items():
         path = directory / name

@@ -326,7 +326,7 @@ def _check_field(name, value):
         right = value is None or isinstance(value, dict) and len(value) <= MAX_LABELS
         right = right and all(str(key).isdigit() for key in (value or {}) if name == "id2label")
         # transformers' own scripts write the numbers as text.
-        numbers = (value or {}).values() if name == "label2id" else ()
+        numbers = value.values() if right and value and name == "label2id" else ()
         right = right and all(_is_index(one, MAX_SIZE) or isinstance(one, str) and one.isdigit() for one in numbers)
         wanted = "a dict of labels and their numbers"
     elif name in ("name_or_path", "_name_or_path", "transformers_version"):

@@ -109,6 +109,5 @@ class Interruption(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._agree():
             # As it is written to resume from, whatever the user wants checkpoints for; `args` are this stage's own.
-            args.save_only_model = False
             args.save_strategy = SaveStrategy.STEPS
             control.should_save = control.should_training_stop = True
