@@ -386,6 +386,14 @@ def test_rows_that_are_none(row):
     assert not collator([row])["attention_mask"].any() and collator.num_skipped == 1
 
 
+@pytest.mark.parametrize("rate", [0, -1, 1.5, 2**40, math.nan, "16000", None, True, [16_000]])
+def test_rates_to_read_at_that_are_none(rate):
+    """The clip is not to blame."""
+    with pytest.raises(ValueError, match="^`sampling_rate` must be a whole number of Hz") as refused:
+        read_audio(ONES, sampling_rate=rate)
+    assert not isinstance(refused.value, AudioError)
+
+
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, "3", None, [1.0]])
 def test_seconds(seconds):
     if seconds is not None:

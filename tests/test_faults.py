@@ -584,7 +584,7 @@ def test_exit_codes_of_the_example(tmp_path, script, capsys):
     status, lines, _ = script(capsys)
     assert status == 2 and "holds an earlier run" in lines[0]
     status, lines, _ = script(capsys, output_dir=tmp_path / "teacher", overwrite_output_dir=True)
-    assert status == 2 and "is the directory of the teacher" in lines[0]
+    assert status == 2 and "is the `teacher`" in lines[0]
     assert not (tmp_path / "teacher" / "skill_config.json").exists()
 
 

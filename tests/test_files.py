@@ -85,9 +85,23 @@ def test_sources_are_kept_whatever_the_path(tmp_path, monkeypatch):
     ):
         keep_sources("link", {"model": model / "checkpoint-3"})
     keep_sources(tmp_path / "other", {"model": model})
+    keep_sources(tmp_path / "mode", {"model": model})
     keep_sources(tmp_path, {"model": model})
     keep_sources(model / "own", {"model": model})
+    keep_sources(tmp_path / "other", {"model": tmp_path / "gone"})
     keep_sources("someone/model", {"model": "someone/model"})  # on the Hub
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_files_that_two_directories_share_are_kept(tmp_path, link):
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    keep_sources(tmp_path / "other", {"model": tmp_path / "model"})
+    (tmp_path / "model" / "weights").write_text("")
+    link(tmp_path / "model" / "weights", tmp_path / "other" / "weights")
+    with pytest.raises(ValueError, match="^`results`, .*other, shares files with the `model`, .*model, which would"):
+        keep_sources(tmp_path / "other", {"model": tmp_path / "model"}, "results")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{\0}\0", b"[" * 100_000, b"1" * 5000])
@@ -98,6 +112,9 @@ def test_json_that_cannot_be_read_is_one_error(tmp_path, content):
         read_json(path)
     with pytest.raises(ValueError, match="is no JSON file that can be read"):
         read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_json(tmp_path / "pipe.json")
 
 
 def test_json_is_written_at_once(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tarfile
 import time
 from pathlib import Path
 
@@ -101,6 +102,31 @@ def test_a_folder_of_mostly_bad_files_is_refused(tmp_path):
     (tmp_path / "one_more.wav").touch()
     with pytest.raises(AudioError, match="5 of the 9 audio files in .* cannot be read; the first: `.*bad0.wav`"):
         load_audio_dir(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 3, b"x", ["a"], ""])
+def test_what_is_no_path(value):
+    for load in (load_audio_dir, load_speech_dataset):
+        with pytest.raises(AudioError, match="must be a|does not exist"):
+            load(value)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "paper.pdf", "cover.png"])
+def test_a_directory_of_other_files(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(AudioError, match="holds no audio that is known by its ending .*; name another directory"):
+        load_speech_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tar_shards_without_files_of_that_ending(tmp_path, streaming):
+    write(tmp_path / "a.wav")
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        archive.add(tmp_path / "a.wav", "a.wav")
+    (tmp_path / "a.wav").unlink()
+    assert len(list(load_speech_dataset(tmp_path, streaming=streaming, audio_column="wav"))) == 1
+    with pytest.raises(AudioError, match="holds no files that end in .flac; `audio_column` must be the ending"):
+        load_speech_dataset(tmp_path, streaming=streaming, audio_column="flac")
 
 
 def test_a_file_is_no_directory(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that a kill at any instant leaves whole, directories that must not be written to, and locks."""
+"""Files that a kill at any instant leaves whole, and locks."""
 
 import errno
 import os
@@ -121,49 +121,6 @@ def test_other_errors_are_not(tmp_path, error):
     with pytest.raises(type(error)) as raised, storage.explained("`x`", tmp_path, "All is safe."):
         raise error
     assert raised.value is error
-
-
-# ----------------------------------------------------------------------------------------------- what must not change
-def linked(tmp_path, source):
-    (tmp_path / "link").symlink_to(source)
-    return tmp_path / "link"
-
-
-def hard_linked(tmp_path, source):
-    (tmp_path / "other").mkdir()
-    os.link(source / "a", tmp_path / "other" / "model.safetensors")
-    return tmp_path / "other"
-
-
-def relative(tmp_path, source):
-    return os.path.relpath(source)
-
-
-OVERLAPPING = {
-    "the same": (lambda tmp_path, source: source, "is the directory of the teacher"),
-    "with dots": (lambda tmp_path, source: f"{source}/../teacher/.", "is the directory"),
-    "relative": (relative, "is the directory"),
-    "a link": (linked, "is the directory"),
-    "below a link": (lambda tmp_path, source: linked(tmp_path, source) / "out", "lies in the directory"),
-    "inside": (lambda tmp_path, source: source / "out" / "student", "lies in the directory"),
-    "above": (lambda tmp_path, source: tmp_path, "holds the directory"),
-    "a file that is the same": (hard_linked, "shares files with the directory"),
-}
-
-
-@pytest.mark.parametrize("case", OVERLAPPING)
-def test_sources_are_not_written_to(tmp_path, case):
-    source = make(tmp_path / "teacher", "weights")
-    directory, words = OVERLAPPING[case]
-    with pytest.raises(ValueError, match=words):
-        storage.refuse_overlap(directory(tmp_path, source), {"teacher": source})
-
-
-def test_other_directories_are(tmp_path):
-    source = make(tmp_path / "teacher", "weights")
-    make(tmp_path / "teacher-2", "weights")
-    for name in ("student", "teacher-2", "teache"):
-        storage.refuse_overlap(tmp_path / name, {"teacher": source, "student": tmp_path / "gone"})
 
 
 # -------------------------------------------------------------------------------------------------------------- locks

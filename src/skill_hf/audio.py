@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -196,8 +197,14 @@ def read_audio(
     Raises:
         [`AudioError`]: if the clip is missing, empty, no audio, corrupt, too short, holds NaN or infinite samples, has
             a rate outside 2 to 384 kHz or a URL that is not read, or a server that takes too long.
-        `ValueError`: if `max_seconds` is not above 0.
+        `ValueError`: if `sampling_rate` is no such rate, or `max_seconds` is not above 0.
     """
+    if not _is_rate(sampling_rate):
+        raise ValueError(
+            f"`sampling_rate` must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}, but is"
+            f" {reprlib.repr(sampling_rate)}."
+        )
+    sampling_rate = int(sampling_rate)
     if max_seconds is not None:
         check_seconds("max_seconds", max_seconds)
     with open_clip(value, sampling_rate, protocols) as clip:
@@ -262,13 +269,17 @@ def _checked_rate(rate: Any, name: str) -> int:
     """A rate as a whole number of Hz, whichever kind of number it is."""
     if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
         rate = rate.item()
-    is_number = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool)
-    if not is_number or not MIN_RATE <= rate <= MAX_RATE or rate != int(rate):
+    if not _is_rate(rate):
         shown = repr(rate)[:_NAME_CHARACTERS]
         raise AudioError(
             f"{name} has the sampling rate {shown}; it must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}."
         )
     return int(rate)
+
+
+def _is_rate(rate: Any) -> bool:
+    is_number = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool)
+    return is_number and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)
 
 
 def _samples(value: Any, name: str) -> np.ndarray:

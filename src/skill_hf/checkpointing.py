@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import storage
-from .files import try_directory
+from .files import MAX_OWN_BYTES, keep_sources, parse_json, try_directory
 from .skill_config import SKILL_CONFIG_NAME
 
 
@@ -177,7 +177,7 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
     output_dir = trainer.args.output_dir
 
     def prepare() -> str | None:
-        storage.refuse_overlap(output_dir, trainer.sources)
+        keep_sources(output_dir, trainer.sources)
         try_directory(output_dir)
         os.makedirs(output_dir, exist_ok=True)
         stack.enter_context(storage.exclusive(output_dir))
@@ -323,9 +323,9 @@ def check_checkpoint(directory: Path, trainer) -> None:
 def read_json(path: Path) -> dict:
     """A file of a checkpoint; raises a `CheckpointError` if it holds no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({' '.join(str(error).split())[:100]})") from error
+        content = parse_json(path, MAX_OWN_BYTES)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} must hold a JSON object, but holds {_short(content)}")
     return content

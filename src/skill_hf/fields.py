@@ -6,19 +6,14 @@ the value as Python's own type, or raises a `ValueError` that names setting, val
 import json
 import math
 import numbers
-import os
 import reprlib
-import stat
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
 Kind = Callable[[str, Any], Any]
-
-MAX_FILE_BYTES = 2**24
 
 
 def optional(kind: Kind) -> Kind:
@@ -108,22 +103,6 @@ def index_groups(name: str, value: Any) -> list[list[int]]:
     if any(len(set(group)) < len(group) for group in value):
         refuse(name, wanted, value)
     return [[int(index) for index in group] for group in value]
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """
-    Content of a small text file.
-
-    Raises:
-        `OSError`, `ValueError`: if it is missing, a pipe, a device or a directory, too large, or not UTF-8.
-    """
-    path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading from a pipe or a device may never end
-        raise ValueError(f"{path} is not a regular file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-    return path.read_text(encoding="utf-8")
 
 
 def refuse(name: str, wanted: str, value: Any) -> None:

@@ -3,10 +3,17 @@
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+# Of files that others have written: an index of a hundred thousand weights is smaller.
+MAX_FOREIGN_BYTES = 2**24
+# Of our own: the log of a run of a million steps is smaller.
+MAX_OWN_BYTES = 2**30
 
 
 def try_directory(path: str | os.PathLike, name: str = "output_dir") -> None:
@@ -53,30 +60,54 @@ def _write_something(directory: Path) -> None:
         os.fsync(file.fileno())
 
 
-def keep_sources(output_dir: str | os.PathLike, sources: Mapping[str, str | os.PathLike | None]) -> None:
+def keep_sources(
+    directory: str | os.PathLike, sources: Mapping[str, str | os.PathLike | None], name: str = "output_dir"
+) -> None:
     """
-    Makes sure that a run does not overwrite what it is made from.
+    Makes sure that a run does not overwrite what it is made from, by whatever path, link or mount.
 
     Args:
-        output_dir (`str` or `PathLike`): where it writes.
+        directory (`str` or `PathLike`): where it writes.
         sources (`Mapping`): setting -> what it reads; `None` and what is no local directory are passed over.
+        name (`str`, *optional*, defaults to `"output_dir"`): the setting that names `directory`, for the error.
 
     Raises:
-        `ValueError`: if one is `output_dir`, by whatever path or link, or a checkpoint in it, which is deleted when
-            newer ones are saved.
+        `ValueError`: if one is `directory`, shares a file with it, or lies in a checkpoint there, which is deleted
+            when newer ones are saved.
     """
-    output = os.path.realpath(output_dir)
-    for name, source in sources.items():
+    ours = Path(os.path.realpath(directory))
+    for source_name, source in sources.items():
         if source is None or not os.path.isdir(source):
             continue
-        path = os.path.realpath(source)
-        same = path == output or os.path.isdir(output) and os.path.samefile(path, output)
-        folder, last = os.path.split(path)
-        if same or last.startswith("checkpoint-") and folder == output:
-            what = "is" if same else "holds"
+        theirs = Path(os.path.realpath(source))
+        relation = None
+        if ours == theirs or _identity(ours) == _identity(theirs):
+            relation = "is"
+        elif ours in theirs.parents and theirs.relative_to(ours).parts[0].startswith("checkpoint-"):
+            relation = "holds"
+        elif _files(ours) & _files(theirs):
+            relation = "shares files with"
+        if relation is not None:
             raise ValueError(
-                f"`output_dir`, {output_dir}, {what} the `{name}`, {source}, which would be overwritten; name another."
+                f"`{name}`, {directory}, {relation} the `{source_name}`, {source}, which would be overwritten; name"
+                " another."
             )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a name with a null byte is a ValueError
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _files(directory: Path) -> set[tuple[int, int]]:
+    """Identities of the files of a directory, links followed."""
+    try:
+        return {_identity(path) for path in directory.iterdir() if path.is_file()} - {None}
+    except (OSError, ValueError):
+        return set()
 
 
 @contextlib.contextmanager
@@ -105,18 +136,49 @@ def _made(directory: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_text(path: str | os.PathLike, max_bytes: int = MAX_FOREIGN_BYTES) -> str:
+    """
+    Content of a text file, in UTF-8.
+
+    Raises:
+        `ValueError`: if it can't be read; the message is the reason alone.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading from a pipe or a device may never end
+            raise ValueError("not a regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{status.st_size} bytes, more than {max_bytes}")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def parse_json(path: str | os.PathLike, max_bytes: int = MAX_FOREIGN_BYTES) -> Any:
     """
     Content of a JSON file.
+
+    Raises:
+        `ValueError`: if it can't be read; the message is the reason alone, in one line.
+    """
+    try:
+        return json.loads(read_text(path, max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """
+    Content of a JSON file that a run has written.
 
     Raises:
         `ValueError`: if it can't be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} is no JSON file that can be read ({reason}); restore or remove it.") from error
+        return parse_json(path, MAX_OWN_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file that can be read ({error}); restore or remove it.") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -6,7 +6,6 @@ them is run, nothing but fields of the classes that transformers and this packag
 before memory is asked for. Whatever goes wrong is a `ValueError` of one line.
 """
 
-import json
 import logging
 import math
 import os
@@ -36,11 +35,11 @@ from transformers.utils import (
 )
 
 from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
+from .files import parse_json
 
 
 logger = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 2**24  # an index of a hundred thousand weights is smaller
 # The largest speech encoders have 2 to 3 billion.
 MAX_PARAMETERS = 2**33
 MAX_HEAD_PARAMETERS = 2**28
@@ -351,12 +350,10 @@ def _missing(name: str):
 
 
 def _read_json(path: Path) -> dict:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is larger than {MAX_JSON_BYTES >> 20} MiB")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+        fields = parse_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON file that can be read ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path.name} holds a {type(fields).__name__} where names and values belong")
     return fields

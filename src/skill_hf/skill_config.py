@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import fields
+from .files import parse_json
 
 
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
@@ -286,15 +287,14 @@ class SkillConfig:
         except TypeError:
             raise ValueError(f"A recipe is read from a directory, but {directory!r} is none.") from None
         try:
-            values = json.loads(fields.read_text(path))
+            values = parse_json(path)
             if not isinstance(values, dict):
                 raise ValueError(f"it holds a {type(values).__name__}, not names and values")
             if isinstance(values.get("latency_costs"), str):  # somebody else's file may name any of this machine
                 raise ValueError("`latency_costs` must be what was measured, but is the name of a file")
             return cls(**{name: value for name, value in values.items() if name in FIELD_KINDS})
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise ValueError(f"{path} is not a recipe of skill-hf: {reason}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not a recipe of skill-hf: {' '.join(str(error).split())}") from error
 
 
 @dataclass(frozen=True)
@@ -332,8 +332,8 @@ def _latency_costs(name: str, value) -> dict:
     """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
     try:
         # As it will be read back from skill_config.json: a tuple is a list.
-        value = json.loads(fields.read_text(value) if isinstance(value, str) else json.dumps(value))
-    except (OSError, TypeError, ValueError, RecursionError) as error:
+        value = parse_json(value) if isinstance(value, str) else json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"
             f" ({textwrap.shorten(str(error), 150, placeholder=' ...')})."

@@ -58,6 +58,7 @@ from .distillation import SkillDistiller, target_means
 from .divergence import FiniteWatch, refuse_non_finite
 from .early_stopping import restore_patience, stopped_early, without_early_stopping
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
+from .files import keep_sources
 from .gates import noise_seed
 from .interruption import Interruption
 from .loading import check_encoder, check_feature_extractor, load_feature_extractor, plain_feature_extractor
@@ -183,9 +184,7 @@ class SkillDistillationTrainer(Trainer):
             # One process that reads for all would have to join crops of different lengths.
             args.accelerator_config.dispatch_batches = False
         self.teacher_name = _name_of(teacher)
-        self.sources = _directories(
-            {"teacher": self.teacher_name, "student to start from": getattr(model, "name_or_path", None)}
-        )
+        self.sources = _directories({"teacher": self.teacher_name, "model": getattr(model, "name_or_path", None)})
         self.teacher = load_teacher(teacher)
         self.num_teacher_parameters = sum(parameter.numel() for parameter in self.teacher.parameters())
         student = build_student(self.teacher) if model is None else model
@@ -610,7 +609,7 @@ class SkillDistillationTrainer(Trainer):
         elif pruning.named_gates(self.student):
             raise ValueError("The student still has its gates: finish `train()` (or resume it) before saving.")
         elif self.args.should_save:
-            storage.refuse_overlap(output_dir, self.sources)
+            keep_sources(output_dir, self.sources)
             refuse_non_finite(self.student)
             with storage.saving("The student", output_dir, where_it_is_safe(self.args.output_dir)) as unfinished:
                 self.save_student(str(unfinished))

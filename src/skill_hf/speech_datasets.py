@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ MAX_BAD_SHARE = 0.5
 
 MAX_NAMED = 5
 
+_ROWS_TRIED = 32
+
 # Tables of a split that may lie beside the folder of its audio, and what reads them.
 _TABLES = {
     ".csv": ("csv", {}),
@@ -39,6 +42,10 @@ _TABLES = {
     ".ndjson": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+
+
+# What `datasets` takes a directory for that has files of other kinds only.
+_OTHER_FOLDERS = ("text", "imagefolder", "videofolder", "pdffolder", "xml")
 
 
 class _StoredAudio(datasets.Audio):
@@ -75,6 +82,8 @@ def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
         [`AudioError`]: if the directory is missing, has no audio, none that can be read, or more than half of its
             audio files cannot be.
     """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise AudioError(f"The audio directory must be a path, but is {reprlib.repr(directory)}.")
     if not os.path.isdir(directory):
         what = "is no directory" if os.path.exists(directory) else "does not exist"
         raise AudioError(f"The audio directory `{directory}` {what}; correct its path.")
@@ -148,6 +157,8 @@ def load_speech_dataset(
         [`AudioError`]: if the dataset or the split does not exist, is empty, or has no audio column, or its card names
             files by a protocol that is not read.
     """
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise AudioError(f"The dataset must be a Hub id or a directory, but is {reprlib.repr(name)}.")
     name = os.fspath(name)
     try:
         _check_card(name, protocols)
@@ -161,8 +172,18 @@ def load_speech_dataset(
         if audio_column not in first_row:
             if "input_values" in first_row:
                 return dataset
+            if dataset.info.builder_name in _OTHER_FOLDERS:
+                raise AudioError(
+                    f"`{name}` holds no audio that is known by its ending ({', '.join(AUDIO_EXTENSIONS)}), and no"
+                    " table of it; name another directory."
+                )
             raise AudioError(
                 f"`{name}` has no column `{audio_column}`; name the one with the audio: {', '.join(first_row)}."
+            )
+        if dataset.info.builder_name == "webdataset" and not _has_audio(dataset):
+            raise AudioError(
+                f"`{name}` holds no files that end in .{audio_column}; `audio_column` must be the ending of the audio"
+                " files in its tar shards."
             )
         if bases:
             dataset = _with_absolute_paths(dataset, audio_column, bases)
@@ -319,6 +340,11 @@ def _load_split(
         return builder.as_streaming_dataset(split=split), root
     builder.download_and_prepare()
     return builder.as_dataset(split=split), root
+
+
+def _has_audio(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
+    """Whether one of the first rows of tar shards has a file of the given ending."""
+    return any(value is not None for row in dataset.take(_ROWS_TRIED) for value in row.values())
 
 
 def _load_saved(directory: str, split: str) -> datasets.Dataset:

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -168,46 +168,3 @@ def saving(what: str, directory: str | os.PathLike, then: str) -> Iterator[Path]
         os.makedirs(directory, exist_ok=True)
         with exclusive(directory), written_together(directory) as unfinished:
             yield unfinished
-
-
-def refuse_overlap(directory: str | os.PathLike, sources: Mapping[str, Path]) -> None:
-    """
-    Checks that writing to `directory` cannot change what `sources` (what it is -> a local directory) hold, by
-    whatever name, link or mount.
-
-    Raises:
-        `ValueError`: if one of them is `directory`, lies in it or above it, or shares a file with it.
-    """
-    ours = Path(os.path.realpath(directory))
-    for what, source in sources.items():
-        theirs = Path(os.path.realpath(source))
-        relation = None
-        if ours == theirs or (ours.exists() and theirs.exists() and ours.samefile(theirs)):
-            relation = "is"
-        elif theirs in ours.parents or _inode(theirs) in {_inode(parent) for parent in ours.parents} - {None}:
-            relation = "lies in"
-        elif ours in theirs.parents or _inode(ours) in {_inode(parent) for parent in theirs.parents} - {None}:
-            relation = "holds"
-        elif _files(ours) & _files(theirs):
-            relation = "shares files with"
-        if relation is not None:
-            raise ValueError(
-                f"`{directory}` {relation} the directory of the {what}, `{source}`, which must not change: give"
-                " another directory."
-            )
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _files(directory: Path) -> set[tuple[int, int]]:
-    """Identities of the files of a directory, links followed."""
-    try:
-        return {_inode(path) for path in directory.iterdir() if path.is_file()} - {None}
-    except (OSError, ValueError):
-        return set()
