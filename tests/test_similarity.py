@@ -10,7 +10,6 @@ from skill_hf.similarity import (
     FrameCosine,
     LinearCKA,
     MutualKNN,
-    drop_padded_frames,
     layer_similarity,
 )
 from skill_hf.skill_config import SIMILARITIES
@@ -328,6 +327,40 @@ def test_frames_may_follow_a_result(similarity):
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("sizes", [(150, 150), (299, 1), (0, 300), (300, 0)])
+def test_an_accumulator_that_absorbs_another_has_seen_both(similarity, sizes):
+    states = random_states()
+    states[1] += 30.0  # a mean that drifts from one to the other
+    states[1][150:] -= 20.0
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(SIMILARITY[similarity]())
+        if size:
+            parts[-1].update([state[start : start + size] for state in states])
+        start += size
+    first, second = parts
+    first.absorb(second)
+    assert first.num_frames == 300
+    np.testing.assert_allclose(first.compute(), streamed(SIMILARITY[similarity](), states, 300), atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_parts_are_every_second_clip(base_teacher, audio, similarity, batch_size):
+    kwargs = {"similarity": similarity, "batch_size": batch_size}
+    whole, *halves = similarity_of(base_teacher, audio, num_parts=2, **kwargs)
+    np.testing.assert_allclose(whole, similarity_of(base_teacher, audio, **kwargs), atol=1e-6)
+    assert len(halves) == 2
+    for part, half in enumerate(halves):
+        np.testing.assert_allclose(half, similarity_of(base_teacher, audio[part::2], **kwargs), atol=1e-6)
+
+
+def test_parts_without_enough_audio_are_left_out(base_teacher, audio):
+    whole, half = similarity_of(base_teacher, audio[:1], num_parts=2)
+    np.testing.assert_array_equal(whole, half)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_memory_does_not_grow(similarity, monkeypatch):
     monkeypatch.setattr(SIMILARITY[similarity], "chunk_frames", 100)
     accumulator = SIMILARITY[similarity](**({"max_frames": 50} if similarity == "mutual_knn" else {}))
@@ -396,19 +429,6 @@ def test_mutual_knn_samples_the_frames_of_smallest_keys(sizes, monkeypatch):
     matrix = streamed(MutualKNN(k=5, max_frames=40, seed=3), states, sizes)
     sample = np.sort(np.argsort(np.random.default_rng(3).random(300))[:40])
     np.testing.assert_allclose(matrix, reference_mutual_knn(states[:, sample], k=5), atol=1e-12)
-
-
-def test_padded_frames_are_dropped():
-    states = random_states(frames=60).reshape(4, 3, 20, 12)  # (N, B, T, D)
-    mask = torch.arange(20) < torch.tensor([20, 5, 11])[:, None]
-    padded = [torch.where(mask[..., None], state, 1e6) for state in states]
-    accumulator = LinearCKA()
-    accumulator.update(drop_padded_frames(padded, mask.long()))
-    assert accumulator.compute().shape == (4, 4)
-    assert accumulator.num_frames == 36
-    valid = torch.cat([states[:, i, :length] for i, length in enumerate([20, 5, 11])], dim=1)
-    np.testing.assert_allclose(accumulator.compute(), reference_cka(valid), atol=1e-6)
-    assert [state.shape for state in drop_padded_frames(padded)] == [(60, 12)] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """How alike the layers of a speech encoder are: streaming measures over its hidden states, frame by frame."""
 
 import contextlib
+import copy
 import itertools
 import os
 from abc import ABC, abstractmethod
@@ -46,7 +47,7 @@ class SimilarityAccumulator(ABC):
 
         Args:
             hidden_states (sequence of N `torch.FloatTensor` of shape `(frames, features)`):
-                The same frames in every layer, without padding (see [`drop_padded_frames`]).
+                The same frames in every layer, without padding.
 
         Raises:
             `ValueError`: if the shapes differ among layers or from earlier calls, or if a value is not finite.
@@ -105,6 +106,23 @@ class SimilarityAccumulator(ABC):
         np.fill_diagonal(matrix, 1)
         return matrix
 
+    @torch.no_grad()
+    def absorb(self, other: "SimilarityAccumulator") -> None:
+        """
+        Takes in all frames that `other`, of the same kind and layers, has taken in; `other` stays as it is.
+        """
+        self._flush()
+        other._flush()
+        if other.num_frames and self.num_frames:
+            self._absorb(other)
+            self.num_frames += other.num_frames
+        elif other.num_frames:
+            self.__dict__.update(copy.deepcopy(other.__dict__))
+
+    @abstractmethod
+    def _absorb(self, other) -> None:
+        """Adds what `other` has accumulated; neither is empty."""
+
     @abstractmethod
     def _accumulate(self, frames: torch.Tensor) -> None:
         """Takes in `frames` of shape `(frames, N, D)`, float32, which it may overwrite but not keep."""
@@ -148,6 +166,15 @@ class LinearCKA(SimilarityAccumulator):
         for i, product in enumerate(self._products):
             product += frames[:, i].T @ flat[:, i * features :]
 
+    def _absorb(self, other) -> None:
+        # With s the difference of the pilots: sum (x + s)(y + s)^T = sum x y^T + sum x s^T + s sum (y + s)^T.
+        shift = other._pilot.double() - self._pilot.double()
+        shifted_sums = other._sums + other.num_frames * shift
+        for i, product in enumerate(self._products):
+            product += other._products[i]
+            product.addr_(other._sums[i], shift[i:].flatten()).addr_(shift[i], shifted_sums[i:].flatten())
+        self._sums += shifted_sums
+
     def _similarity(self) -> torch.Tensor:
         layers, features = self._sums.shape
         norms = self._sums.new_zeros(layers, layers)  # ||X_j^T X_i||_F^2, upper triangle
@@ -175,6 +202,9 @@ class FrameCosine(SimilarityAccumulator):
     def _accumulate(self, frames: torch.Tensor) -> None:
         unit = F.normalize(frames, dim=-1)
         self._cosines = self._cosines + (unit @ unit.mT).sum(0, dtype=torch.float64)
+
+    def _absorb(self, other) -> None:
+        self._cosines = self._cosines + other._cosines
 
     def _similarity(self) -> torch.Tensor:
         return self._cosines / self.num_frames
@@ -222,6 +252,9 @@ class DistillationSimilarity(SimilarityAccumulator):
             unit = F.normalize(frames, dim=-1)
             self._distances = self._distances + self.cosine_weight * _squared_distances(unit) / 2
 
+    def _absorb(self, other) -> None:
+        self._distances = self._distances + other._distances
+
     def _similarity(self) -> torch.Tensor:
         largest = self._distances.max()
         return 1 - self._distances / largest if largest > 0 else torch.ones_like(self._distances)
@@ -242,7 +275,7 @@ class MutualKNN(SimilarityAccumulator):
             Number of neighbours.
         max_frames (`int`, *optional*, defaults to 2000):
             Size of the sample; all frames are used when there are fewer.
-        seed (`int`, *optional*, defaults to 0):
+        seed (`int` or sequence of them, *optional*, defaults to 0):
             Seed of the sample.
         first_layer (`int`, *optional*, defaults to 0):
             Index of the hidden state that is given first; only error messages use it.
@@ -267,6 +300,12 @@ class MutualKNN(SimilarityAccumulator):
         kept = np.sort(np.argsort(keys)[: self.max_frames])
         sample = torch.cat([self._sample, frames[torch.from_numpy(chosen).to(frames.device)]])
         self._keys, self._sample = keys[kept], sample[torch.from_numpy(kept).to(frames.device)]
+
+    def _absorb(self, other) -> None:
+        keys = np.concatenate([self._keys, other._keys])
+        kept = np.sort(np.argsort(keys)[: self.max_frames])
+        sample = torch.cat([self._sample, other._sample])
+        self._keys, self._sample = keys[kept], sample[torch.from_numpy(kept).to(sample.device)]
 
     def _similarity(self) -> torch.Tensor:
         count, layers, _ = self._sample.shape
@@ -345,7 +384,8 @@ def layer_similarity(
             Whether to show a progress bar.
         num_parts (`int`, *optional*, defaults to 0):
             Divides `audio` into so many parts, which each take every `num_parts`-th clip, and measures them as well,
-            in the same pass. How much they differ shows how far the result depends on the choice of audio.
+            in the same pass. How much they differ shows how far the result depends on the choice of audio. Each part
+            takes the memory of the measure once.
 
     Returns:
         `numpy.ndarray` of shape `(N, N)`, float64: symmetric, with ones on its diagonal. N is the number of layers,
@@ -374,15 +414,14 @@ def layer_similarity(
         raise ValueError(f"`similarity` must be one of {', '.join(SIMILARITY)}, but is {similarity!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
-    options = {
-        "distillation": {"l1_weight": l1_weight, "l2_weight": l2_weight, "cosine_weight": cosine_weight},
-        "mutual_knn": {"seed": seed},
-    }
     first_layer = 0 if include_embeddings else 1
-    # The first takes in everything, the others a part each.
-    accumulators = [
-        SIMILARITY[similarity](first_layer=first_layer, **options.get(similarity, {})) for _ in range(1 + num_parts)
-    ]
+    parts = []
+    for part in range(num_parts or 1):
+        options = {
+            "distillation": {"l1_weight": l1_weight, "l2_weight": l2_weight, "cosine_weight": cosine_weight},
+            "mutual_knn": {"seed": (seed, part) if part else seed},
+        }
+        parts.append(SIMILARITY[similarity](first_layer=first_layer, **options.get(similarity, {})))
 
     source = teacher if isinstance(teacher, (str, os.PathLike)) else None
     if source is not None:
@@ -399,53 +438,39 @@ def layer_similarity(
             raise ValueError(f"`{source}` has no preprocessor_config.json; pass `feature_extractor`.")
 
     waveforms = checked_input_values(audio, feature_extractor, samples_per_frame(teacher.config))
-    total = len(audio) if hasattr(audio, "__len__") else None
+    num_waveforms = len(audio) if hasattr(audio, "__len__") else None
     training = [module for module in teacher.modules() if module.training]
     teacher.eval()
     try:
         with (
             torch.no_grad(),
-            tqdm(desc=f"Layer similarity ({similarity})", total=total, unit="clip", disable=not progress) as bar,
+            tqdm(
+                desc=f"Layer similarity ({similarity})", total=num_waveforms, unit="clip", disable=not progress
+            ) as bar,
         ):
             num_clips = 0
             for batch in equal_length_batches(waveforms, batch_size):
                 inputs = batch.to(teacher.device, teacher.dtype)  # (B, samples)
                 hidden_states = teacher(input_values=inputs, output_hidden_states=True).hidden_states[first_layer:]
-                accumulators[0].update([state.flatten(0, 1) for state in hidden_states])
-                for part in range(min(num_parts, len(batch))):
-                    clips = slice(part, None, num_parts)
-                    own = accumulators[1 + (num_clips + part) % num_parts]
-                    own.update([state[clips].flatten(0, 1) for state in hidden_states])
+                for first_clip in range(min(len(parts), len(batch))):
+                    clips = slice(first_clip, None, len(parts))
+                    part = parts[(num_clips + first_clip) % len(parts)]
+                    part.update([state[clips].flatten(0, 1) for state in hidden_states])
                 num_clips += len(batch)
                 bar.update(len(batch))
     finally:
         for module in training:
             module.training = True
-    matrices = [accumulators[0].compute()]
-    for accumulator in accumulators[1:]:
-        with contextlib.suppress(ValueError):
-            matrices.append(accumulator.compute())
-    return matrices if num_parts else matrices[0]
-
-
-def drop_padded_frames(
-    hidden_states: Sequence[torch.Tensor], frame_mask: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """
-    The valid frames of a padded batch, as [`SimilarityAccumulator.update`] takes them.
-
-    Args:
-        hidden_states (sequence of `torch.FloatTensor` of shape `(batch, frames, features)`):
-            Hidden states of a model.
-        frame_mask (`torch.Tensor` of shape `(batch, frames)`, *optional*):
-            1 or `True` for frames to keep; without it all are kept.
-
-    Returns:
-        `list[torch.FloatTensor]`, each of shape `(valid frames, features)`.
-    """
-    if frame_mask is None:
-        return [state.flatten(0, 1) for state in hidden_states]
-    return [state[frame_mask.bool()] for state in hidden_states]
+    matrices = []
+    if num_parts:
+        for part in parts:
+            with contextlib.suppress(ValueError):
+                matrices.append(part.compute())
+    total, *others = parts
+    for part in others:
+        total.absorb(part)
+    matrix = total.compute()
+    return [matrix, *matrices] if num_parts else matrix
 
 
 def _squared_distances(frames: torch.Tensor) -> torch.Tensor:
