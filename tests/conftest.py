@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,12 @@ from transformers import WavLMConfig, WavLMModel
 
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+
+def pytest_collection_finish():
+    # Each training collects garbage, for which it would look through all imported modules again.
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_config(layout: str = "base", **kwargs) -> WavLMConfig:
