@@ -5,7 +5,7 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.skill-hf-installed
 PATHS := src tests examples benchmarks
 # A file's tests share fixtures that are dear to make, so they stay together.
-PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo       distil and prune the small WavLM of examples/demo"

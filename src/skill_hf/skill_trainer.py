@@ -503,12 +503,13 @@ class SkillDistillationTrainer(Trainer):
             shift = pruning.fit_gates(self.student, wanted, costs)
             logger.warning(
                 "At the end of stage 1 the gates leave %s %s, the target is %s; a shift of all log_alpha by %.3f"
-                " chooses the units to cut. With more steps or a larger `gate_learning_rate` stage 1 gets there by"
+                " chooses the units to cut. With more steps, or a %s `gate_learning_rate`, stage 1 gets closer by"
                 " itself.",
                 f"{left:,}",
                 costs.noun,
                 f"{wanted:,}",
                 shift,
+                "larger" if left > wanted else "smaller",
             )
         self.record.cut = {"left": left, "wanted": wanted, "shift": shift}
         self.student.prune()
