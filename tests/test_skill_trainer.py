@@ -33,11 +33,10 @@ from skill_hf.pruning import add_gates, fit_gates, prune
 
 
 RECIPE = {"num_clusters": 2, "gate_learning_rate": 0.1, "calibration_samples": 6, "calibration_seconds": 2.0}
-MIN_SECONDS = 0.3
 
 
 def make_trainer(output_dir, clips, teacher=None, recipe=None, callbacks=None, model=None, evaluate_on=None, **kwargs):
-    optimizer = kwargs.pop("optimizer", None)
+    optimizer, min_seconds = kwargs.pop("optimizer", None), kwargs.pop("min_seconds", 0.3)
     arguments = {
         "max_steps": 9,
         "per_device_train_batch_size": 4,
@@ -58,7 +57,7 @@ def make_trainer(output_dir, clips, teacher=None, recipe=None, callbacks=None, m
         model=model,
         optimizer_cls_and_kwargs=optimizer,
     )
-    trainer.data_collator.min_seconds = MIN_SECONDS  # shorter clips take less time
+    trainer.data_collator.min_seconds = min_seconds  # shorter clips than by default take less time
     return trainer
 
 
@@ -403,8 +402,8 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path):
             save_strategy="no",
             optim="sgd",
             learning_rate=0.1,
+            min_seconds=2.0,
         )
-        trainer.data_collator.min_seconds = 2.0
         trainer.train()
         states.append(trainer)
     rows = [[row for row in trainer.state.log_history if "loss" in row] for trainer in states]
@@ -679,6 +678,7 @@ def train_on_eight_clips(output, number):
         optim="sgd",
         learning_rate=0.1,
         per_device_train_batch_size=8 // number,
+        min_seconds=2.0,  # so that all clips are padded, to the same length on each process
     )
     trainer.train()
     trainer.save_model(str(output))
