@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from example_settings import REPOSITORY, Count, Range, Seconds, Seed, parse, run_script
-from example_utils import DEMO_DATA, load_config
+from example_utils import DEMO_DATA, REPOSITORY, load_config
 
+from skill_hf.cli.settings import Count, Range, Seconds, Seed, parse, run_script
 from skill_hf.files import try_file, write_json
 from skill_hf.latency import DTYPES, fit_latency
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from example_settings import REPOSITORY, Count, Positive, Share, parse, require, run_script
 from transformers import Trainer, TrainingArguments
 
 from skill_hf import loading
 from skill_hf.checkpointing import last_complete_checkpoint
+from skill_hf.cli.settings import Count, Positive, Share, parse, require, run_script
 from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
 from skill_hf.encoders import ignores_padding
 from skill_hf.files import keep_sources, read_json, try_directory
@@ -21,6 +21,7 @@ from skill_hf.files import keep_sources, read_json, try_directory
 
 logger = logging.getLogger(__name__)
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_STUDENT = REPOSITORY / "outputs" / "demo"
 DEMO_DATA = REPOSITORY / "examples" / "demo"
 

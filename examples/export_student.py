@@ -42,11 +42,11 @@ from typing import Annotated
 
 import torch
 import transformers
-from example_settings import MAX_SECONDS, REPOSITORY, Count, Range, parse, run_script
-from example_utils import DEMO_DATA, DEMO_STUDENT, load_config, load_feature_extractor
+from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, load_config, load_feature_extractor
 from transformers import AutoProcessor, PreTrainedModel, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf.cli.settings import MAX_SECONDS, Count, Range, parse, run_script
 from skill_hf.data import calibration_waveforms, load_audio_dir
 from skill_hf.export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
 from skill_hf.files import keep_sources, try_directory, write_json

@@ -43,11 +43,11 @@ from typing import Annotated
 import datasets
 import numpy as np
 import torch
-from example_settings import REPOSITORY, Count, Range, Seconds, checked_device, parse, run_script
-from example_utils import DEMO_DATA, DEMO_STUDENT, check_column, load_config, load_feature_extractor
+from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, check_column, load_config, load_feature_extractor
 from safetensors.numpy import save as serialize
 from tqdm.auto import tqdm
 
+from skill_hf.cli.settings import Count, Range, Seconds, checked_device, parse, run_script
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
 from skill_hf.encoders import PretrainedEncoder, is_out_of_memory, make_batches
 from skill_hf.files import read_json, try_directory, write_json

@@ -35,9 +35,9 @@ from pathlib import Path
 
 import datasets
 import torch
-from example_settings import REPOSITORY, Seconds, Share, require
 from example_utils import (
     DEMO_DATA,
+    REPOSITORY,
     DataArguments,
     FineTuner,
     FineTuningArguments,
@@ -62,6 +62,7 @@ from transformers import (
     set_seed,
 )
 
+from skill_hf.cli.settings import Seconds, Share, require
 from skill_hf.data import read_audio
 
 

@@ -33,9 +33,9 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 import torch
-from example_settings import REPOSITORY, Seconds
 from example_utils import (
     DEMO_DATA,
+    REPOSITORY,
     DataArguments,
     FineTuner,
     FineTuningArguments,
@@ -52,6 +52,7 @@ from example_utils import (
 )
 from transformers import AutoModelForAudioClassification, Trainer, pipeline, set_seed
 
+from skill_hf.cli.settings import Seconds
 from skill_hf.data import read_audio
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from example_settings import Count, NotNegative, Seconds, Seed, Share, Whole, parse, require, run_script
 from example_utils import FineTuner
 from scipy.fft import dct
 from speech_folders import read_metadata, read_speech
@@ -41,6 +40,7 @@ from transformers.models.wavlm.modeling_wavlm import _compute_mask_indices
 from transformers.trainer_utils import set_seed
 
 from skill_hf.checkpointing import last_complete_checkpoint
+from skill_hf.cli.settings import Count, NotNegative, Seconds, Seed, Share, Whole, parse, require, run_script
 from skill_hf.files import keep_sources, try_directory
 from skill_hf.loading import load_model
 

@@ -47,21 +47,11 @@ from typing import Annotated
 import datasets
 import numpy as np
 import torch
-from example_settings import (
-    MAX_COUNT,
-    REPOSITORY,
-    ArgumentParser,
-    Count,
-    Range,
-    Seconds,
-    read_settings,
-    require,
-    run_script,
-)
 from safetensors import safe_open
 from transformers import AutoModel, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
+from skill_hf.cli.settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, read_settings, require, run_script
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset
 from skill_hf.divergence import NonFiniteError
 from skill_hf.families import load_student
@@ -70,6 +60,7 @@ from skill_hf.interruption import Terminated
 
 logger = logging.getLogger("run_skill")
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_SETTINGS = REPOSITORY / "examples" / "demo" / "demo.json"
 
 

@@ -65,16 +65,17 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from example_settings import REPOSITORY, Count, Positive, Range, Seconds, parse, run_script
 from example_utils import (
     DEMO_DATA,
     DEMO_STUDENT,
+    REPOSITORY,
     FineTuningArguments,
     load_config,
     load_feature_extractor,
 )
 from transformers import AutoModel, set_seed
 
+from skill_hf.cli.settings import Count, Positive, Range, Seconds, parse, run_script
 from skill_hf.data import load_speech_dataset
 from skill_hf.encoders import FilterBank, PretrainedEncoder
 from skill_hf.files import keep_sources, read_json, try_directory, write_json

@@ -45,12 +45,22 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from example_settings import MAX_SECONDS, Count, NotNegative, Range, Seed, checked_device, complain, parse, run_script
 from example_utils import DEMO_DATA, DEMO_STUDENT, load_config
 from huggingface_hub.constants import HF_HUB_CACHE
 from speech_folders import read_metadata, read_speech, speech_info
 
 import skill_hf  # noqa: F401  (makes students known to AutoModel, which the wrapper uses)
+from skill_hf.cli.settings import (
+    MAX_SECONDS,
+    Count,
+    NotNegative,
+    Range,
+    Seed,
+    checked_device,
+    complain,
+    parse,
+    run_script,
+)
 from skill_hf.files import keep_sources, try_directory
 
 

@@ -31,10 +31,10 @@ from transformers.trainer_utils import set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from example_settings import Count, Range, Seed, parse, require, run_script  # noqa: E402
 from pretrain_teacher import RATE, WINDOW, heldout_split, mfcc, normalise  # noqa: E402
 from speech_folders import read_metadata, read_speech  # noqa: E402
 
+from skill_hf.cli.settings import Count, Range, Seed, parse, require, run_script  # noqa: E402
 from skill_hf.files import try_file, write_json  # noqa: E402
 from skill_hf.loading import load_model  # noqa: E402
 

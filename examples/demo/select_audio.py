@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from example_settings import Positive, Seed, parse, run_script  # noqa: E402
 from pretrain_teacher import RATE, heldout_split  # noqa: E402
 from speech_folders import read_metadata, speech_info  # noqa: E402
 
+from skill_hf.cli.settings import Positive, Seed, parse, run_script  # noqa: E402
 from skill_hf.files import try_directory  # noqa: E402
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from example_settings import Count, Seed, parse, run_script  # noqa: E402
 from pretrain_teacher import RATE, heldout_split  # noqa: E402
 from probe_teacher import KEYWORDS  # noqa: E402
 from select_audio import check_folders, copy_clips  # noqa: E402
 from speech_folders import read_metadata, speech_info  # noqa: E402
+
+from skill_hf.cli.settings import Count, Seed, parse, run_script  # noqa: E402
 
 
 COLUMNS = ("file_name", "label", "speaker")

@@ -24,7 +24,6 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from example_settings import parse, require, run_script  # noqa: E402
 from study_design import (  # noqa: E402
     BASELINES,
     CALIBRATION_SAMPLES,
@@ -58,6 +57,7 @@ from study_results import (  # noqa: E402
 )
 
 from skill_hf import SkillConfig, cluster_layers  # noqa: E402
+from skill_hf.cli.settings import parse, require, run_script  # noqa: E402
 from skill_hf.clustering import layer_tree, silhouette  # noqa: E402
 from skill_hf.files import try_directory, try_file  # noqa: E402
 from skill_hf.plots import COLOURS, DARK, LIGHT, MARKERS, _label, _new_figure, _runs, plot_layer_similarity  # noqa: E402

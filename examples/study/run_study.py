@@ -38,7 +38,6 @@ from transformers import AutoModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from example_settings import MAX_COUNT, Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
 from example_utils import load_feature_extractor  # noqa: E402
 from study_design import (  # noqa: E402
     CALIBRATION_SAMPLES,
@@ -55,6 +54,7 @@ from study_probes import METRICS, TASKS, probe, probe_splits, speech_to_distil  
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments  # noqa: E402
 from skill_hf.analysis import layer_distances  # noqa: E402
+from skill_hf.cli.settings import MAX_COUNT, Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402

@@ -11,12 +11,12 @@ from example_helpers import EXAMPLES
 from transformers import TrainingArguments
 
 from skill_hf import SkillConfig
+from skill_hf.cli import settings
 
 
 sys.path.insert(0, str(EXAMPLES / "study"))
 
 import calibrate_latency  # noqa: E402
-import example_settings  # noqa: E402
 import export_student  # noqa: E402
 import extract_hidden_states  # noqa: E402
 import finetune_ctc  # noqa: E402
@@ -28,7 +28,8 @@ import run_study  # noqa: E402
 import run_superb  # noqa: E402
 import select_audio  # noqa: E402
 import select_keywords  # noqa: E402
-from example_settings import ArgumentParser, Range, convert, read_settings  # noqa: E402
+
+from skill_hf.cli.settings import ArgumentParser, Range, convert, read_settings  # noqa: E402
 
 
 RUN_SKILL = (run_skill.ModelArguments, run_skill.DataArguments, SkillConfig, run_skill.SkillTrainingArguments)
@@ -61,9 +62,9 @@ def numbers_of(script) -> dict[str, tuple[type, Range]]:
             continue
         for name, hint in typing.get_type_hints(kind, include_extras=True).items():
             if issubclass(kind, TrainingArguments):
-                if name not in example_settings.TRAINING_RANGES:
+                if name not in settings.TRAINING_RANGES:
                     continue
-                hint = Annotated[hint, example_settings.TRAINING_RANGES[name]]
+                hint = Annotated[hint, settings.TRAINING_RANGES[name]]
             ranges = [part for part in walk(hint) if isinstance(part, Range)]
             types = [part for part in walk(hint) if part in (int, float)]
             assert len(ranges) == len(types), f"{kind.__name__}.{name} has no range"
@@ -172,7 +173,7 @@ def test_values_that_are_taken(hint, value, converted):
     ],
 )
 def test_values_that_are_not_taken(hint, value, wanted):
-    with pytest.raises(example_settings.Mismatch, match=wanted):
+    with pytest.raises(settings.Mismatch, match=wanted):
         convert(value, hint)
 
 
@@ -321,7 +322,7 @@ def test_a_script_that_fails_says_so_in_one_line(error, status, capsys):
     def body():
         raise error
 
-    assert example_settings.run_script(body) == status
+    assert settings.run_script(body) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
 
@@ -332,14 +333,14 @@ def test_what_is_no_fault_of_the_input_is_raised(error):
         raise error
 
     with pytest.raises(type(error)):
-        example_settings.run_script(body)
+        settings.run_script(body)
     with pytest.raises(ValueError):
-        example_settings.run_script(lambda: int("x"), is_input=lambda error: False)
-    assert example_settings.run_script(lambda: None) == 0
+        settings.run_script(lambda: int("x"), is_input=lambda error: False)
+    assert settings.run_script(lambda: None) == 0
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99", "meta", "cpu:x", ""])
 def test_a_device_that_cannot_be_used_is_one_error(name):
     with pytest.raises(ValueError, match=f"The device `{name}` cannot be used: "):
-        example_settings.checked_device(name)
-    assert example_settings.checked_device("cpu").type == "cpu"
+        settings.checked_device(name)
+    assert settings.checked_device("cpu").type == "cpu"

@@ -1,8 +1,8 @@
 """
-Settings of the example scripts, from a command line or from a file, and how a script ends when one is wrong.
+Settings of a command, from the command line or from a file, and how a command ends when one is wrong.
 
 Every value is checked here before anything else is done. What is wrong becomes one line that names the setting, its
-value and what it must be; the exit status is then 2.
+value and what it must be; the exit status is then 2. The scripts of `examples/` read their settings by it, too.
 """
 
 import dataclasses
@@ -27,10 +27,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from skill_hf.encoders import is_out_of_memory
+from ..encoders import is_out_of_memory
 
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 MAX_FILE_BYTES = 100_000
 MAX_DEPTH = 20
@@ -419,7 +417,7 @@ def read_settings(path: str) -> dict[str, Any]:
     return settings
 
 
-# ------------------------------------------------------------------------------------------------------------- scripts
+# ------------------------------------------------------------------------------------------------------------ commands
 def complain(error: Exception) -> int:
     """Prints one line that says what is wrong, and returns the exit status."""
     rank = int(os.environ.get("RANK", 0))

@@ -1,0 +1,1 @@
+"""The command line: `skill-hf COMMAND`, one module for each command."""
