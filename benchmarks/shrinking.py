@@ -30,14 +30,14 @@ import torch
 import transformers
 from transformers import TrainerCallback, set_seed
 
+from skill_hf.cli import distill
+from skill_hf.cli.settings import ArgumentParser
 from skill_hf.latency import device_name
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "examples"))
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
-import run_skill  # noqa: E402
 from inference import Case  # noqa: E402
 from machine import peak_flops  # noqa: E402
 from training_step import (  # noqa: E402
@@ -72,7 +72,7 @@ class StepClock(TrainerCallback):
 
 def demo_settings() -> dict:
     """Those of the demo, wherever this is started."""
-    settings = json.loads(run_skill.DEMO_SETTINGS.read_text(encoding="utf-8"))
+    settings = json.loads((REPOSITORY / "examples" / "demo" / "demo.json").read_text(encoding="utf-8"))
     for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir"):
         settings[name] = str(REPOSITORY / settings[name])
     return settings
@@ -94,13 +94,10 @@ def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str)
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    classes = (
-        run_skill.ModelArguments, run_skill.DataArguments, run_skill.SkillConfig, run_skill.SkillTrainingArguments,
-    )  # fmt: skip
-    parsed = run_skill.ArgumentParser(classes).build(settings)
+    parsed = ArgumentParser(distill.KINDS).build(settings)
     set_seed(seed)
     clock = StepClock()
-    trainer = run_skill.make_trainer(*parsed, run_skill.StageClock())
+    trainer = distill.make_trainer(*parsed, distill.StageClock())
     trainer.callback_handler.callbacks.insert(0, clock)
     trainer.train()
     lines = [line for line in trainer.state.log_history if line.get("stage") == 1]

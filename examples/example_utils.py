@@ -15,7 +15,6 @@ from skill_hf import loading
 from skill_hf.checkpointing import last_complete_checkpoint
 from skill_hf.cli.settings import Count, Positive, Share, parse, require, run_script
 from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
-from skill_hf.encoders import ignores_padding
 from skill_hf.files import keep_sources, read_json, try_directory
 
 
@@ -76,6 +75,15 @@ class DataArguments:
     audio_column: str = field(default="audio", metadata={"help": "Column of the dataset with the audio."})
 
 
+def check_demo_student(model: str) -> None:
+    """
+    Raises:
+        `ValueError`: if `model` is what `make demo` leaves, and it has not been run.
+    """
+    if Path(model) == DEMO_STUDENT and not (DEMO_STUDENT / "config.json").is_file():
+        raise ValueError(f"There is no student in {DEMO_STUDENT} yet: run `make demo`, or name one with `--model`.")
+
+
 def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
     """
     Configuration of a speech encoder, with `settings` put into it. A student's norm then leaves out padding, so that
@@ -84,24 +92,13 @@ def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
     Raises:
         `ValueError`: if there is no such model, or it takes no waveforms.
     """
-    if Path(model) == DEMO_STUDENT and not (DEMO_STUDENT / "config.json").is_file():
-        raise ValueError(f"There is no student in {DEMO_STUDENT} yet: run `make demo`, or name one with `--model`.")
+    check_demo_student(model)
     config = loading.load_config(model, **settings)
     if not hasattr(config, "feat_extract_norm"):
         raise ValueError(f"`{model}` is a `{config.model_type}`, which is no encoder of waveforms such as WavLM.")
     if hasattr(config, "masked_group_norm"):
         config.masked_group_norm = True
     return config
-
-
-def load_feature_extractor(model: str, config) -> transformers.Wav2Vec2FeatureExtractor:
-    """The model's own; it makes an attention mask where the network needs one to ignore padding."""
-    feature_extractor = loading.load_feature_extractor(model)
-    if feature_extractor is None:
-        raise ValueError(f"`{model}` has no preprocessor_config.json, which says how it takes audio.")
-    if ignores_padding(config):
-        feature_extractor.return_attention_mask = True
-    return feature_extractor
 
 
 def prepare_model(args: ModelArguments, auto_class, config) -> transformers.PreTrainedModel:

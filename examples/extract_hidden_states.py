@@ -43,13 +43,13 @@ from typing import Annotated
 import datasets
 import numpy as np
 import torch
-from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, check_column, load_config, load_feature_extractor
+from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, check_column, load_config
 from safetensors.numpy import save as serialize
 from tqdm.auto import tqdm
 
 from skill_hf.cli.settings import Count, Range, Seconds, checked_device, parse, run_script
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
-from skill_hf.encoders import PretrainedEncoder, is_out_of_memory, make_batches
+from skill_hf.encoders import PretrainedEncoder, feature_extractor_for, is_out_of_memory, make_batches
 from skill_hf.files import read_json, try_directory, write_json
 from skill_hf.loading import load_model
 from skill_hf.superb.features import cast_states
@@ -281,7 +281,7 @@ def load_encoder(args: ExtractArguments) -> PretrainedEncoder:
     if wrong:
         raise ValueError(f"`layers` holds {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}.")
     device = checked_device(args.device)
-    feature_extractor = load_feature_extractor(args.model, config)
+    feature_extractor = feature_extractor_for(args.model, config)
     model = load_model(args.model, config=config, dtype=getattr(torch, args.dtype)).to(device)
     return PretrainedEncoder(model, feature_extractor, [layer % number for layer in layers])
 

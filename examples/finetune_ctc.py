@@ -45,7 +45,6 @@ from example_utils import (
     add_lora,
     check_column,
     load_config,
-    load_feature_extractor,
     load_splits,
     pad_clips,
     prepare_model,
@@ -64,6 +63,7 @@ from transformers import (
 
 from skill_hf.cli.settings import Seconds, Share, require
 from skill_hf.data import read_audio
+from skill_hf.encoders import feature_extractor_for
 
 
 logger = logging.getLogger("example_utils")
@@ -200,7 +200,7 @@ def prepare(model_args: CTCModelArguments, data_args: CTCDataArguments, training
         ctc_loss_reduction="mean",
         ctc_zero_infinity=True,
     )
-    feature_extractor = load_feature_extractor(model_args.model, config)
+    feature_extractor = feature_extractor_for(model_args.model, config)
     with training_args.main_process_first(desc="reading the data"):
         train, test = (with_transcripts(dataset, data_args.text_column) for dataset in load_splits(data_args))
         tokenizer = make_tokenizer(train["text"][:])

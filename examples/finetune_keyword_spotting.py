@@ -43,7 +43,6 @@ from example_utils import (
     add_lora,
     check_column,
     load_config,
-    load_feature_extractor,
     load_splits,
     pad_clips,
     prepare_model,
@@ -54,6 +53,7 @@ from transformers import AutoModelForAudioClassification, Trainer, pipeline, set
 
 from skill_hf.cli.settings import Seconds
 from skill_hf.data import read_audio
+from skill_hf.encoders import feature_extractor_for
 
 
 @dataclass
@@ -132,7 +132,7 @@ def prepare(model_args: ModelArguments, data_args: KeywordDataArguments, trainin
             label2id={name: index for index, name in enumerate(names)},
             id2label=dict(enumerate(names)),
         )
-        feature_extractor = load_feature_extractor(model_args.model, config)
+        feature_extractor = feature_extractor_for(model_args.model, config)
         train, test = (
             read_clips(
                 with_labels(dataset, data_args.label_column, names), feature_extractor, config, data_args.max_seconds

@@ -71,13 +71,12 @@ from example_utils import (
     REPOSITORY,
     FineTuningArguments,
     load_config,
-    load_feature_extractor,
 )
 from transformers import AutoModel, set_seed
 
 from skill_hf.cli.settings import Count, Positive, Range, Seconds, parse, run_script
 from skill_hf.data import load_speech_dataset
-from skill_hf.encoders import FilterBank, PretrainedEncoder
+from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_for
 from skill_hf.files import keep_sources, read_json, try_directory, write_json
 from skill_hf.loading import load_model
 from skill_hf.superb import METRICS, MeasuredTask, results_page
@@ -209,7 +208,7 @@ def load_encoder(args: SuperbArguments, seed: int, device: torch.device) -> Pret
     if args.model in FilterBank.KINDS:
         return FilterBank(args.model)
     config = load_config(args.model)
-    feature_extractor = load_feature_extractor(args.model, config)
+    feature_extractor = feature_extractor_for(args.model, config)
     if args.untrained:
         set_seed(seed)
         model = AutoModel.from_config(config, dtype=torch.float32)

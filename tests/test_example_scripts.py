@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_teacher
 from example_helpers import DEMO, EXAMPLES, isolate, read_metadata, run_main, save_feature_extractor, save_student
 
+from skill_hf.cli import export
 from skill_hf.data import read_audio
 
 
@@ -110,7 +111,7 @@ def test_an_output_that_cannot_be_written_is_found_first(shared, tmp_path, monke
 
     for module, name in (
         (calibrate_latency, "fit_latency"),
-        (export_student, "load_student"),
+        (export, "load_student"),
         (extract_hidden_states, "load_clips"),
         (finetune_ctc, "load_splits"),
         (finetune_keyword_spotting, "load_splits"),

@@ -16,20 +16,16 @@ import safetensors.torch
 import soundfile
 import torch
 from conftest import tiny_teacher
-from example_helpers import EXAMPLES, save_feature_extractor
+from example_helpers import save_feature_extractor
 from safetensors.torch import load_file
 from test_shrinking import CloseGates
 from test_skill_trainer import Kill, KillAt, StopAt, make_trainer, run_in_processes
 from transformers import TrainerCallback
 
 from skill_hf import checkpointing, pruning, storage
+from skill_hf.cli import distill
 from skill_hf.divergence import MOST_SKIPPED, TERMS, NonFiniteError
 from skill_hf.interruption import Terminated
-
-
-sys.path.insert(0, str(EXAMPLES))
-
-import run_skill  # noqa: E402
 
 
 RECIPE = {"layer_groups": [[0, 1], [2, 3]], "num_clusters": None, "final_steps": 2}
@@ -504,10 +500,10 @@ def test_two_runs_at_the_same_time(tmp_path, clips, monkeypatch):
     finished.save_model()
 
 
-# -------------------------------------------------------------------------------------------------------- the example
+# -------------------------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def script(tmp_path, clips):
-    """Runs `run_skill` with what a callback or function does to its trainer; returns status and printed errors."""
+    """Runs `distill` with what a callback or function does to its trainer; returns status and printed errors."""
     tiny_teacher().save_pretrained(tmp_path / "teacher")
     save_feature_extractor(tmp_path / "teacher")
     (tmp_path / "audio").mkdir()
@@ -534,7 +530,7 @@ def script(tmp_path, clips):
             | SHORT
             | settings
         )
-        make_trainer = run_skill.make_trainer
+        make_trainer = distill.make_trainer
 
         def make_faulty(*args):
             trainer = make_trainer(*args)
@@ -546,15 +542,15 @@ def script(tmp_path, clips):
 
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_skill, "make_trainer", make_faulty)
-            status = run_skill.main(words)
+            patch.setattr(distill, "make_trainer", make_faulty)
+            status = distill.main(words)
         err = capsys.readouterr().err
         return status, [line for line in err.splitlines() if line.startswith(("error", "stopped"))], err
 
     return run
 
 
-def test_exit_codes_of_the_example(tmp_path, script, capsys):
+def test_exit_codes_of_the_command(tmp_path, script, capsys):
     """Only a student that was trained to the end is saved, and only that is a success."""
     out = tmp_path / "out"
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):

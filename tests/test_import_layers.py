@@ -101,6 +101,27 @@ LAYERS = {
     # The top floor: nothing imports it.
     "cli/__init__": set(),
     "cli/settings": {"encoders"},
+    "cli/distill": {
+        "cli/settings",
+        "data",
+        "divergence",
+        "families",
+        "interruption",
+        "skill_config",
+        "skill_trainer",
+        "skill_training_args",
+    },
+    "cli/export": {
+        "cli/settings",
+        "configuration_wavlm_skill_student",
+        "data",
+        "encoders",
+        "export",
+        "files",
+        "loading",
+        "modeling_wavlm_skill_student",
+    },
+    "cli/main": {"cli/distill", "cli/export", "version"},
     "__init__": {
         "clustering",
         "configuration_wavlm_skill_student",

@@ -4,19 +4,21 @@ import copy
 import json
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import tiny_config, tiny_teacher
 from example_helpers import command_line, run_main
+from short_distillation import on_folder, results_of, write_inputs
 from test_pruning import ALL_UNITS, UNIT_SETS, gated_student
-from test_run_skill import on_folder, own_cache, results_of, run_skill, shared  # noqa: F401
 from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import AutoModel, BertConfig
 
 from skill_hf import SkillConfig
 from skill_hf.budgets import LatencyBudget, architecture_of
+from skill_hf.cli import distill
 from skill_hf.families import STUDENT_CLASSES, build_student, student_config
 from skill_hf.latency import draw_architecture, fit_costs, fit_latency, measure_parts
 from skill_hf.pruning import cost_after_pruning, expected_cost, fit_gates, min_cost
@@ -364,7 +366,13 @@ def test_a_run_ends_at_its_target(layout, tmp_path, clips, caplog):
 
 
 # --------------------------------------------------------------------------------------------------------- the command
-def test_from_the_command_to_a_student(shared, tmp_path):  # noqa: F811
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return write_inputs(tmp_path)
+
+
+def test_from_the_command_to_a_student(shared, tmp_path):
     file = tmp_path / "costs" / "latency.json"
     settings = {"teacher_name_or_path": shared / "teacher", "seconds": 0.2, "output": file}
     settings |= {"num_architectures": 6, "num_heldout": 2, "num_runs": 2, "num_threads": 1}
@@ -383,18 +391,18 @@ def test_from_the_command_to_a_student(shared, tmp_path):  # noqa: F811
     settings = on_folder(shared, tmp_path / "out", **of_run)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
-    assert run_skill.parse([str(recipe)]) == run_skill.parse(command_line(settings))
+    assert distill.parse([str(recipe)]) == distill.parse(command_line(settings))
     inline = tmp_path / "recipe.json"
     inline.write_text(json.dumps(settings | {"latency_costs": json.loads(file.read_text())}))
-    assert run_skill.parse([str(inline)]) == run_skill.parse(command_line(settings))
-    assert run_skill.main([str(recipe)]) == 0
+    assert distill.parse([str(inline)]) == distill.parse(command_line(settings))
+    assert distill.main([str(recipe)]) == 0
     results = results_of(tmp_path / "out")
     student = AutoModel.from_pretrained(tmp_path / "out")
     assert results["student_latency"] == LatencyBudget(PICOSECONDS).total(student)
     assert results["sparsity"] == pytest.approx(0.3, abs=0.005)
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     resume = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}
-    assert run_skill.main(command_line(settings | resume)) == 0
+    assert distill.main(command_line(settings | resume)) == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 

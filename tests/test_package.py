@@ -2,6 +2,7 @@
 
 import email
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,13 @@ def test_wheel_holds_the_package_and_its_metadata(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         metadata = email.message_from_bytes(archive.read(next(name for name in files if name.endswith("/METADATA"))))
+    installed = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", installed, wheel]
+    subprocess.run(pip, check=True, timeout=120)
+    command = [installed / "bin" / "skill-hf", "--version"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert printed == f"skill-hf {skill_hf.__version__}\n"
 
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "skill_hf").rglob("*.py")}
     assert sources | {"skill_hf/py.typed", "skill_hf/templates/model_card.md"} <= files

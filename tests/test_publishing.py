@@ -167,8 +167,7 @@ def run_from_the_hub(output_dir: Path, teacher: str) -> None:
 
 
 def run_example(folder: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    import run_skill
+    from skill_hf.cli import distill
 
     tiny_teacher().save_pretrained(folder / "teacher")
     Wav2Vec2FeatureExtractor().save_pretrained(folder / "teacher")
@@ -189,7 +188,7 @@ def run_example(folder: Path) -> None:
         "report_to": "none",
     }
     arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    assert run_skill.main([*arguments, "--use_cpu", "--push_to_hub"]) == 0
+    assert distill.main([*arguments, "--use_cpu", "--push_to_hub"]) == 0
 
 
 def run_on_another_process(output_dir: Path) -> None:

@@ -25,7 +25,7 @@ from skill_hf.plots import plot_layer_distances
 from skill_hf.pruning import fit_gates
 
 
-logger = logging.getLogger("run_skill")
+logger = logging.getLogger("skill_hf.demo_comparison")
 
 
 def dphubert_layers(num_layers: int) -> list[list[int]]:

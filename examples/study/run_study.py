@@ -38,7 +38,6 @@ from transformers import AutoModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from example_utils import load_feature_extractor  # noqa: E402
 from study_design import (  # noqa: E402
     CALIBRATION_SAMPLES,
     CALIBRATION_SECONDS,
@@ -56,7 +55,7 @@ from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArgumen
 from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.cli.settings import MAX_COUNT, Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
-from skill_hf.encoders import FilterBank, PretrainedEncoder  # noqa: E402
+from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_for  # noqa: E402
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
 from skill_hf.loading import load_model  # noqa: E402
@@ -265,7 +264,7 @@ def run(args: StudyArguments) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # so that a GPU rounds as a CPU does
     teacher = load_model(str(args.teacher)).to(device).eval()
-    feature_extractor = load_feature_extractor(str(args.teacher), teacher.config)
+    feature_extractor = feature_extractor_for(str(args.teacher), teacher.config)
     train, heldout = speech_to_distil(args.librispeech)
     splits = probe_splits(args.librispeech, args.speech_commands)
     with FileLock(args.results / "references.lock"):  # else workers that start together would all encode all of it

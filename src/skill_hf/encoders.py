@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
 from .data import samples_per_frame
-from .loading import refuse_adapter
+from .loading import load_feature_extractor, refuse_adapter
 
 
 Name = TypeVar("Name")
@@ -30,6 +30,25 @@ def ignores_padding(config) -> bool:
     if config.model_type not in MASKED_FAMILIES or getattr(config, "conv_pos_batch_norm", False):
         return False
     return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)
+
+
+def feature_extractor_for(model: str, config) -> Wav2Vec2FeatureExtractor:
+    """
+    The feature extractor of a model, which makes an attention mask where the network needs one to ignore padding.
+
+    Args:
+        model (`str`): Hub id or local directory.
+        config (`PreTrainedConfig`): of the network.
+
+    Raises:
+        `ValueError`: if there is none, or it cannot be used.
+    """
+    feature_extractor = load_feature_extractor(model)
+    if feature_extractor is None:
+        raise ValueError(f"`{model}` has no preprocessor_config.json, which says how it takes audio.")
+    if ignores_padding(config):
+        feature_extractor.return_attention_mask = True
+    return feature_extractor
 
 
 def make_batches(

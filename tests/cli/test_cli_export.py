@@ -1,4 +1,4 @@
-"""`examples/export_student.py`: every format from the command line, on real speech."""
+"""`skill-hf export` and `examples/export_student.py`: every format from the command line, on real speech."""
 
 import importlib.util
 import json
@@ -20,6 +20,7 @@ from transformers import (
     WavLMModel,
 )
 
+from skill_hf.cli import export
 from skill_hf.data import read_audio
 from skill_hf.export import OnnxModel
 
@@ -130,9 +131,7 @@ def test_snippet_of_the_documentation_runs(exported, student):
 @pytest.mark.slow
 def test_int8_alone(exported, student, tmp_path, monkeypatch):
     folder, _ = exported
-    monkeypatch.setattr(
-        export_student, "export_onnx", lambda model, path, *args: shutil.copy(folder / "model.onnx", path)
-    )
+    monkeypatch.setattr(export, "export_onnx", lambda model, path, *args: shutil.copy(folder / "model.onnx", path))
     settings = {"model": student, "output_dir": tmp_path, "formats": ["onnx_int8"], **SPEECH}
     status, lines, errors = run_main(export_student, settings)
     assert (status, errors) == (0, [])
@@ -245,7 +244,7 @@ def test_missing_packages(student, tmp_path, monkeypatch):
 
 def test_float32_that_differs_is_an_error(student, tmp_path, monkeypatch):
     compared = {"last_hidden_state": {"largest_difference": float("nan"), "cosine_similarity": 1.0}}
-    monkeypatch.setattr(export_student, "compare_outputs", lambda *args: compared)
+    monkeypatch.setattr(export, "compare_outputs", lambda *args: compared)
     settings = {"model": student, "output_dir": tmp_path, "formats": ["stock"], **SPEECH}
     with pytest.raises(RuntimeError, match="model.safetensors differs from the student"):
         run_main(export_student, settings)

@@ -1,4 +1,4 @@
-"""`examples/run_skill.py` on synthetic audio and a tiny random teacher: all ways in, what it writes, bad input."""
+"""`skill-hf distill` on synthetic audio and a tiny random teacher: all ways in, what it writes, bad input."""
 
 import json
 import os
@@ -15,36 +15,21 @@ import torch
 import yaml
 from conftest import tiny_config, tiny_teacher
 from safetensors.torch import load_file
-from transformers import AutoModel, BertConfig, HubertConfig, Wav2Vec2FeatureExtractor, WavLMConfig
+from short_distillation import command_line, on_folder, results_of, write_inputs
+from transformers import AutoModel, BertConfig, HubertConfig, WavLMConfig
+
+from skill_hf.analysis import count_macs
+from skill_hf.cli import distill
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "demo")]
 
 import demo_comparison  # noqa: E402
 import run_skill  # noqa: E402
 
-from skill_hf.analysis import count_macs  # noqa: E402
-
 
 RATE = 16_000
-# Six steps, four of them in stage 1, in a second or two.
-SHORT = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 2,
-    "max_seconds": 0.5,
-    "min_seconds": 0.25,
-    "calibration_samples": 4,
-    "calibration_seconds": 0.5,
-    "target_sparsity": 0.3,
-    "learning_rate": 1e-3,
-    "gate_learning_rate": 0.1,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
-}
 STUDENT_FILES = {
     "README.md",
     "config.json",
@@ -56,55 +41,14 @@ STUDENT_FILES = {
 }
 
 
-def write_audio(directory, number=6, seconds=0.7):
-    """Noise that is louder in each clip, in files of several rates, formats and numbers of channels."""
-    directory.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(number):
-        rate, suffix, channels = [(16_000, "wav", 1), (44_100, "flac", 2), (8_000, "ogg", 1)][index % 3]
-        samples = 0.02 * (index + 1) * rng.standard_normal((int(seconds * rate), channels))
-        soundfile.write(directory / f"{index}.{suffix}", samples, rate)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with `teacher`, `audio` and `heldout`."""
-    folder = tmp_path_factory.mktemp("run_skill")
-    tiny_teacher(num_hidden_layers=2).save_pretrained(folder / "teacher")
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder / "teacher")
-    write_audio(folder / "audio")
-    write_audio(folder / "heldout", number=3)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def command_line(settings) -> list[str]:
-    words = []
-    for name, value in settings.items():
-        if name == "layer_groups":
-            value = json.dumps(value)
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def on_folder(shared, folder, **settings) -> dict:
-    """Settings of a short run on the shared folder of audio."""
-    return SHORT | {
-        "teacher_name_or_path": str(shared / "teacher"),
-        "audio_dir": str(shared / "audio"),
-        "output_dir": str(folder),
-        **settings,
-    }
-
-
-def results_of(output_dir) -> dict:
-    return json.loads((output_dir / "all_results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +66,7 @@ def finished(shared):
         save_strategy="steps",
         save_steps=2,
     )
-    assert run_skill.main(command_line(settings)) == 0
+    assert distill.main(command_line(settings)) == 0
     return output_dir
 
 
@@ -153,7 +97,7 @@ def test_results_say_what_was_done(finished):
 
 
 def test_results_of_another_budget(shared, tmp_path):
-    assert run_skill.main(command_line(on_folder(shared, tmp_path / "out", budget="macs", budget_seconds=2.0))) == 0
+    assert distill.main(command_line(on_folder(shared, tmp_path / "out", budget="macs", budget_seconds=2.0))) == 0
     results = results_of(tmp_path / "out")
     assert results["budget"] == "macs"
     assert results["teacher_macs"] == count_macs(tiny_teacher(num_hidden_layers=2), 2.0)
@@ -179,11 +123,11 @@ def test_check_of_the_saved_student_notices_other_weights(finished, tmp_path):
         model = AutoModel.from_pretrained(finished).eval()
         args = type("Arguments", (), {"output_dir": str(finished)})
 
-    run_skill.check_saved_student(Trained)
+    distill.check_saved_student(Trained)
     with torch.no_grad():
         Trained.model.encoder.layers[1].final_layer_norm.bias[0] += 0.01
     with pytest.raises(RuntimeError, match="differs from the trained one by 0.01"):
-        run_skill.check_saved_student(Trained)
+        distill.check_saved_student(Trained)
 
 
 # --------------------------------------------------------------------------------------------------------- the ways in
@@ -205,7 +149,7 @@ def test_datasets_in_memory_and_streaming(shared, tmp_path, form, streaming):
         streaming=streaming,
         max_eval_samples=2,
     )
-    assert run_skill.main(command_line(settings)) == 0
+    assert distill.main(command_line(settings)) == 0
     results = results_of(tmp_path / "out")
     assert results["sparsity"] == pytest.approx(0.3, abs=0.02)
     assert np.isfinite(results["eval_distillation_loss"])
@@ -220,12 +164,12 @@ def test_one_file_of_settings_is_the_same_as_the_command_line(shared, tmp_path, 
     text = json.dumps(settings, indent=1) if suffix == ".json" else yaml.safe_dump(settings).replace("0.001", "1e-3")
     assert suffix == ".json" or "learning_rate: 1e-3" in text
     file.write_text(text)
-    assert run_skill.parse([str(file)]) == run_skill.parse(command_line(settings))
+    assert distill.parse([str(file)]) == distill.parse(command_line(settings))
 
 
 def test_groups_set_by_hand_have_no_similarity_to_show(shared, tmp_path):
     settings = on_folder(shared, tmp_path / "out", layer_groups=[[0], [2]], logging_steps=50)
-    assert run_skill.main(command_line(settings)) == 0
+    assert distill.main(command_line(settings)) == 0
     assert results_of(tmp_path / "out")["layer_groups"] == [[0], [2]]
     assert (tmp_path / "out" / "architecture.png").is_file()
     assert not (tmp_path / "out" / "layer_similarity.png").exists()
@@ -234,7 +178,7 @@ def test_groups_set_by_hand_have_no_similarity_to_show(shared, tmp_path):
 
 def test_start_from_another_student(shared, finished, tmp_path):
     settings = on_folder(shared, tmp_path / "out", student_name_or_path=str(finished), target_sparsity=0.5)
-    assert run_skill.main(command_line(settings)) == 0
+    assert distill.main(command_line(settings)) == 0
     before, after = (json.loads((path / "config.json").read_text()) for path in (finished, tmp_path / "out"))
     for old, new in zip(before["remaining_heads"], after["remaining_heads"], strict=True):
         assert set(new) <= set(old)
@@ -253,7 +197,7 @@ def test_resumed_run_ends_with_the_same_weights(shared, finished, tmp_path, step
         save_steps=2,
         resume_from_checkpoint=True,
     )
-    assert run_skill.main(command_line(settings)) == 0
+    assert distill.main(command_line(settings)) == 0
     assert (output_dir / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert ("stage_1" in results_of(output_dir)["seconds"]) == (step == 2)
 
@@ -262,9 +206,9 @@ def test_error_in_the_loop_keeps_its_traceback(shared, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(run_skill.SkillDistillationTrainer, "training_step", broken)
+    monkeypatch.setattr(distill.SkillDistillationTrainer, "training_step", broken)
     with pytest.raises(ValueError, match="a bug"):
-        run_skill.main(command_line(on_folder(shared, tmp_path / "out")))
+        distill.main(command_line(on_folder(shared, tmp_path / "out")))
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -402,11 +346,11 @@ def test_bad_input_ends_with_one_line_before_training(shared, finished, tmp_path
     def trained(*args, **kwargs):
         raise AssertionError("a training step was done")
 
-    monkeypatch.setattr(run_skill.SkillDistillationTrainer, "training_step", trained)
+    monkeypatch.setattr(distill.SkillDistillationTrainer, "training_step", trained)
     make, words = BAD[name]
     changes = make(tmp_path, shared)
     arguments = changes if isinstance(changes, list) else command_line(on_folder(shared, tmp_path / "out", **changes))
-    assert run_skill.main(arguments) == 2
+    assert distill.main(arguments) == 2
     output = capsys.readouterr()
     (error,) = [line for line in output.err.splitlines() if line.startswith("error")]
     assert error.startswith("error: ") and words in error
@@ -416,7 +360,7 @@ def test_bad_input_ends_with_one_line_before_training(shared, finished, tmp_path
 
 # ------------------------------------------------------------------------------------------------------------ the demo
 def test_settings_of_the_demo():
-    model_args, data_args, skill_config, training_args = run_skill.parse([])
+    model_args, data_args, skill_config, training_args = distill.parse(run_skill.demo_arguments())
     assert Path(model_args.teacher_name_or_path) == EXAMPLES / "demo" / "teacher"
     assert Path(data_args.audio_dir).is_dir() and Path(data_args.eval_audio_dir).is_dir()
     assert Path(training_args.output_dir) == EXAMPLES.parent / "outputs" / "demo"
@@ -506,6 +450,21 @@ def test_program_ends_with_one_line_and_a_code(tmp_path):
     assert result.returncode == 2
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_module(shared, tmp_path):
+    settings = on_folder(shared, tmp_path / "out")
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "skill_hf.cli.main", "distill"]
+    result = program(*launch, *command_line(settings))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (
+        AutoModel.from_pretrained(tmp_path / "out").num_parameters()
+        == results_of(tmp_path / "out")["student_parameters"]
+    )
+    result = program(*launch, *command_line(settings | {"max_steps": "many"}))
+    assert "error: `max_steps` must be a whole number" in result.stderr
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the example scripts take for settings, and how each refuses what it doesn't take: one line, before anything."""
+"""What commands and scripts take for settings, and how each refuses what it doesn't take: in one line, at once."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from example_helpers import EXAMPLES
 from transformers import TrainingArguments
 
 from skill_hf import SkillConfig
-from skill_hf.cli import settings
+from skill_hf.cli import distill, export, settings
 
 
 sys.path.insert(0, str(EXAMPLES / "study"))
@@ -32,11 +32,12 @@ import select_keywords  # noqa: E402
 from skill_hf.cli.settings import ArgumentParser, Range, convert, read_settings  # noqa: E402
 
 
-RUN_SKILL = (run_skill.ModelArguments, run_skill.DataArguments, SkillConfig, run_skill.SkillTrainingArguments)
 # Script -> its settings.
 KINDS = {
+    distill: distill.KINDS,
+    export: (export.ExportArguments,),
     calibrate_latency: (calibrate_latency.CalibrationArguments,),
-    export_student: (export_student.ExportArguments,),
+    export_student: (export_student.DemoArguments,),
     extract_hidden_states: (extract_hidden_states.ExtractArguments,),
     finetune_ctc: (finetune_ctc.CTCModelArguments, finetune_ctc.CTCDataArguments, finetune_ctc.CTCTrainingArguments),
     finetune_keyword_spotting: (
@@ -46,7 +47,7 @@ KINDS = {
     ),
     pretrain_teacher: (pretrain_teacher.PretrainArguments,),
     probe_teacher: (probe_teacher.ProbeArguments,),
-    run_skill: RUN_SKILL,
+    run_skill: distill.KINDS,
     run_study: (run_study.StudyArguments,),
     run_superb: (run_superb.SuperbArguments, run_superb.HeadArguments),
     select_audio: (select_audio.SelectArguments,),
@@ -179,9 +180,9 @@ def test_values_that_are_not_taken(hint, value, wanted):
 
 def test_what_is_near_is_named_and_secrets_are_not(capsys):
     with pytest.raises(ValueError, match="no option --max_secnds; did you mean --max_seconds; --help"):
-        ArgumentParser(RUN_SKILL).parse(["--max_secnds", "3"])
+        ArgumentParser(distill.KINDS).parse(["--max_secnds", "3"])
     with pytest.raises(ValueError, match=r"`hub_token` must be text, but is \(not shown\)"):
-        ArgumentParser(RUN_SKILL).build({"hub_token": 12345})
+        ArgumentParser(distill.KINDS).build({"hub_token": 12345})
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -296,14 +297,14 @@ def test_a_file_is_read_as_its_writer_meant_it(tmp_path):
         b"\xef\xbb\xbfaudio_dir: x\nsave_strategy: no\ncontiguous: 'false'\nlearning_rate: 1e-4\nmax_steps: 5.0\n"
         b"output_dir: 2024-01-01\nwarmup_steps: 0.25\nlayer_groups: [[0], [1, 2]]\nnum_clusters: null\n"
     )
-    _, data_args, skill_config, training_args = run_skill.parse([str(path)])
+    _, data_args, skill_config, training_args = distill.parse([str(path)])
     assert data_args.audio_dir == "x" and training_args.output_dir == "2024-01-01"
     assert training_args.save_strategy == "no" and training_args.learning_rate == 1e-4
     assert training_args.max_steps == 5 and type(training_args.max_steps) is int
     assert skill_config.contiguous is False and skill_config.layer_groups == [[0], [1, 2]]
     path = tmp_path / "a.json"
     path.write_text('{"audio_dir": "x", "max_steps": "4"}')
-    assert run_skill.parse([str(path)])[3].max_steps == 4
+    assert distill.parse([str(path)])[3].max_steps == 4
     assert read_settings(str(path)) == {"audio_dir": "x", "max_steps": "4"}
 
 

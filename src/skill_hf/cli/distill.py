@@ -1,35 +1,8 @@
 """
-Distils and prunes a speech encoder by SKILL, from audio to a directory that loads with `AutoModel`.
-
-WavLM Base+ on LibriSpeech, the published recipe (640 s of audio per step) on 4 GPUs:
-
-    accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16 examples/run_skill.py \\
-        --teacher_name_or_path microsoft/wavlm-base-plus \\
-        --dataset_name openslr/librispeech_asr --dataset_config_name all \\
-        --train_split train.clean.100+train.clean.360+train.other.500 --eval_split validation.clean \\
-        --per_device_train_batch_size 10 --dataloader_num_workers 8 \\
-        --target_sparsity 0.75 --output_dir wavlm-base-plus-skill
-
-A local folder of audio (wav, flac, mp3, ogg, opus; any rate and number of channels), short, on a CPU:
-
-    python examples/run_skill.py --teacher_name_or_path microsoft/wavlm-base-plus \\
-        --audio_dir recordings/train --eval_audio_dir recordings/heldout \\
-        --max_steps 300 --per_device_train_batch_size 8 --max_seconds 3 --output_dir wavlm-small
-
-All settings in one JSON or YAML file, which holds the same names:
-
-    python examples/run_skill.py recipe.json
-
-Add `--resume_from_checkpoint True` to resume a run that was stopped, `--overwrite_output_dir` to replace an earlier
-run in `output_dir`, `--push_to_hub` to publish the student. With no arguments at all: the demo of `examples/demo/`,
-offline and within 10 minutes on 2 CPU cores.
+`skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`.
 
 Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
 both of which write a checkpoint first.
-
-`output_dir` then holds the student, its model card, `layer_similarity.png` (teacher's layers and their tree),
-`architecture.png` (what is left of each layer), `layer_distances.png` (student and teacher at every layer),
-`training.png` and `all_results.json`.
 """
 
 import dataclasses
@@ -39,6 +12,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,18 +24,17 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, TrainerCallback, set_seed
 
-from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
-from skill_hf.cli.settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, read_settings, require, run_script
-from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset
-from skill_hf.divergence import NonFiniteError
-from skill_hf.families import load_student
-from skill_hf.interruption import Terminated
+from ..data import AudioError, load_audio_dir, load_speech_dataset
+from ..divergence import NonFiniteError
+from ..families import load_student
+from ..interruption import Terminated
+from ..skill_config import SkillConfig
+from ..skill_trainer import SkillDistillationTrainer
+from ..skill_training_args import SkillTrainingArguments
+from .settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, require, run_script
 
 
-logger = logging.getLogger("run_skill")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-DEMO_SETTINGS = REPOSITORY / "examples" / "demo" / "demo.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,6 +84,10 @@ class DataArguments:
             raise ValueError("`eval_split` is a split of `dataset_name` and excludes `eval_audio_dir`; drop one.")
 
 
+# The classes that hold all options.
+KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
+
+
 class UnfinishedError(ValueError):
     """A run that ended before its last step, so that there is no student to save."""
 
@@ -139,15 +116,21 @@ class StageClock(TrainerCallback):
         self.seconds[self._stage] += time.perf_counter() - self._start
 
 
-def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]:
-    """Settings from the command line, from the one file that it names, or those of the demo if it is empty."""
-    parser = ArgumentParser((ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments))
-    if arguments:
-        return parser.parse(arguments)
-    settings = read_settings(str(DEMO_SETTINGS))
-    for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir", "output_dir"):
-        settings[name] = str(REPOSITORY / settings[name])
-    return parser.build(settings)
+def parse(
+    arguments: list[str], prog: str | None = None
+) -> tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]:
+    """
+    Settings from the command line, or from the one JSON or YAML file that it names.
+
+    Raises:
+        `ValueError`: if there are none, or one is wrong.
+    """
+    if not arguments:
+        raise ValueError(
+            "There are no settings: give the training data (--audio_dir or --dataset_name) and --output_dir, or one"
+            " JSON or YAML file of settings; --help lists all options."
+        )
+    return ArgumentParser(KINDS, prog=prog).parse(arguments)
 
 
 def load_data(args: DataArguments, seed: int) -> tuple:
@@ -196,9 +179,6 @@ def make_trainer(
 ) -> SkillDistillationTrainer:
     with training_args.main_process_first(desc="reading the data"):
         train, heldout = load_data(data_args, training_args.seed)
-    if data_args.streaming:
-        # One process reading for all would have to join crops of different lengths.
-        training_args.accelerator_config.dispatch_batches = False
     student = None
     if model_args.student_name_or_path is not None:
         student = load_student(model_args.student_name_or_path)
@@ -240,13 +220,13 @@ def check_saved_student(trainer: SkillDistillationTrainer) -> None:
         )
 
 
-def run(arguments: list[str], clock: StageClock) -> None:
-    model_args, data_args, skill_config, training_args = parse(arguments)
+def run(arguments: list[str], clock: StageClock, prog: str | None = None, report: Callable | None = None) -> None:
+    """What [`main`] does; raises what goes wrong."""
+    model_args, data_args, skill_config, training_args = parse(arguments, prog)
     require("matplotlib", "matplotlib", "The figures need")
     main_process = training_args.process_index == 0
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in ("run_skill", "skill_hf"):
-        logging.getLogger(name).setLevel(logging.INFO if main_process else logging.ERROR)
+    logging.getLogger("skill_hf").setLevel(logging.INFO if main_process else logging.ERROR)
     set_seed(training_args.seed)
 
     with clock.measure("set_up"):
@@ -301,12 +281,8 @@ def run(arguments: list[str], clock: StageClock) -> None:
             trainer.budget.noun,
             training_args.output_dir,
         )
-    if not arguments:
-        # The demo's own part, in its own folder.
-        sys.path.insert(0, str(DEMO_SETTINGS.parent))
-        from demo_comparison import compare
-
-        results["comparison"] = compare(trainer)
+    if report is not None:
+        results |= report(trainer)
     trainer.save_metrics("all", results, combined=False)
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -318,7 +294,19 @@ def run(arguments: list[str], clock: StageClock) -> None:
     trainer.accelerator.end_training()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str | None = None, report: Callable | None = None) -> int:
+    """
+    Distils, prunes, saves and reports.
+
+    Args:
+        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        prog (`str`, *optional*): what the help calls the program.
+        report (`Callable`, *optional*): takes the trainer at the end of training and returns a dict, which goes into
+            `all_results.json`.
+
+    Returns:
+        `int`: the exit code.
+    """
     clock = StageClock()
     words = sys.argv[1:] if arguments is None else arguments
 
@@ -326,11 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         return not clock.training_began or isinstance(error, (AudioError, NonFiniteError, UnfinishedError))
 
     try:
-        return run_script(lambda: run(words, clock), is_input)
+        return run_script(lambda: run(words, clock, prog, report), is_input)
     except (KeyboardInterrupt, Terminated) as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped.", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,38 +1,6 @@
-"""
-Exports a student: to ONNX in float32 and int8, as a program of `torch.export`, and as a stock `WavLMModel`.
-
-What `make demo` leaves, in every form, compared on the demo's held-out speech:
-
-    pip install -e ".[export]"
-    python examples/export_student.py --formats onnx onnx_int8 torch_export stock --output_dir outputs/exported
-
-A student from the Hub, fine-tuned or not, with all hidden states, compared on speech of your own:
-
-    python examples/export_student.py --model someone/wavlm-base-plus-skill --output_hidden_states True \\
-        --audio_dir recordings/heldout --output_dir wavlm-base-plus-skill-onnx
-
-`output_dir` then holds `model.onnx`, `model_int8.onnx`, `model.pt2` or the directory `stock`, with the feature
-extractor and the config beside them, and `export.json`: of each file its size and how far its outputs are from the
-student's. Each is loaded again for that, and one in float32 that differs is an error. Use of the ONNX file, without
-this package and without torch:
-
-```python
-import onnxruntime
-from transformers import AutoFeatureExtractor
-
-extractor = AutoFeatureExtractor.from_pretrained("outputs/exported")
-session = onnxruntime.InferenceSession("outputs/exported/model.onnx")
-inputs = extractor(waveform, sampling_rate=16_000, return_attention_mask=True, return_tensors="np")
-inputs["attention_mask"] = inputs["attention_mask"].astype("int64")
-(hidden_states,) = session.run(["last_hidden_state"], dict(inputs))  # (1, frames, hidden size)
-```
-
-A batch of clips goes in as a list of waveforms with `padding=True`. The program of `torch.export` needs torch alone:
-`torch.export.load("model.pt2").module()(input_values=..., attention_mask=...)` returns a dict of the outputs.
-"""
+"""`skill-hf export`: ONNX in float32 and int8, a program of `torch.export`, a stock `WavLMModel`; each compared."""
 
 import logging
-import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -42,18 +10,19 @@ from typing import Annotated
 
 import torch
 import transformers
-from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, load_config, load_feature_extractor
 from transformers import AutoProcessor, PreTrainedModel, WavLMModel
 
-from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
-from skill_hf.cli.settings import MAX_SECONDS, Count, Range, parse, run_script
-from skill_hf.data import calibration_waveforms, load_audio_dir
-from skill_hf.export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
-from skill_hf.files import keep_sources, try_directory, write_json
-from skill_hf.loading import load_model
+from ..configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from ..data import calibration_waveforms, load_audio_dir
+from ..encoders import feature_extractor_for
+from ..export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
+from ..files import keep_sources, try_directory, write_json
+from ..loading import load_config, load_model
+from ..modeling_wavlm_skill_student import WavLMForSkillStudent
+from .settings import MAX_SECONDS, Count, Range, parse, run_script
 
 
-logger = logging.getLogger("export_student")
+logger = logging.getLogger(__name__)
 
 FILES = {"onnx": "model.onnx", "onnx_int8": "model_int8.onnx", "torch_export": "model.pt2", "stock": "stock"}
 
@@ -66,19 +35,14 @@ MIN_SECONDS = 0.5
 
 @dataclass
 class ExportArguments:
-    model: str = field(
-        default=str(DEMO_STUDENT), metadata={"help": "Hub id or directory of a student; by default `make demo`'s."}
-    )
-    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Where files go."})
+    model: str = field(metadata={"help": "Hub id or directory of a student."})
+    output_dir: str = field(metadata={"help": "Where files go."})
+    audio_dir: str = field(metadata={"help": "Folder of audio to compare on, with all below it."})
     formats: list[str] = field(
         default_factory=lambda: ["onnx"], metadata={"help": "Any of them.", "choices": list(FILES)}
     )
     output_hidden_states: bool = field(
         default=False, metadata={"help": "Add all hidden states to the outputs of the files."}
-    )
-    audio_dir: str = field(
-        default=str(DEMO_DATA / "audio" / "heldout"),
-        metadata={"help": "Folder of audio to compare on, with all below it; by default the demo's held-out speech."},
     )
     max_clips: Count = field(default=10, metadata={"help": "Clips to compare on at most."})
     max_seconds: Annotated[float, Range(MIN_SECONDS, most=MAX_SECONDS)] = field(
@@ -174,15 +138,16 @@ def print_table(results: dict[str, dict]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def run(arguments: list[str] | None) -> None:
-    (args,) = parse(arguments, (ExportArguments,))
+def run(arguments: list[str] | None, prog: str | None = None, kind: type[ExportArguments] = ExportArguments) -> None:
+    """What [`main`] does; raises what goes wrong."""
+    (args,) = parse(arguments, (kind,), prog)
     try_directory(args.output_dir)
     keep_sources(args.output_dir, {"model": args.model})
     keep_sources(Path(args.output_dir) / FILES["stock"], {"model": args.model})
     model = load_student(args.model)
     if "stock" in args.formats and not isinstance(model, WavLMForSkillStudent):
         raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")
-    extractor = load_feature_extractor(args.model, model.config)
+    extractor = feature_extractor_for(args.model, model.config)
     audio = list(
         calibration_waveforms(
             load_audio_dir(args.audio_dir),
@@ -214,13 +179,22 @@ def run(arguments: list[str] | None) -> None:
     logger.info("Compared on %d clips, %.0f s of audio; written to %s", len(audio), report["seconds"], folder)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(
+    arguments: list[str] | None = None, prog: str | None = None, kind: type[ExportArguments] = ExportArguments
+) -> int:
+    """
+    Exports, compares and reports.
+
+    Args:
+        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        prog (`str`, *optional*): what the help calls the program.
+        kind (`type`, *optional*, defaults to [`ExportArguments`]): the settings, maybe with other defaults.
+
+    Returns:
+        `int`: the exit code.
+    """
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    for name, level in (("export_student", logging.INFO), ("skill_hf", logging.INFO), ("torch.onnx", logging.ERROR)):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("skill_hf").setLevel(logging.INFO)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|copyreg")  # exporters have much to say
-    return run_script(lambda: run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_script(lambda: run(arguments, prog, kind))

@@ -98,8 +98,8 @@ class ArgumentParser(HfArgumentParser):
     the usage of some hundred options.
     """
 
-    def __init__(self, kinds):
-        super().__init__(kinds)
+    def __init__(self, kinds, prog: str | None = None):
+        super().__init__(kinds, prog=prog)
         self.fields = {}
         for kind in self.dataclass_types:
             hints = typing.get_type_hints(kind, include_extras=True)
@@ -176,20 +176,17 @@ class ArgumentParser(HfArgumentParser):
             wrong = [one for one in (value if isinstance(value, list) else [value]) if one not in choices]
             if wrong:
                 raise ValueError(f"`{name}`{where} must be one of {', '.join(choices)}, but is {show(wrong[0])}.")
-        try:
-            return convert(value, hint)
-        except Mismatch as mismatch:
-            value = "(not shown)" if "token" in name else mismatch.value
-            raise ValueError(f"`{name}`{where} must be {mismatch.wanted}, but is {value}.") from None
+        return checked(name, value, hint, where)
 
     def _nearest(self, name: str, prefix: str = "") -> str:
         near = difflib.get_close_matches(name, self.fields, n=1)
         return f"; did you mean {prefix}{near[0]}" if near else ""
 
 
-def parse(arguments: list[str] | None, kinds: tuple) -> tuple:
+def parse(arguments: list[str] | None, kinds: tuple, prog: str | None = None) -> tuple:
     """
-    Settings from the command line, or from the one JSON or YAML file that it names.
+    Settings from the command line, or from the one JSON or YAML file that it names. `prog` is what the help calls the
+    program.
 
     Returns:
         `tuple`: an object of each of `kinds`.
@@ -197,7 +194,7 @@ def parse(arguments: list[str] | None, kinds: tuple) -> tuple:
     Raises:
         `ValueError`: if one is wrong.
     """
-    return ArgumentParser(kinds).parse(sys.argv[1:] if arguments is None else arguments)
+    return ArgumentParser(kinds, prog).parse(sys.argv[1:] if arguments is None else arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- values
@@ -250,6 +247,20 @@ def convert(value, hint, limits: Range | None = None):
             raise Mismatch("names and values", value)
         return value
     return value
+
+
+def checked(name: str, value, hint, where: str = ""):
+    """
+    The value of the setting `name` as `hint`, which [`convert`] makes of it.
+
+    Raises:
+        `ValueError`: if it is none; the message adds `where` to the name.
+    """
+    try:
+        return convert(value, hint)
+    except Mismatch as mismatch:
+        value = "(not shown)" if "token" in name else mismatch.value
+        raise ValueError(f"`{name}`{where} must be {mismatch.wanted}, but is {value}.") from None
 
 
 def _convert_union(value, parts: tuple, limits: Range | None):

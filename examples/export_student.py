@@ -1,0 +1,62 @@
+"""
+Exports a student: to ONNX in float32 and int8, as a program of `torch.export`, and as a stock `WavLMModel`.
+
+What `make demo` leaves, in every form, compared on the demo's held-out speech:
+
+    pip install -e ".[export]"
+    python examples/export_student.py --formats onnx onnx_int8 torch_export stock --output_dir outputs/exported
+
+A student from the Hub, fine-tuned or not, with all hidden states, compared on speech of your own:
+
+    python examples/export_student.py --model someone/wavlm-base-plus-skill --output_hidden_states True \\
+        --audio_dir recordings/heldout --output_dir wavlm-base-plus-skill-onnx
+
+`output_dir` then holds `model.onnx`, `model_int8.onnx`, `model.pt2` or the directory `stock`, with the feature
+extractor and the config beside them, and `export.json`: of each file its size and how far its outputs are from the
+student's. Each is loaded again for that, and one in float32 that differs is an error. Use of the ONNX file, without
+this package and without torch:
+
+```python
+import onnxruntime
+from transformers import AutoFeatureExtractor
+
+extractor = AutoFeatureExtractor.from_pretrained("outputs/exported")
+session = onnxruntime.InferenceSession("outputs/exported/model.onnx")
+inputs = extractor(waveform, sampling_rate=16_000, return_attention_mask=True, return_tensors="np")
+inputs["attention_mask"] = inputs["attention_mask"].astype("int64")
+(hidden_states,) = session.run(["last_hidden_state"], dict(inputs))  # (1, frames, hidden size)
+```
+
+A batch of clips goes in as a list of waveforms with `padding=True`. The program of `torch.export` needs torch alone:
+`torch.export.load("model.pt2").module()(input_values=..., attention_mask=...)` returns a dict of the outputs.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from example_utils import DEMO_DATA, DEMO_STUDENT, REPOSITORY, check_demo_student
+
+from skill_hf.cli import export
+
+
+@dataclass
+class DemoArguments(export.ExportArguments):
+    """By default what `make demo` leaves, compared on the demo's held-out speech."""
+
+    model: str = field(default=str(DEMO_STUDENT), metadata={"help": "Hub id or directory of a student."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Where files go."})
+    audio_dir: str = field(
+        default=str(DEMO_DATA / "audio" / "heldout"),
+        metadata={"help": "Folder of audio to compare on, with all below it."},
+    )
+
+    def __post_init__(self):
+        check_demo_student(self.model)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return export.main(arguments, kind=DemoArguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""
+Distils and prunes a speech encoder by SKILL, from audio to a directory that loads with `AutoModel`.
+
+WavLM Base+ on LibriSpeech, the published recipe (640 s of audio per step) on 4 GPUs:
+
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16 examples/run_skill.py \\
+        --teacher_name_or_path microsoft/wavlm-base-plus \\
+        --dataset_name openslr/librispeech_asr --dataset_config_name all \\
+        --train_split train.clean.100+train.clean.360+train.other.500 --eval_split validation.clean \\
+        --per_device_train_batch_size 10 --dataloader_num_workers 8 \\
+        --target_sparsity 0.75 --output_dir wavlm-base-plus-skill
+
+A local folder of audio (wav, flac, mp3, ogg, opus; any rate and number of channels), short, on a CPU:
+
+    python examples/run_skill.py --teacher_name_or_path microsoft/wavlm-base-plus \\
+        --audio_dir recordings/train --eval_audio_dir recordings/heldout \\
+        --max_steps 300 --per_device_train_batch_size 8 --max_seconds 3 --output_dir wavlm-small
+
+All settings in one JSON or YAML file, which holds the same names:
+
+    python examples/run_skill.py recipe.json
+
+Add `--resume_from_checkpoint True` to resume a run that was stopped, `--overwrite_output_dir` to replace an earlier
+run in `output_dir`, `--push_to_hub` to publish the student. With no arguments at all: the demo of `examples/demo/`,
+offline and within 10 minutes on 2 CPU cores.
+
+Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
+both of which write a checkpoint first.
+
+`output_dir` then holds the student, its model card, `layer_similarity.png` (teacher's layers and their tree),
+`architecture.png` (what is left of each layer), `layer_distances.png` (student and teacher at every layer),
+`training.png` and `all_results.json`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from skill_hf.cli import distill
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_SETTINGS = REPOSITORY / "examples" / "demo" / "demo.json"
+
+
+def demo_arguments() -> list[str]:
+    """The command line that stands for the demo's settings, wherever this is started."""
+    settings = json.loads(DEMO_SETTINGS.read_text(encoding="utf-8"))
+    for name in ("teacher_name_or_path", "audio_dir", "eval_audio_dir", "output_dir"):
+        settings[name] = str(REPOSITORY / settings[name])
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words:
+        return distill.main(words)
+    sys.path.insert(0, str(REPOSITORY / "examples" / "demo"))
+    from demo_comparison import compare
+
+    return distill.main(demo_arguments(), report=lambda trainer: {"comparison": compare(trainer)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
