@@ -121,7 +121,8 @@ LAYERS = {
         "loading",
         "modeling_wavlm_skill_student",
     },
-    "cli/main": {"cli/distill", "cli/export", "version"},
+    "cli/info": {"analysis", "cli/settings", "families", "loading", "model_card"},
+    "cli/main": {"cli/distill", "cli/export", "cli/info", "version"},
     "__init__": {
         "clustering",
         "configuration_wavlm_skill_student",

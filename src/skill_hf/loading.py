@@ -160,7 +160,7 @@ def load_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
         `ValueError` or whatever reading raises: if there are none or they are no floating tensors.
     """
     weights = {}
-    for path in _weight_files(source):
+    for path in weight_files(source):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -359,7 +359,13 @@ def _read_json(path: Path) -> dict:
     return fields
 
 
-def _weight_files(source) -> list[Path]:
+def weight_files(source: str | os.PathLike) -> list[Path]:
+    """
+    Local paths of the files that hold the weights of a directory or repository.
+
+    Raises:
+        `ValueError`: if there are none, or an index names what is no file beside it.
+    """
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = _find(source, name)
         if path is None:
@@ -414,17 +420,18 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         value = getattr(config, name)
         if len(value) != len(config.conv_dim) or not all(type(size) is int and size > 0 for size in value):
             raise ValueError(f"`{name}` in {CONFIG_NAME} is {list(value)!r}, but must be whole numbers above 0")
-    number = _num_parameters(_empty(AutoModel._model_mapping[type(config)], config))
+    number = num_parameters(empty_model(AutoModel._model_mapping[type(config)], config))
     if number > MAX_PARAMETERS:
         raise ValueError(f"{CONFIG_NAME} describes {number:,} parameters; there may be {MAX_PARAMETERS:,}")
 
 
-def _empty(model_class, config: PreTrainedConfig) -> PreTrainedModel:
+def empty_model(model_class, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with shapes alone, on the meta device; it takes no memory and no random numbers."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return model_class(config)
 
 
-def _num_parameters(model: torch.nn.Module) -> int:
+def num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -435,11 +442,11 @@ def _check_memory(model_class, config: PreTrainedConfig, weights: dict[str, torc
         raise ValueError(
             f"{CONFIG_NAME} has {config.num_hidden_layers} layers, but the weights are {len(weights)} tensors"
         )
-    model = _empty(model_class, config)
-    encoder = _num_parameters(model.base_model)
+    model = empty_model(model_class, config)
+    encoder = num_parameters(model.base_model)
     if encoder > 2 * stored + 2**20:
         raise ValueError(f"{CONFIG_NAME} describes {encoder:,} parameters, but the weights are {stored:,} numbers")
-    head = _num_parameters(model) - encoder
+    head = num_parameters(model) - encoder
     if head > MAX_HEAD_PARAMETERS:
         raise ValueError(f"{CONFIG_NAME} describes a head of {head:,} parameters, more than {MAX_HEAD_PARAMETERS:,}")
 

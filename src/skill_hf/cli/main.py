@@ -16,6 +16,7 @@ PROG = "skill-hf"
 COMMANDS = {
     "distill": "distil and prune a speech encoder",
     "export": "write a student as ONNX, as a program of torch.export or as a stock model",
+    "info": "show what is left of a student's teacher, or how large an encoder is",
 }
 
 
