@@ -88,6 +88,25 @@ _NAMES = {
     "ctc_loss_reduction": ("sum", "mean", "none"),
     "problem_type": ("regression", "single_label_classification", "multi_label_classification"),
 }
+# Where heads and feed-forward units lie in the tensors of a layer: the dimension, and whether each has `head_dim`
+# neighbouring entries there instead of a single one.
+CUT_TENSORS = {
+    "attention": {
+        "q_proj.weight": (0, True),
+        "q_proj.bias": (0, True),
+        "k_proj.weight": (0, True),
+        "k_proj.bias": (0, True),
+        "v_proj.weight": (0, True),
+        "v_proj.bias": (0, True),
+        "out_proj.weight": (1, True),
+        "gru_rel_pos_const": (1, False),
+    },
+    "feed_forward": {
+        "intermediate_dense.weight": (0, False),
+        "intermediate_dense.bias": (0, False),
+        "output_dense.weight": (1, False),
+    },
+}
 # Arguments of transformers' own that are not among a config's fields.
 _ARGUMENTS = (
     "tie_last_hidden_states",

@@ -9,7 +9,7 @@ import numbers
 import os
 import reprlib
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def one_of(allowed: Sequence[str]) -> Kind:
     return check
 
 
-def some_of(allowed: Sequence[str]) -> Kind:
+def some_of(allowed: Collection[str]) -> Kind:
     """A list or tuple that is not empty, each entry once."""
 
     def check(name: str, value: Any) -> list[str]:
