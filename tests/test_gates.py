@@ -118,7 +118,7 @@ def test_gated_weight_is_gated_inputs(module, shape, repeats):
     gate = gate_with([0.3, -0.2, 0.5]).eval()  # none of whose values is at an end, where it has no gradient
     inputs, found = torch.randn(shape, requires_grad=True), []
     gated = copy.deepcopy(module)
-    gate_inputs(gated, gate, repeats)
+    gate_inputs(gated, gate)
     for run in (gated, module):
         gate.zero_grad()
         inputs.grad = None

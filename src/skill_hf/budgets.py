@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .analysis import count_macs
 from .gates import HardConcreteGate, has_gates
 from .skill_config import SkillConfig
-from .units import COSTS_OF_CONVOLUTIONS, KINDS, Factor, factors_of, parts_of, units_of
+from .units import COSTS_OF_CONVOLUTIONS, KINDS, Factor, Units, factors_of, parts_of, units_of
 
 
 class Left(NamedTuple):
@@ -135,13 +135,15 @@ class MacBudget(Budget):
             parts_of_weight = parts.get(f"{name}.weight", ())
             if isinstance(module, nn.Linear | nn.Conv1d) and parts_of_weight:
                 # A map that all units share runs once for each of them.
-                factors = tuple(Factor(gate) for gate, _ in factors_of(parts_of_weight))
+                sharing = {units.gate for units, _ in parts_of_weight if name in units.shared}
+                factors = tuple(
+                    Factor(gate, some and gate not in sharing) for gate, some in factors_of(parts_of_weight)
+                )
                 yield factors, frames_of.get(name, frames) * _of_one_unit(module.weight, parts_of_weight)
         for units in groups:
             products = KINDS[units.kind].products
             if products is not None:
-                factors = (*map(Factor, units.inside), Factor(units.gate))
-                yield factors, products(student.config, frames)
+                yield _factors_within(units), products(student.config, frames)
 
 
 # What time depends on besides the numbers of units.
@@ -210,9 +212,8 @@ class LatencyBudget(Budget):
                 yield (written,), channels[units.place]
                 read = (written,)
             elif kind.part is not None:
-                around = tuple(map(Factor, units.inside))
-                yield (*around, Factor(units.gate)), self.picoseconds[units.kind]
-                yield (*around, Factor(units.gate, some=True)), self.picoseconds[kind.shared_cost]
+                yield _factors_within(units), self.picoseconds[units.kind]
+                yield _factors_within(units, some=True), self.picoseconds[kind.shared_cost]
         yield read, self.picoseconds["projection"]
 
 
@@ -224,10 +225,15 @@ def make_budget(config: SkillConfig, sampling_rate: int = 16_000) -> Budget:
     return MacBudget(config.budget_seconds, sampling_rate) if config.budget == "macs" else ParameterBudget()
 
 
+def _factors_within(units: Units, some: bool = False) -> tuple[Factor, ...]:
+    """Factors of what `units` cost by themselves, by their number or if there is any."""
+    return (*(Factor(gate, some=True) for gate in units.inside), Factor(units.gate, some))
+
+
 def _of_one_unit(tensor: torch.Tensor, parts: Iterable) -> int:
     """Entries of `tensor` that belong to one unit of each group that it is cut by."""
     number = tensor.numel()
-    for units, dim, _ in parts:
+    for units, dim in parts:
         number //= 1 if dim is None else units.size
     return number
 

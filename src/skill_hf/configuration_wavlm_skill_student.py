@@ -88,23 +88,22 @@ _NAMES = {
     "ctc_loss_reduction": ("sum", "mean", "none"),
     "problem_type": ("regression", "single_label_classification", "multi_label_classification"),
 }
-# Where heads and feed-forward units lie in the tensors of a layer: the dimension, and whether each has `head_dim`
-# neighbouring entries there instead of a single one.
+# The tensors that heads and feed-forward units are cut from: name in their block -> dimension.
 CUT_TENSORS = {
     "attention": {
-        "q_proj.weight": (0, True),
-        "q_proj.bias": (0, True),
-        "k_proj.weight": (0, True),
-        "k_proj.bias": (0, True),
-        "v_proj.weight": (0, True),
-        "v_proj.bias": (0, True),
-        "out_proj.weight": (1, True),
-        "gru_rel_pos_const": (1, False),
+        "q_proj.weight": 0,
+        "q_proj.bias": 0,
+        "k_proj.weight": 0,
+        "k_proj.bias": 0,
+        "v_proj.weight": 0,
+        "v_proj.bias": 0,
+        "out_proj.weight": 1,
+        "gru_rel_pos_const": 1,
     },
     "feed_forward": {
-        "intermediate_dense.weight": (0, False),
-        "intermediate_dense.bias": (0, False),
-        "output_dense.weight": (1, False),
+        "intermediate_dense.weight": 0,
+        "intermediate_dense.bias": 0,
+        "output_dense.weight": 1,
     },
 }
 # Arguments of transformers' own that are not among a config's fields.

@@ -136,32 +136,36 @@ class GatedForward:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.gates: list[tuple[HardConcreteGate, int]] = []
+        self.gates: list[tuple[HardConcreteGate, bool]] = []
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
-        for gate, width in self.gates:
-            weight = weight * column_values(gate.value.to(weight.dtype), width, weight)
+        for gate, recurs in self.gates:
+            weight = weight * as_columns(gate.value.to(weight.dtype), weight, recurs)
         if isinstance(self.module, nn.Linear):
             return nn.functional.linear(hidden_states, weight, bias)
         return self.module._conv_forward(hidden_states, weight, bias)
 
 
-def gate_inputs(module: nn.Module, gate: HardConcreteGate, width: int = 1) -> None:
-    """Scales the inputs of `module` by `gate`, in place; `width` neighbouring inputs belong to one unit."""
+def gate_inputs(module: nn.Module, gate: HardConcreteGate, recurs: bool = False) -> None:
+    """Scales the inputs of `module` by `gate`, in place, besides the gates that it has; `recurs` as in [`spread`]."""
     if not isinstance(module.forward, GatedForward):
         module.forward = GatedForward(module)
-    module.forward.gates.append((gate, width))
+    module.forward.gates.append((gate, recurs))
 
 
-def column_values(values: torch.Tensor, width: int, weight: torch.Tensor) -> torch.Tensor:
+def spread(values: torch.Tensor, length: int, recurs: bool) -> torch.Tensor:
     """
-    Values of units, `(units,)`, as factors of `weight`, `(outputs, inputs, ...)`: for each input that of its unit.
+    Values of units, `(units,)`, for each of their entries, `(length,)`: neighbours of one value or, if they recur, all
+    values again and again.
     """
-    values = values.repeat_interleave(width)
-    if len(values) < weight.shape[1]:  # the units recur, such as a dimension that each of several heads has
-        values = values.repeat(weight.shape[1] // len(values))
-    return values.reshape(-1, *[1] * (weight.dim() - 2))
+    number = length // max(len(values), 1)
+    return values.repeat(number) if recurs else values.repeat_interleave(number)
+
+
+def as_columns(values: torch.Tensor, weight: torch.Tensor, recurs: bool) -> torch.Tensor:
+    """Values of units as factors of `weight`, `(outputs, inputs, ...)`, whose inputs they are."""
+    return spread(values, weight.shape[1], recurs).reshape(-1, *[1] * (weight.dim() - 2))
 
 
 class GateHook:

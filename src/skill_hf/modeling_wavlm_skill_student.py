@@ -1041,23 +1041,27 @@ class WavLMForSkillStudent(_Student, WavLMModel):
         stock, weights = WavLMModel(config_class(**fields)), self.state_dict()
         state = stock.state_dict()
         for index, layer in enumerate(self.encoder.layers):
-            heads = torch.tensor(layer.attention.heads, dtype=torch.long)
-            head_dims = torch.arange(layer.attention.head_dim)
-            units = torch.arange(self.config.intermediate_sizes[index])
-            for block, projection, kept in (
-                ("attention", "out_proj", heads),
-                ("feed_forward", "output_dense", units),
+            for block, projection, kept, number in (
+                ("attention", "out_proj", layer.attention.heads, self.config.num_attention_heads),
+                (
+                    "feed_forward",
+                    "output_dense",
+                    range(self.config.intermediate_sizes[index]),
+                    self.config.intermediate_size,
+                ),
             ):
                 prefix = f"encoder.layers.{index}.{block}."
                 if f"{prefix}output_bias.bias" in weights:
                     weights[f"{prefix}{projection}.bias"] = weights.pop(f"{prefix}output_bias.bias")
                 for name in [name for name in state if name.startswith(prefix)]:
                     whole, narrow = torch.zeros_like(state[name]), weights.pop(name, None)
-                    if narrow is not None:
-                        dim, wide = CUT_TENSORS[block].get(name.removeprefix(prefix), (None, False))
-                        entries = (kept[:, None] * len(head_dims) + head_dims).flatten() if wide else kept
-                        narrow = narrow.to(whole)
-                        whole = narrow if dim is None else whole.index_copy_(dim, entries, narrow)
+                    dim = CUT_TENSORS[block].get(name.removeprefix(prefix))
+                    if narrow is not None and dim is not None:
+                        width = whole.shape[dim] // number  # neighbouring entries of one head or unit
+                        entries = torch.tensor(kept)[:, None] * width + torch.arange(width)
+                        whole.index_copy_(dim, entries.flatten(), narrow.to(whole))
+                    elif narrow is not None:
+                        whole = narrow.to(whole)
                     state[name] = whole
         stock.load_state_dict(state | weights)
         return stock.to(device=self.device, dtype=self.dtype).train(self.training)

@@ -22,9 +22,10 @@ from .gates import (
     Gating,
     HardConcreteGate,
     KeptLayerNorm,
-    column_values,
+    as_columns,
     gate_inputs,
     has_gates,
+    spread,
 )
 from .units import DEFAULT_KINDS, KINDS, Units, factors_of, module_at, parts_of, units_of
 
@@ -78,7 +79,7 @@ def _add_gate(student, units: Units, width_multiple: int) -> None:
         if isinstance(norm, nn.LayerNorm):
             _set_module(student, name, KeptLayerNorm(norm, gate))
     if units.reader is not None:
-        gate_inputs(module_at(student, units.reader), gate, units.width)
+        gate_inputs(module_at(student, units.reader), gate, units.recurs)
     for name in units.outputs:
         module = module_at(student, name)
         if module is not None:
@@ -309,7 +310,7 @@ class Cut:
             if units.left_bias is not None and units.gate in empty
         }
         self._places = {
-            name: [(dim, width, units.size, indices[units.gate]) for units, dim, width in of_tensor if dim is not None]
+            name: [(dim, units, indices[units.gate]) for units, dim in of_tensor if dim is not None]
             for name, of_tensor in parts.items()
             if name not in self._gone
         }
@@ -320,25 +321,16 @@ class Cut:
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What is left of `tensor`, which has the shape of the parameter `name`."""
-        for dim, width, size, indices in self._places.get(name, ()):
-            tensor = tensor.index_select(dim, _entries(indices, width, size, tensor.shape[dim]))
+        for dim, units, indices in self._places.get(name, ()):
+            kept = torch.zeros(units.size, dtype=torch.bool, device=indices.device).index_fill(0, indices, True)
+            entries = spread(kept, tensor.shape[dim], units.recurs).nonzero().flatten()
+            tensor = tensor.index_select(dim, entries)
         return tensor
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What is left of `tensors`, by the names of before, under their new names."""
         kept = {name: tensor for name, tensor in tensors.items() if name not in self._gone}
         return {self.name_of(name): self.tensor(name, tensor) for name, tensor in kept.items()}
-
-
-def _entries(indices: torch.Tensor, width: int, size: int, length: int) -> torch.Tensor:
-    """
-    Indices of units -> indices of their entries in a dimension of this `length`. A unit has `width` neighbours there;
-    if the dimension is longer than all `size` units, they recur.
-    """
-    if length == size:
-        return indices
-    units = torch.zeros(size, dtype=torch.bool, device=indices.device).index_fill(0, indices, True)
-    return units.repeat_interleave(width).repeat(length // (size * width)).nonzero().flatten()
 
 
 def _folded(student) -> dict[str, torch.Tensor]:
@@ -353,7 +345,7 @@ def _folded(student) -> dict[str, torch.Tensor]:
         values = gates[units.gate].deterministic()
         if units.reader is not None:
             weight = f"{units.reader}.weight"
-            factors[weight].append(column_values(values, units.width, state[weight]))
+            factors[weight].append(as_columns(values, state[weight], units.recurs))
         for module, kind in itertools.product(units.outputs, ("weight", "bias")):
             factors[f"{module}.{kind}"].append(values)
     for name in factors.keys() & state.keys():

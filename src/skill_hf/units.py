@@ -29,16 +29,19 @@ class Units:
         size (`int`): how many there are; 0 if none is left.
         whole (`int`, *optional*): how many the teacher has, if the config tells.
         indices (`Sequence[int]`, *optional*): which of the teacher's they are, if the config tells.
-        tensors (`dict[str, tuple[int, int]]`):
-            Tensors that are cut: the dimension, and how many neighbouring entries one unit has along it.
+        tensors (`dict[str, int]`): tensors that are cut, and the dimension.
         reader (`str`, *optional*): linear map or convolution whose inputs they are; gates scale its columns.
-        width (`int`): neighbouring inputs of `reader` that belong to one unit.
+        recurs (`bool`):
+            Whether a unit is one of every few entries, such as a dimension that each head has, where a tensor is
+            larger than the number of units. Otherwise the entries of a unit are neighbours, as those of a head are.
         norms (`tuple[str, ...]`): layer norms over the units.
         shared (`tuple[str, ...]`): modules that serve all units and are removed with the last of them.
         left_bias (`str`, *optional*): module that keeps the bias of `reader` when no unit is left.
         outputs (`tuple[str, ...]`): modules whose outputs the gate scales; they are removed with the unit.
         contains (`tuple[str, ...]`): modules all of whose units are removed with this unit.
-        inside (`tuple[str, ...]`): gates of the units that contain these. Set by [`units_of`].
+        inside (`tuple[str, ...]`):
+            Gates of other units without the last of which these are removed. [`units_of`] adds those of the units
+            that contain these.
     """
 
     kind: str
@@ -47,9 +50,9 @@ class Units:
     size: int
     whole: int | None = None
     indices: Sequence[int] | None = None
-    tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
     reader: str | None = None
-    width: int = 1
+    recurs: bool = False
     norms: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     left_bias: str | None = None
@@ -106,7 +109,6 @@ class Part(NamedTuple):
 
     units: Units
     dim: int | None = None
-    width: int = 1
 
 
 class Factor(NamedTuple):
@@ -126,7 +128,7 @@ def units_of(config) -> list[Units]:
     for units in groups:
         for module in units.contains:
             containers[module].append(units)
-    return [replace(units, inside=tuple(_gates_around(units, containers))) for units in groups]
+    return [replace(units, inside=(*units.inside, *_gates_around(units, containers))) for units in groups]
 
 
 def _gates_around(units: Units, containers: dict[str, list[Units]]) -> Iterator[str]:
@@ -150,8 +152,8 @@ def parts_of(groups: Iterable[Units]) -> dict[str, list[Part]]:
     """Name of a tensor -> the units that it is cut by or removed with, besides the units that contain these."""
     parts = defaultdict(list)
     for units in groups:
-        for name, (dim, width) in units.tensors.items():
-            parts[name].append(Part(units, dim, width))
+        for name, dim in units.tensors.items():
+            parts[name].append(Part(units, dim))
         parts[f"{units.gate}.log_alpha"].append(Part(units, 0))
         for module in units.shared + units.outputs:
             for kind in ("weight", "bias"):
@@ -162,10 +164,10 @@ def parts_of(groups: Iterable[Units]) -> dict[str, list[Part]]:
 def factors_of(parts: Iterable[Part]) -> tuple[Factor, ...]:
     """What the size of a tensor is proportional to."""
     factors = {}
-    for units, dim, _ in parts:
-        factors |= {gate: Factor(gate) for gate in units.inside}
-        # A unit with outputs is single: its number is 1 or 0.
-        factors[units.gate] = Factor(units.gate, some=dim is None and not units.outputs)
+    for units, dim in parts:
+        for gate in units.inside:
+            factors.setdefault(gate, Factor(gate, some=True))
+        factors[units.gate] = Factor(units.gate, some=dim is None)
     return tuple(factors.values())
 
 
@@ -191,8 +193,7 @@ def _conv_channels(config, place: int) -> Units:
         place,
         f"{name}.channel_gate",
         config.conv_dim[place],
-        tensors={f"{module}.{kind}": (0, 1) for module in modules for kind in ("weight", "bias")}
-        | {f"{reader}.weight": (1, 1)},
+        tensors={f"{module}.{kind}": 0 for module in modules for kind in ("weight", "bias")} | {f"{reader}.weight": 1},
         reader=reader,
         norms=norms,
     )
@@ -205,7 +206,7 @@ def _record_channels(config, place: int, kept: Sequence[int]) -> None:
 def _attention_heads(config, layer: int) -> Units:
     heads = getattr(config, "remaining_heads", None)
     heads = range(config.num_attention_heads) if heads is None else heads[layer]
-    head_dim, name = config.hidden_size // config.num_attention_heads, f"encoder.layers.{layer}.attention"
+    name = f"encoder.layers.{layer}.attention"
     return Units(
         "attention_heads",
         layer,
@@ -213,9 +214,8 @@ def _attention_heads(config, layer: int) -> Units:
         len(heads),
         whole=config.num_attention_heads,
         indices=heads,
-        tensors=_tensors_of_block(name, "attention", head_dim),
+        tensors=_tensors_of_block(name, "attention"),
         reader=f"{name}.out_proj",
-        width=head_dim,
         shared=(f"{name}.gru_rel_pos_linear",),
         left_bias=f"{name}.output_bias",
     )
@@ -276,8 +276,8 @@ def _removed(removed: Iterable[int], layer: int, kept: Sequence[int]) -> list[in
     return sorted({*removed} if kept else {*removed, layer})
 
 
-def _tensors_of_block(name: str, block: str, head_dim: int = 1) -> dict[str, tuple[int, int]]:
-    return {f"{name}.{key}": (dim, head_dim if wide else 1) for key, (dim, wide) in CUT_TENSORS[block].items()}
+def _tensors_of_block(name: str, block: str) -> dict[str, int]:
+    return {f"{name}.{tensor}": dim for tensor, dim in CUT_TENSORS[block].items()}
 
 
 def _attention_products(config, frames: int) -> int:
