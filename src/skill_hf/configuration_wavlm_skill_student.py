@@ -236,7 +236,7 @@ class WavLMSkillStudentConfig(WavLMConfig):
             if missing:
                 raise ValueError(
                     f"The config of this student lacks `{'`, `'.join(missing)}`: config.json is damaged or of another"
-                    " model. Get the file anew, or save the student again."
+                    " model. Download the file again, or save the student again."
                 )
         return super().from_dict(config_dict, **kwargs)
 

@@ -5,8 +5,8 @@ stands alone; it differs from [`~transformers.WavLMModel`] in its attention and 
 
 - Each layer keeps its own subset of heads. The gated relative position bias (WavLM, arXiv 2110.13900, section 3.1) of
   head h reads the h-th slice of the layer's *input*, so the teacher's head indices stay in the config.
-- The bias goes into `scaled_dot_product_attention` as the attention bias, so that fused kernels run where they are at
-  hand. Relative positions are looked up once per forward.
+- The bias goes into `scaled_dot_product_attention` as the attention bias, so that fused kernels run where they are
+  available. Relative positions are looked up once per forward.
 - A block may be empty. The embedding of relative positions is used by all layers; layer 0 only stores it.
 - `masked_group_norm` takes the statistics of the group norm over valid samples only.
 
@@ -67,7 +67,7 @@ def _is_transformed():
 
 
 def _is_traced():
-    """Whether a graph is being made of this, which must not hang on the values of tensors."""
+    """Whether a graph is being made of this, which must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
 
 
@@ -185,7 +185,7 @@ def _channels_last_conv(hidden_states, weight, bias, stride, padding=0, groups=1
 class WavLMSkillStudentConv1d(nn.Conv1d):
     """
     [`~torch.nn.Conv1d`], on the CPU by the kernel for channels-last memory: it is faster, and leaves features in the
-    order that norms and linear maps behind it read. Shapes are those of the stock layer.
+    order that norms and linear maps after it read. Shapes are those of the stock layer.
     """
 
     def _conv_forward(self, hidden_states, weight, bias):
@@ -632,7 +632,7 @@ class WavLMSkillStudentAttention(nn.Module):
         del self.q_proj, self.k_proj, self.v_proj
 
     def _uses_flex(self, hidden_states):
-        """Whether its kernel is at hand: for inference on a GPU. Elsewhere the fused attention is used instead."""
+        """Whether its kernel is available: for inference on a GPU. Elsewhere the fused attention is used instead."""
         on_gpu = hidden_states.device.type == "cuda"
         return self.config._attn_implementation == "flex_attention" and on_gpu and not self.training
 
@@ -763,7 +763,7 @@ class _Student:
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
                 f"{'; '.join(f'{name} {problem}' for name, (problem, _) in sorted(mismatched.items()))}. Pass"
-                " `ignore_mismatched_sizes=True` to start these weights anew."
+                " `ignore_mismatched_sizes=True` to initialise these weights again."
             )
         return (model, info) if output_loading_info else model
 
@@ -1069,7 +1069,7 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     def refuse_fused(self, use):
         """Raises a `ValueError`, of `use` such as "saved", if the student is fused."""
         if getattr(self, "_is_fused", False):
-            raise ValueError(f"This student is fused and cannot be {use}; load it anew for that.")
+            raise ValueError(f"This student is fused and cannot be {use}. Load it again with `from_pretrained` for that.")
 
     # Like `add_adapter` of transformers, these work where the package that does it is installed: a student loaded from
     # the Hub has no use for them, and the file that describes it holds no training code.
