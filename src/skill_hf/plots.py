@@ -124,7 +124,7 @@ def plot_architecture(config, teacher_config):
     for axes in figure.axes:
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(axis="x", length=0)
-        axes.set_xticks(range(1, round(axes.dataLim.xmax) + 1, 1 if axes.dataLim.xmax < 14 else 2))
+        axes.set_xticks(range(1, int(axes.dataLim.xmax) + 1, 1 if axes.dataLim.xmax < 14 else 2))
     figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
