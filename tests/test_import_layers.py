@@ -72,7 +72,7 @@ LAYERS = {
     "interruption": {"checkpointing"},
     "clustering": {"skill_config"},
     "export": {"data", "files", "gates", "modeling_wavlm_skill_student"},
-    "budgets": {"analysis", "gates", "skill_config", "units"},
+    "budgets": {"analysis", "gates", "units"},
     "latency": {"budgets", "data", "families", "units", "version"},
     "model_card": {"analysis", "budgets", "plots", "units", "version"},
     "pruning": {"budgets", "gates", "units"},

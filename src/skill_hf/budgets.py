@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .analysis import count_macs
 from .gates import HardConcreteGate, has_gates
-from .skill_config import SkillConfig
 from .units import COSTS_OF_CONVOLUTIONS, KINDS, Factor, Units, factors_of, parts_of, units_of
 
 
@@ -217,8 +216,8 @@ class LatencyBudget(Budget):
         yield read, self.picoseconds["projection"]
 
 
-def make_budget(config: SkillConfig, sampling_rate: int = 16_000) -> Budget:
-    """What the recipe sets its target on, for audio of `sampling_rate`."""
+def make_budget(config, sampling_rate: int = 16_000) -> Budget:
+    """What the recipe, a [`SkillConfig`], sets its target on, for audio of `sampling_rate`."""
     if config.budget == "latency":
         measured_on = config.latency_costs["measured_on"]
         return LatencyBudget(config.latency_costs["picoseconds"], measured_on["seconds"], measured_on["batch_size"])

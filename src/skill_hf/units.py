@@ -83,7 +83,8 @@ class Kind:
         label (`str`, *optional*):
             What tables and figures call the units, in the plural. `None` if they show in the numbers of another kind.
         part (`str`, *optional*): what the latency of their module is called. `None` if it is not measured.
-        shared_cost (`str`, *optional*): what the latency is called that all units of a layer share.
+        shared_cost (`str`, *optional*):
+            What the latency is called that all units of a layer share. Kinds of layers with a `part` have one.
         first_measured (`int`): first place whose latency counts.
         products (`Callable`, *optional*):
             (config, frames) -> multiply-accumulates of one unit for that many frames besides those of its weights.
