@@ -1069,7 +1069,7 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     def refuse_fused(self, use):
         """Raises a `ValueError`, of `use` such as "saved", if the student is fused."""
         if getattr(self, "_is_fused", False):
-            raise ValueError(f"This student is fused and cannot be {use}. Load it again with `from_pretrained` for that.")
+            raise ValueError(f"This student is fused and cannot be {use}. Load it again with `from_pretrained`.")
 
     # Like `add_adapter` of transformers, these work where the package that does it is installed: a student loaded from
     # the Hub has no use for them, and the file that describes it holds no training code.
