@@ -100,7 +100,7 @@ def test_head_of_a_fused_student():
 
 def test_fused_student_cannot_be_saved_or_pruned(tmp_path):
     student = build_student(tiny_teacher()).fuse()
-    with pytest.raises(ValueError, match="is fused and cannot be saved; load it anew"):
+    with pytest.raises(ValueError, match="is fused and cannot be saved.*from_pretrained"):
         student.save_pretrained(tmp_path / "student")
     assert not (tmp_path / "student").exists()
     with pytest.raises(ValueError, match="is fused and cannot be pruned"):

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from skill_hf.gates import DrawHook, GatedForward, HardConcreteGate, KeptLayerNorm, noise_seed, sample
+from skill_hf.gates import Gating, HardConcreteGate, KeptLayerNorm, gate_inputs, noise_seed, sample
 
 
 def gate_with(log_alpha, min_open=0) -> HardConcreteGate:
@@ -84,7 +84,7 @@ def test_sample_has_gradients_and_obeys_its_generator():
 
 def test_gates_drawn_together_are_those_drawn_one_by_one():
     owner = torch.nn.ModuleList(gate_with([0.1] * number) for number in (1, 40, 3, 17))
-    hook = DrawHook(list(owner))
+    hook = Gating(list(owner), ["ffn_dims"], 1)
     hook.seed = 5
     hook(owner, ())
     generator = torch.Generator().manual_seed(5)
@@ -118,7 +118,7 @@ def test_gated_weight_is_gated_inputs(module, shape, repeats):
     gate = gate_with([0.3, -0.2, 0.5]).eval()  # none of whose values is at an end, where it has no gradient
     inputs, found = torch.randn(shape, requires_grad=True), []
     gated = copy.deepcopy(module)
-    gated.forward = GatedForward(gated, gate, repeats)
+    gate_inputs(gated, gate)
     for run in (gated, module):
         gate.zero_grad()
         inputs.grad = None
@@ -136,10 +136,10 @@ def test_gated_weight_is_gated_inputs(module, shape, repeats):
 def test_a_copy_of_a_gated_module_has_a_gate_of_its_own():
     owner = torch.nn.Module()
     owner.gate, owner.linear = gate_with([0.3, -0.2]), torch.nn.Linear(2, 2)
-    owner.linear.forward = GatedForward(owner.linear, owner.gate)
+    gate_inputs(owner.linear, owner.gate)
     other = copy.deepcopy(owner)
     assert other.linear.forward.module is other.linear
-    assert other.linear.forward.gate is other.gate is not owner.gate
+    assert [gate for gate, _ in other.linear.forward.gates] == [other.gate] != [owner.gate]
 
 
 def test_a_drawn_gate_can_be_copied():

@@ -88,7 +88,7 @@ def test_costs_are_recovered_from_linear_times():
     for name, value in known.items():
         assert costs[name] == pytest.approx(value, rel=1e-5), name
     for config in drawn(seed=1):
-        assert budget.total_of(config) * 1e-12 == pytest.approx(seconds_by_hand(config, 90e6)["whole"], rel=1e-6)
+        assert budget.predict(config) * 1e-12 == pytest.approx(seconds_by_hand(config, 90e6)["whole"], rel=1e-6)
 
 
 def test_costs_are_never_negative():

@@ -12,16 +12,16 @@ from skill_hf.analysis import count_macs
 from skill_hf.budgets import MacBudget, ParameterBudget
 from skill_hf.families import build_student
 from skill_hf.pruning import (
-    DROP_PROBABILITY,
     cost_after_pruning,
     expected_cost,
     fit_gates,
     min_cost,
     seed_gates,
 )
+from skill_hf.units import KINDS, Factor
 
 
-ALL_UNITS = list(DROP_PROBABILITY)
+ALL_UNITS = list(KINDS)
 UNIT_SETS = [[unit] for unit in ALL_UNITS] + [ALL_UNITS[:3], ALL_UNITS]
 
 
@@ -35,6 +35,19 @@ def num_macs(model) -> int:
 
 # A budget, and what counts the same of a model without gates.
 BUDGETS = {"parameters": (ParameterBudget(), num_parameters), "macs": (MacBudget(0.7, 8_000), num_macs)}
+
+
+def cost_of(costs, *gates) -> int:
+    """Cost of one unit of each of `gates` together, where the block that they are in, if any, is left."""
+    wanted = set(map(Factor, gates))
+    (cost,) = (cost for factors, cost in costs.terms.items() if {f for f in factors if not f.some} == wanted)
+    return cost
+
+
+def channel_pairs(costs) -> list[int]:
+    """Cost of a channel that each convolution reads with one that it writes; the first reads the waveform alone."""
+    gates = [f"feature_extractor.conv_layers.{index}.channel_gate" for index in range(7)]
+    return [cost_of(costs, *gates[max(index - 1, 0) : index + 1]) for index in range(7)]
 
 
 @pytest.fixture(params=BUDGETS)
@@ -123,10 +136,12 @@ def test_macs_of_wavlm_base_plus():
     with torch.device("meta"):
         student = WavLMForSkillStudent(WavLMForSkillStudent.config_class())
     costs = MacBudget(1.0).unit_costs(student)
-    assert costs.count(student, lambda gate: (gate.size, 1)) == 6_914_987_008
-    assert costs.channel_pairs == [3199 * 10, 1599 * 3, 799 * 3, 399 * 3, 199 * 3, 99 * 2, 49 * 2]
-    assert costs.attention_heads == [49 * 64 * (4 * 768 + 2 * 49 + 8)] * 12
-    assert costs.ffn_dims == [49 * 2 * 768] * 12
+    assert costs.count() == 6_914_987_008
+    assert channel_pairs(costs) == [3199 * 10, 1599 * 3, 799 * 3, 399 * 3, 199 * 3, 99 * 2, 49 * 2]
+    for layer in range(12):
+        attention, feed_forward = (f"encoder.layers.{layer}.{block}" for block in ("attention", "feed_forward"))
+        assert cost_of(costs, f"{attention}.head_gate") == 49 * 64 * (4 * 768 + 2 * 49 + 8)
+        assert cost_of(costs, f"{feed_forward}.dim_gate") == 49 * 2 * 768
     assert costs.fixed == 50 * 768 * 48 * 128  # the positional convolution, which no gate is on
 
 
@@ -253,7 +268,7 @@ def test_macs_take_more_from_the_convolutions_than_parameters_do(layout):
             optimizer.step()
         student.prune()
         widths = student.config.conv_dim
-        of_convolutions[name] = sum(map(math.prod, zip(macs.channel_pairs, [1, *widths], widths, strict=False)))
+        of_convolutions[name] = sum(map(math.prod, zip(channel_pairs(macs), [1, *widths], widths, strict=False)))
         parameters[name] = num_parameters(student)
     assert of_convolutions["macs"] < 0.7 * of_convolutions["parameters"]
     assert parameters["macs"] > 1.3 * parameters["parameters"]
@@ -262,7 +277,7 @@ def test_macs_take_more_from_the_convolutions_than_parameters_do(layout):
 def test_impossible_cost(layout, budget):
     student, (budget, _) = gated_student(layout, ["ffn_dims"]), budget
     costs = budget.unit_costs(student)
-    with pytest.raises(ValueError, match=f"{budget.noun}: what has no gate.*pruning_units"):
+    with pytest.raises(ValueError, match=f"{budget.quantity}: what has no gate.*pruning_units"):
         fit_gates(student, min_cost(student, costs) - 1, costs)
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import padded_batch, tiny_teacher
 from safetensors.torch import load_file
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
-from test_pruning import ALL_UNITS, BUDGETS, gated_student
+from test_pruning import ALL_UNITS, BUDGETS, cost_of, gated_student
 from test_skill_trainer import Kill, KillAt, make_trainer, run_in_processes
 from transformers import TrainerCallback
 
@@ -86,8 +86,8 @@ def test_a_shrunk_student_is_made_like_one_from_its_config(layout):
     fresh.add_gates(ALL_UNITS)
     shapes = [[(name, value.shape) for name, value in of.named_parameters()] for of in (student, fresh)]
     assert shapes[0] == shapes[1]
-    assert student._gate_draw.gates == [gate for _, gate in student.named_gates()]
-    assert [gate.min_open for gate in student._gate_draw.gates] == [gate.min_open for gate in fresh._gate_draw.gates]
+    assert student.gating.gates == [gate for _, gate in student.named_gates()]
+    assert [gate.min_open for gate in student.gating.gates] == [gate.min_open for gate in fresh.gating.gates]
 
 
 def test_a_shrunk_student_trains():
@@ -178,12 +178,13 @@ def test_no_less_is_left_than_the_target_asks_for():
     student = open_student()
     costs, whole = parameter_costs(student), num_parameters(student)
     gate = dict(student.named_gates())["encoder.layers.1.feed_forward.dim_gate"]
+    ffn_dim = cost_of(costs, "encoder.layers.1.feed_forward.dim_gate")
     gate.log_alpha.data = torch.linspace(-60, -20, 48)
-    assert cost_after_pruning(student, costs) == whole - 48 * costs.ffn_dims[1]
+    assert cost_after_pruning(student, costs) == whole - 48 * ffn_dim
     assert shrink(student, whole, costs) is None
     assert num_parameters(student) == whole
-    shrink(student, whole - 10 * costs.ffn_dims[1] - 1, costs)
-    assert num_parameters(student) == whole - 10 * costs.ffn_dims[1]
+    shrink(student, whole - 10 * ffn_dim - 1, costs)
+    assert num_parameters(student) == whole - 10 * ffn_dim
     # The likeliest stay.
     left = dict(student.named_gates())["encoder.layers.1.feed_forward.dim_gate"].log_alpha
     assert torch.equal(left, torch.linspace(-60, -20, 48)[10:])

@@ -151,8 +151,8 @@ class NoiseSeeds(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         def note(student, args):
-            if student.training and hasattr(student, "_gate_draw"):
-                self.steps[-1].append(student._gate_draw.seed)
+            if student.training and student.gating is not None:
+                self.steps[-1].append(student.gating.seed)
 
         model.student.register_forward_pre_hook(note)
 

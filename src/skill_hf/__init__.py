@@ -21,6 +21,7 @@ from transformers import (
 
 from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
 from .modeling_wavlm_skill_student import (
+    ACTIONS,
     WavLMForSkillStudent,
     WavLMSkillStudentForAudioFrameClassification,
     WavLMSkillStudentForCTC,
@@ -60,6 +61,25 @@ _LAZY = {
     "cluster_layers": "clustering",
     "layer_similarity": "similarity",
 }
+
+# What students do by this package; see `ACTIONS` in their file.
+_ACTIONS = {
+    "add_gates": ("pruning", "add_gates"),
+    "named_gates": ("pruning", "named_gates"),
+    "num_expected_parameters": ("pruning", "num_expected_parameters"),
+    "prune": ("pruning", "prune"),
+    "push_to_hub": ("publishing", "push_model"),
+}
+
+
+def _imported_when_called(module: str, function: str):
+    def act(*args, **kwargs):
+        return getattr(importlib.import_module(f".{module}", __name__), function)(*args, **kwargs)
+
+    return act
+
+
+ACTIONS.update({action: _imported_when_called(*place) for action, place in _ACTIONS.items()})
 
 AutoConfig.register(WavLMSkillStudentConfig.model_type, WavLMSkillStudentConfig)
 AutoModel.register(WavLMSkillStudentConfig, WavLMForSkillStudent)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import samples_per_frame
+from .gates import has_gates
 from .similarity import FrameCosine, LinearCKA, checked_input_values, equal_length_batches
 
 
@@ -131,7 +132,7 @@ def count_macs(model: PreTrainedModel, seconds: float = 10.0, sampling_rate: int
     samples, least = round(seconds * sampling_rate), samples_per_frame(model.config)
     if samples < least:
         raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
-    if getattr(model.base_model, "named_gates", list)():
+    if has_gates(model):
         raise ValueError("The student still has its gates: call `prune()`, or let `train()` end, before counting.")
     # A detached tensor: in a view of one that requires gradients the counter would look for its gradient function.
     tensors = chain(model.named_parameters(), model.named_buffers())

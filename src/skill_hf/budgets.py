@@ -1,130 +1,101 @@
 """
 What a target can be set on: parameters, multiply-accumulates or time. Each is a polynomial of the numbers of units
-that are left, so that one count serves the gates' expectation, the cut and the floor, whatever is counted.
+that are left, so that one count serves the gates' expectation, the cut and the minimum, whatever is counted.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .analysis import count_macs
-from .families import empty_student
-from .gates import HardConcreteGate
-from .skill_config import SkillConfig
+from .gates import HardConcreteGate, has_gates
+from .units import COSTS_OF_CONVOLUTIONS, KINDS, Factor, Units, factors_of, parts_of, units_of
+
+
+class Left(NamedTuple):
+    """Units that are left behind a gate: their number, and whether there is any. Numbers or tensors."""
+
+    number: int | torch.Tensor
+    some: int | torch.Tensor
 
 
 @dataclass(frozen=True)
 class UnitCosts:
-    r"""
-    What each unit of a student costs. With `c_i` channels of convolution i (`c_0 = 1`, the waveform; `c_n` the last),
-    `h_l` heads and `f_l` feed-forward units of layer l, and `a_l`, `b_l` 1 where the layer has the block, else 0, the
-    student costs
-
-        fixed + sum_i c_i (channel_pairs_i c_{i-1} + conv_channels_i) + projection c_n
-              + sum_l a_l (attention_heads_l h_l + any_head_l [h_l > 0] + attention_blocks_l)
-              + sum_l b_l (ffn_dims_l f_l + any_ffn_dim_l [f_l > 0] + ffn_blocks_l).
+    """
+    What the units of a student cost: `fixed + sum of terms`, each a cost times the numbers of units that are its
+    factors, such as `channels in * channels out * kernel size`.
 
     Costs are whole numbers, in units that are small enough for that.
 
     Args:
-        noun (`str`): what is counted, in the plural.
-        channel_pairs (`list[int]`): of a channel that goes into a convolution with one that comes out of it.
-        conv_channels (`list[int]`): of a channel of each convolution besides.
-        projection (`int`): of a channel of the last convolution in the projection behind it.
-        attention_heads, any_head, attention_blocks (`list[int]`): of each layer: a head; what all heads of the layer
-            share and leave with the last of them; the block besides, with heads or without.
-        ffn_dims, any_ffn_dim, ffn_blocks (`list[int]`): the same of feed-forward units.
-        fixed (`int`, *optional*, defaults to 0): all that no gate changes.
+        quantity (`str`): what is counted, in the plural.
+        terms (`dict[tuple[Factor, ...], int]`): factors -> cost of one unit of each.
+        sizes (`dict[str, int]`): number of units that the student has, by the name of their gate.
+        fixed (`int`, *optional*, defaults to 0): what does not depend on any unit.
     """
 
-    noun: str
-    channel_pairs: list[int]
-    conv_channels: list[int]
-    projection: int
-    attention_heads: list[int]
-    any_head: list[int]
-    attention_blocks: list[int]
-    ffn_dims: list[int]
-    any_ffn_dim: list[int]
-    ffn_blocks: list[int]
+    quantity: str
+    terms: dict[tuple[Factor, ...], int]
+    sizes: dict[str, int] = field(repr=False)
     fixed: int = 0
 
-    def count(self, student: PreTrainedModel, measure: Callable):
+    def count(self, left: Mapping[str, Left] | None = None):
         """
-        Cost of what is left of `student` if each gate leaves `measure(gate)`: the number of open units, and whether
-        any is open, as numbers or tensors.
+        Cost of a student of which `left` is left, by the names of gates. All other units stay. A tensor if `left` has
+        tensors.
         """
-
-        def left(owner: nn.Module, name: str, size: int):
-            gate = getattr(owner, name, None)
-            return (size, int(size > 0)) if gate is None else measure(gate)
-
-        total, channels = self.fixed, 1
-        for index, layer in enumerate(student.feature_extractor.conv_layers):
-            before, (channels, _) = channels, left(layer, "channel_gate", layer.conv.out_channels)
-            total = total + before * channels * self.channel_pairs[index] + channels * self.conv_channels[index]
-        total = total + channels * self.projection
-        for index, layer in enumerate(student.encoder.layers):
-            attention, feed_forward = layer.attention, layer.feed_forward
-            block, _ = left(attention, "block_gate", int(attention.output is not None))
-            heads, any_head = left(attention, "head_gate", len(attention.heads))
-            shared = any_head * self.any_head[index]
-            total = total + block * (heads * self.attention_heads[index] + shared + self.attention_blocks[index])
-            dense = feed_forward.intermediate_dense
-            block, _ = left(feed_forward, "block_gate", int(feed_forward.output is not None))
-            units, any_unit = left(feed_forward, "dim_gate", 0 if dense is None else dense.out_features)
-            shared = any_unit * self.any_ffn_dim[index]
-            total = total + block * (units * self.ffn_dims[index] + shared + self.ffn_blocks[index])
+        numbers = {gate: Left(size, int(size > 0)) for gate, size in self.sizes.items()} | (left or {})
+        total = self.fixed
+        for factors, cost in self.terms.items():
+            for gate, some in factors:
+                cost = cost * numbers[gate][some]
+            total = total + cost
         return total
 
 
 class Budget(ABC):
     """Something that a model costs and that `target_sparsity` is a share of."""
 
-    noun: str  # what is counted, in the plural
+    quantity: str  # what is counted, in the plural
 
     @abstractmethod
     def total(self, model: PreTrainedModel) -> int:
         """Cost of a teacher or student as it stands, with all of its units; gates cost nothing."""
 
     @abstractmethod
-    def of_units(self, student: PreTrainedModel) -> UnitCosts:
-        """What each unit costs, without the rest."""
+    def terms(self, student: PreTrainedModel) -> Iterable[tuple[tuple[Factor, ...], int]]:
+        """Factors and cost of all that units cost. Costs of the same factors add up."""
 
     def unit_costs(self, student: PreTrainedModel) -> UnitCosts:
-        """The costs of a student with or without gates; what no gate changes is the rest of its `total`."""
-        costs = self.of_units(student)
-        return replace(costs, fixed=self.total(student) - costs.count(student, lambda gate: (gate.size, 1)))
+        """The costs of a student with or without gates; what no unit changes is the rest of its `total`."""
+        costs = _summed(self.quantity, self.terms(student), student.config)
+        return _summed(self.quantity, costs.terms.items(), student.config, self.total(student) - costs.count())
+
+
+def _summed(quantity: str, terms: Iterable, config: PreTrainedConfig, fixed: int = 0) -> UnitCosts:
+    summed: dict[tuple[Factor, ...], int] = {}
+    for factors, cost in terms:
+        if cost:
+            summed[factors] = summed.get(factors, 0) + cost
+    return UnitCosts(quantity, summed, {units.gate: units.size for units in units_of(config)}, fixed)
 
 
 class ParameterBudget(Budget):
-    noun = "parameters"
+    quantity = "parameters"
 
     def total(self, model: PreTrainedModel) -> int:
-        return _numel(model) - sum(gate.size for gate in _gates(model))
+        return _numel(model) - sum(_numel(gate) for gate in model.modules() if isinstance(gate, HardConcreteGate))
 
-    def of_units(self, student: PreTrainedModel) -> UnitCosts:
-        hidden_size, convolutions, layers = student.config.hidden_size, _convolutions(student), student.encoder.layers
-        return UnitCosts(
-            noun=self.noun,
-            channel_pairs=[layer.conv.kernel_size[0] for layer in convolutions],
-            # A bias, and the weight and bias of a norm.
-            conv_channels=[
-                (layer.conv.bias is not None) + 2 * (getattr(layer, "layer_norm", None) is not None)
-                for layer in convolutions
-            ],
-            projection=2 + hidden_size,  # the norm before it, and a column
-            # Query, key, value (with bias), the columns of the output projection, the constant of the gate.
-            attention_heads=[layer.attention.head_dim * (4 * hidden_size + 3) + 1 for layer in layers],
-            any_head=[_numel(getattr(layer.attention, "gru_rel_pos_linear", None)) for layer in layers],
-            attention_blocks=[hidden_size] * len(layers),
-            ffn_dims=[2 * hidden_size + 1] * len(layers),
-            any_ffn_dim=[0] * len(layers),
-            ffn_blocks=[hidden_size] * len(layers),
-        )
+    def terms(self, student: PreTrainedModel) -> Iterator[tuple[tuple[Factor, ...], int]]:
+        parts = parts_of(units_of(student.config))
+        for name, parameter in student.named_parameters():
+            if name in parts and not name.endswith(".log_alpha"):
+                yield factors_of(parts[name]), _of_one_unit(parameter, parts[name])
 
 
 @dataclass(frozen=True)
@@ -144,40 +115,34 @@ class MacBudget(Budget):
     sampling_rate: int = 16_000
 
     @property
-    def noun(self) -> str:
+    def quantity(self) -> str:
         return f"multiply-accumulates for {self.seconds:g} seconds of audio"
 
     def total(self, model: PreTrainedModel) -> int:
-        if _gates(model):
-            model = empty_student(model.config)
+        if has_gates(model):
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                model = type(model)(model.config)
         return count_macs(model, self.seconds, self.sampling_rate)
 
-    def of_units(self, student: PreTrainedModel) -> UnitCosts:
-        hidden_size, layers = student.config.hidden_size, student.encoder.layers
-        frames, channel_pairs = round(self.seconds * self.sampling_rate), []
-        for layer in _convolutions(student):
-            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
-            frames = (frames - kernel) // stride + 1
-            channel_pairs.append(frames * kernel)
-
-        def head(attention: nn.Module) -> int:
-            # Of each frame: query, key, value and output projection; scores and weighted sum over all frames; the gate
-            # of the position bias.
-            gate = getattr(getattr(attention, "gru_rel_pos_linear", None), "out_features", 0)
-            return frames * attention.head_dim * (4 * hidden_size + 2 * frames + gate)
-
-        return UnitCosts(
-            noun=self.noun,
-            channel_pairs=channel_pairs,
-            conv_channels=[0] * len(channel_pairs),
-            projection=frames * hidden_size,
-            attention_heads=[head(layer.attention) for layer in layers],
-            any_head=[0] * len(layers),
-            attention_blocks=[0] * len(layers),
-            ffn_dims=[2 * frames * hidden_size] * len(layers),
-            any_ffn_dim=[0] * len(layers),
-            ffn_blocks=[0] * len(layers),
-        )
+    def terms(self, student: PreTrainedModel) -> Iterator[tuple[tuple[Factor, ...], int]]:
+        groups = units_of(student.config)
+        parts, frames_of, frames = parts_of(groups), {}, round(self.seconds * self.sampling_rate)
+        for index, layer in enumerate(student.feature_extractor.conv_layers):
+            frames = (frames - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+            frames_of[f"feature_extractor.conv_layers.{index}.conv"] = frames
+        for name, module in student.named_modules():
+            parts_of_weight = parts.get(f"{name}.weight", ())
+            if isinstance(module, nn.Linear | nn.Conv1d) and parts_of_weight:
+                # A map that all units share runs once for each of them.
+                sharing = {units.gate for units, _ in parts_of_weight if name in units.shared}
+                factors = tuple(
+                    Factor(gate, some and gate not in sharing) for gate, some in factors_of(parts_of_weight)
+                )
+                yield factors, frames_of.get(name, frames) * _of_one_unit(module.weight, parts_of_weight)
+        for units in groups:
+            products = KINDS[units.kind].products
+            if products is not None:
+                yield _factors_within(units), products(student.config, frames)
 
 
 # What time depends on besides the numbers of units.
@@ -221,50 +186,56 @@ class LatencyBudget(Budget):
     batch_size: int = 1
 
     @property
-    def noun(self) -> str:
+    def quantity(self) -> str:
         clips = "" if self.batch_size == 1 else f"{self.batch_size} clips of "
         return f"predicted picoseconds for {clips}{self.seconds:g} seconds of audio"
 
     def total(self, model: PreTrainedModel) -> int:
-        return self.total_of(model.config)
+        return self.predict(model.config)
 
-    def total_of(self, config: PreTrainedConfig) -> int:
+    def predict(self, config: PreTrainedConfig) -> int:
         """Time of a teacher or student with this configuration."""
-        student = empty_student(config)
-        # There are no gates to be measured.
-        return self.picoseconds["fixed"] + self.of_units(student).count(student, lambda gate: (gate.size, 1))
+        return _summed(self.quantity, self._terms(config), config, self.picoseconds["fixed"]).count()
 
-    def of_units(self, student: PreTrainedModel) -> UnitCosts:
-        costs, layers = self.picoseconds, len(student.encoder.layers)
-        return UnitCosts(
-            noun=self.noun,
-            channel_pairs=costs["channel_pairs"],
-            conv_channels=costs["conv_channels"],
-            projection=costs["projection"],
-            attention_heads=[costs["attention_heads"]] * layers,
-            any_head=[costs["any_head"]] * layers,
-            attention_blocks=[0] * layers,  # a block without units adds a bias
-            ffn_dims=[costs["ffn_dims"]] * layers,
-            any_ffn_dim=[costs["any_ffn_dim"]] * layers,
-            ffn_blocks=[0] * layers,
-        )
+    def terms(self, student: PreTrainedModel) -> Iterator[tuple[tuple[Factor, ...], int]]:
+        return self._terms(student.config)
+
+    def _terms(self, config: PreTrainedConfig) -> Iterator[tuple[tuple[Factor, ...], int]]:
+        read = ()  # the channels that a convolution reads: of the first one the waveform alone
+        pairs, channels = (self.picoseconds[name] for name in COSTS_OF_CONVOLUTIONS)
+        for units in units_of(config):
+            kind = KINDS[units.kind]
+            if kind.places == "convolution":
+                written = Factor(units.gate)
+                yield (*read, written), pairs[units.place]
+                yield (written,), channels[units.place]
+                read = (written,)
+            elif kind.part is not None:
+                yield _factors_within(units), self.picoseconds[units.kind]
+                yield _factors_within(units, some=True), self.picoseconds[kind.shared_cost]
+        yield read, self.picoseconds["projection"]
 
 
-def make_budget(config: SkillConfig, sampling_rate: int = 16_000) -> Budget:
-    """What the recipe sets its target on, for audio of `sampling_rate`."""
+def make_budget(config, sampling_rate: int = 16_000) -> Budget:
+    """What the recipe, a [`SkillConfig`], sets its target on, for audio of `sampling_rate`."""
     if config.budget == "latency":
         measured_on = config.latency_costs["measured_on"]
         return LatencyBudget(config.latency_costs["picoseconds"], measured_on["seconds"], measured_on["batch_size"])
     return MacBudget(config.budget_seconds, sampling_rate) if config.budget == "macs" else ParameterBudget()
 
 
-def _convolutions(student: PreTrainedModel) -> nn.ModuleList:
-    return student.feature_extractor.conv_layers
+def _factors_within(units: Units, some: bool = False) -> tuple[Factor, ...]:
+    """Factors of what `units` cost by themselves, by their number or if there is any."""
+    return (*(Factor(gate, some=True) for gate in units.inside), Factor(units.gate, some))
 
 
-def _gates(model: nn.Module) -> list[HardConcreteGate]:
-    return [module for module in model.modules() if isinstance(module, HardConcreteGate)]
+def _of_one_unit(tensor: torch.Tensor, parts: Iterable) -> int:
+    """Entries of `tensor` that belong to one unit of each group that it is cut by."""
+    number = tensor.numel()
+    for units, dim in parts:
+        number //= 1 if dim is None else units.size
+    return number
 
 
-def _numel(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

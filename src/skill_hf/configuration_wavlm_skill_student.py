@@ -88,6 +88,24 @@ _NAMES = {
     "ctc_loss_reduction": ("sum", "mean", "none"),
     "problem_type": ("regression", "single_label_classification", "multi_label_classification"),
 }
+# The tensors that heads and feed-forward units are cut from: name in their block -> dimension.
+CUT_TENSORS = {
+    "attention": {
+        "q_proj.weight": 0,
+        "q_proj.bias": 0,
+        "k_proj.weight": 0,
+        "k_proj.bias": 0,
+        "v_proj.weight": 0,
+        "v_proj.bias": 0,
+        "out_proj.weight": 1,
+        "gru_rel_pos_const": 1,
+    },
+    "feed_forward": {
+        "intermediate_dense.weight": 0,
+        "intermediate_dense.bias": 0,
+        "output_dense.weight": 1,
+    },
+}
 # Arguments of transformers' own that are not among a config's fields.
 _ARGUMENTS = (
     "tie_last_hidden_states",
@@ -218,7 +236,7 @@ class WavLMSkillStudentConfig(WavLMConfig):
             if missing:
                 raise ValueError(
                     f"The config of this student lacks `{'`, `'.join(missing)}`: config.json is damaged or of another"
-                    " model. Get the file anew, or save the student again."
+                    " model. Download the file again, or save the student again."
                 )
         return super().from_dict(config_dict, **kwargs)
 

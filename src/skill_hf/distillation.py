@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from .budgets import UnitCosts
+from .gates import has_gates
 from .losses import distillation_sums, group_means, lagrangian
-from .pruning import expected_cost, named_gates, seed_gates
+from .pruning import expected_cost, seed_gates
 
 
 class SkillDistiller(nn.Module):
@@ -49,7 +50,7 @@ class SkillDistiller(nn.Module):
         self.projections = projections or nn.ModuleList(
             identity_map(student.config.hidden_size) for _ in range(len(sharing))
         )
-        self.has_gates = bool(named_gates(student))
+        self.has_gates = has_gates(student)
         if self.has_gates:
             self.lambda_1 = nn.Parameter(torch.zeros(()))
             self.lambda_2 = nn.Parameter(torch.zeros(()))

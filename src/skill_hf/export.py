@@ -31,6 +31,7 @@ from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
 from .data import samples_per_frame
 from .files import try_file
+from .gates import has_gates
 from .modeling_wavlm_skill_student import fold_weight_norm
 
 
@@ -277,8 +278,7 @@ def compare_outputs(reference: Callable, other: Callable, audio: Iterable) -> di
 
 
 def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    named_gates = getattr(model.base_model, "named_gates", None)
-    if named_gates is not None and named_gates():
+    if has_gates(model):
         raise ValueError(f"The {type(model).__name__} has gates; call the student's `prune()` before exporting it.")
     return copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
 

@@ -7,7 +7,7 @@ import json
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def one_of(allowed: Sequence[str]) -> Kind:
     return check
 
 
-def some_of(allowed: Sequence[str]) -> Kind:
+def some_of(allowed: Collection[str]) -> Kind:
     """A list or tuple that is not empty, each entry once."""
 
     def check(name: str, value: Any) -> list[str]:

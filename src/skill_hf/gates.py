@@ -1,6 +1,7 @@
 """Hard concrete gates: random variables between 0 and 1 that are exactly 0 or 1 with a probability above 0."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -70,8 +71,7 @@ class HardConcreteGate(nn.Module):
 
     def deterministic(self) -> torch.Tensor:
         """The value in eval mode, `(size,)`."""
-        left = self.log_alpha.topk(self.num_open()).indices
-        kept = torch.zeros_like(self.log_alpha).index_fill(0, left, 1.0)
+        kept = torch.zeros_like(self.log_alpha).index_fill(0, self.log_alpha.topk(self.num_open()).indices, 1.0)
         # The larger of the values before and after the shift: training knew the kept units by the first.
         return kept * torch.sigmoid(MAGIC * (self.log_alpha + max(self.shift, 0.0)) / BETA)
 
@@ -132,20 +132,40 @@ class GatedForward:
 
     Args:
         module (`nn.Linear` or `nn.Conv1d`): whose weight is scaled.
-        gate (`HardConcreteGate`): whose values count.
-        repeats (`int`, *optional*, defaults to 1): neighbouring inputs that belong to one unit (a head's dims).
     """
 
-    def __init__(self, module: nn.Module, gate: HardConcreteGate, repeats: int = 1):
-        self.module, self.gate, self.repeats = module, gate, repeats
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.gates: list[tuple[HardConcreteGate, bool]] = []
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, bias = self.module.weight, self.module.bias
-        value = self.gate.value.to(weight.dtype).repeat_interleave(self.repeats)
-        weight = weight * value.reshape(-1, *[1] * (weight.dim() - 2))
+        for gate, recurs in self.gates:
+            weight = weight * as_columns(gate.value.to(weight.dtype), weight, recurs)
         if isinstance(self.module, nn.Linear):
             return nn.functional.linear(hidden_states, weight, bias)
         return self.module._conv_forward(hidden_states, weight, bias)
+
+
+def gate_inputs(module: nn.Module, gate: HardConcreteGate, recurs: bool = False) -> None:
+    """Scales the inputs of `module` by `gate`, in place, besides the gates that it has; `recurs` as in [`spread`]."""
+    if not isinstance(module.forward, GatedForward):
+        module.forward = GatedForward(module)
+    module.forward.gates.append((gate, recurs))
+
+
+def spread(values: torch.Tensor, length: int, recurs: bool) -> torch.Tensor:
+    """
+    Values of units, `(units,)`, for each of their entries, `(length,)`: neighbours of one value or, if they recur, all
+    values again and again.
+    """
+    number = length // max(len(values), 1)
+    return values.repeat(number) if recurs else values.repeat_interleave(number)
+
+
+def as_columns(values: torch.Tensor, weight: torch.Tensor, recurs: bool) -> torch.Tensor:
+    """Values of units as factors of `weight`, `(outputs, inputs, ...)`, whose inputs they are."""
+    return spread(values, weight.shape[1], recurs).reshape(-1, *[1] * (weight.dim() - 2))
 
 
 class GateHook:
@@ -161,15 +181,26 @@ class GateHook:
         return output * self.gate.value.to(output.dtype)
 
 
-class DrawHook:
+class Gating:
     """
-    Forward pre-hook of the whole model: sets the `value` of every gate once per forward, to a sample in training, else
-    to the deterministic value. All are drawn as one tensor, since a GPU takes as long for a short one.
+    The gates of a student and how they were made, which it holds as `gating`. As a forward pre-hook of the student it
+    sets the `value` of every gate once per forward, to a sample in training, else to the deterministic value. All are
+    drawn as one tensor, since a GPU takes as long for a short one.
+
+    Args:
+        gates (`list[HardConcreteGate]`): in the order of the student's modules.
+        kinds (`Sequence[str]`): kinds of units that have gates.
+        width_multiple (`int`): what the cut rounds widths to a multiple of.
+
+    Attributes:
+        seed (`int`, *optional*): of the noise; `None` to take it from torch's global generator.
+        handle: of the hook, once it is registered.
     """
 
-    def __init__(self, gates: list[HardConcreteGate]):
-        self.gates = gates
-        self.seed: int | None = None  # `None`: noise comes from torch's global generator
+    def __init__(self, gates: list[HardConcreteGate], kinds: Sequence[str], width_multiple: int):
+        self.gates, self.kinds, self.width_multiple = gates, kinds, width_multiple
+        self.seed: int | None = None
+        self.handle = None
 
     def __call__(self, module, args):
         if not module.training:
@@ -180,3 +211,8 @@ class DrawHook:
         values = sample(torch.cat([gate.log_alpha for gate in self.gates]), generator)
         for gate, value in zip(self.gates, values.split([gate.size for gate in self.gates]), strict=True):
             gate.value = value
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Whether `model`, with or without a head, is a student with gates. Any other model has none."""
+    return getattr(getattr(model, "base_model", model), "gating", None) is not None

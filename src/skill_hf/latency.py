@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .budgets import LatencyBudget, architecture_of
 from .data import samples_per_frame
 from .families import STUDENT_CLASSES, student_config
+from .units import COSTS_OF_CONVOLUTIONS, KINDS, sizes_of, units_of
 from .version import __version__
 
 
@@ -145,7 +146,7 @@ def fit_latency(
     }
     budget = LatencyBudget(costs["picoseconds"])
     measured = np.array([timing["whole"] for timing in timings])
-    predicted = np.array([budget.total_of(architecture) for architecture in architectures]) / PICOSECONDS
+    predicted = np.array([budget.predict(architecture) for architecture in architectures]) / PICOSECONDS
     percent = 100 * np.abs(predicted / measured - 1)
     fitted, heldout = percent[:num_architectures], percent[num_architectures:]
     return costs | {
@@ -166,15 +167,15 @@ def fit_latency(
 def draw_architecture(config: PreTrainedConfig, rng: np.random.Generator) -> PreTrainedConfig:
     """The configuration of a student that has lost its own share of each part, about a common one."""
     config, common = copy.deepcopy(config), rng.uniform(LEAST_SHARE, 1)
-
-    def left(size: int) -> int:
-        return int(np.clip(round(size * common * rng.uniform(0.5, 1.5)), min(1, size), size))
-
-    config.conv_dim = [left(size) for size in config.conv_dim]
-    config.remaining_heads = [
-        sorted(rng.choice(heads, left(len(heads)), replace=False).tolist()) for heads in config.remaining_heads
-    ]
-    config.intermediate_sizes = [left(size) for size in config.intermediate_sizes]
+    groups = units_of(config)
+    for name, kind in KINDS.items():
+        for units in [units for units in groups if units.kind == name and kind.part]:
+            number = round(units.size * common * rng.uniform(0.5, 1.5))
+            number = int(np.clip(number, min(1, units.size), units.size))
+            drawn = range(number)
+            if units.indices is not None:  # the config tells which are left
+                drawn = sorted(rng.choice(units.size, number, replace=False).tolist())
+            kind.record(config, units.place, drawn)
     return config
 
 
@@ -195,9 +196,10 @@ def measure_parts(
         `dict[str, float]`: the shares, and as `reference` the median seconds of the other model.
     """
     parts = {"whole": student, "projection": student.feature_projection}
-    parts |= {f"convolution.{index}": layer for index, layer in enumerate(student.feature_extractor.conv_layers)}
-    for index, layer in enumerate(student.encoder.layers):
-        parts |= {f"attention.{index}": layer.attention, f"feed_forward.{index}": layer.feed_forward}
+    for units in units_of(student.config):
+        part = KINDS[units.kind].part
+        if part is not None:
+            parts[f"{part}.{units.place}"] = student.get_submodule(units.module)
     on_gpu = clips.device.type == "cuda"
 
     def now():
@@ -230,15 +232,15 @@ def measure_parts(
         handle.remove()
     wait()
 
-    def seconds(of: list) -> list[float]:
-        pairs = zip(of[::2], of[1::2], strict=True)
+    def seconds(events: list) -> list[float]:
+        pairs = zip(events[::2], events[1::2], strict=True)
         return [start.elapsed_time(end) / 1e3 if on_gpu else end - start for start, end in pairs]
 
     # A student may take a batch through its convolutions in parts, which are calls of their own.
-    runs = {name: np.reshape(seconds(of), (NUM_WARMUPS + num_runs, -1)).sum(1) for name, of in times.items()}
+    runs = {name: np.reshape(seconds(events), (NUM_WARMUPS + num_runs, -1)).sum(1) for name, events in times.items()}
     other = np.array(seconds(others))
     around = (other[1:] + other[:-1]) / 2
-    shares = {name: float(np.median(of[NUM_WARMUPS:] / around)) for name, of in runs.items()}
+    shares = {name: float(np.median(run[NUM_WARMUPS:] / around)) for name, run in runs.items()}
     return shares | {"reference": float(np.median(other))}
 
 
@@ -256,10 +258,8 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
         timings (`Sequence[dict[str, float]]`): seconds of the parts of each, named as by [`measure_parts`].
     """
     whole = np.array([timing["whole"] for timing in timings])
-    channels = np.array([[1, *config.conv_dim] for config in architectures])
-    heads = np.array([[len(left) for left in config.remaining_heads] for config in architectures])
-    units = np.array([config.intermediate_sizes for config in architectures])
-
+    sizes = [sizes_of(config) for config in architectures]
+    channels = np.array([[1, *counts["conv_channels"]] for counts in sizes])
     one = np.ones(len(whole))
 
     def fit(measured: np.ndarray, *columns: np.ndarray) -> list[int]:
@@ -276,22 +276,23 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
 
     # The constants of convolutions and projection are among what is left of the whole.
     pair, _ = fit(measured("convolution.0"), channels[:, 1], one)
-    costs = {"channel_pairs": [pair], "conv_channels": [0]}
+    pairs, of_channels = [pair], [0]
     for index in range(1, channels.shape[1] - 1):
         before, after = channels[:, index], channels[:, index + 1]
-        pair, own, read, _ = fit(measured(f"convolution.{index}"), before * after, after, before, one)
-        costs["conv_channels"][-1] += read
-        costs["channel_pairs"].append(pair)
-        costs["conv_channels"].append(own)
+        pair, written, read, _ = fit(measured(f"convolution.{index}"), before * after, after, before, one)
+        of_channels[-1] += read
+        pairs.append(pair)
+        of_channels.append(written)
+    costs = dict(zip(COSTS_OF_CONVOLUTIONS, (pairs, of_channels), strict=True))
     costs["projection"], _ = fit(measured("projection"), channels[:, -1], one)
-    # The first layer also makes the position bias of all layers, which no gate changes.
-    first = min(1, heads.shape[1] - 1)
-    attention = measured("attention", range(first, heads.shape[1]))
-    costs["attention_heads"], costs["any_head"] = fit(attention, heads[:, first:], heads[:, first:] > 0)
-    feed_forward = measured("feed_forward", range(units.shape[1]))
-    costs["ffn_dims"], costs["any_ffn_dim"] = fit(feed_forward, units, units > 0)
+    for name, kind in KINDS.items():
+        if kind.part is not None and kind.places == "layer":
+            numbers = np.array([counts[name] for counts in sizes])
+            first = min(kind.first_measured, numbers.shape[1] - 1)
+            numbers, layers = numbers[:, first:], range(first, numbers.shape[1])
+            costs[name], costs[kind.shared_cost] = fit(measured(kind.part, layers), numbers, numbers > 0)
     parts = LatencyBudget(costs | {"fixed": 0})
-    rest = whole - np.array([parts.total_of(config) for config in architectures]) / PICOSECONDS
+    rest = whole - np.array([parts.predict(config) for config in architectures]) / PICOSECONDS
     (costs["fixed"],) = fit(rest, one)
     return costs
 

@@ -36,6 +36,7 @@ from transformers.utils import (
 
 from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
 from .files import parse_json
+from .gates import has_gates
 
 
 logger = logging.getLogger(__name__)
@@ -285,7 +286,7 @@ def check_encoder(model, what: str) -> None:
     refuse_adapter(encoder.config, what)
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(f"{what} is quantised; load it without `quantization_config`.")
-    if hasattr(encoder, "_gate_draw"):
+    if has_gates(encoder):
         raise ValueError(f"{what} is a student with gates; call `prune()` first.")
     for name, module in encoder.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":

@@ -18,12 +18,13 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .analysis import count_macs
 from .budgets import make_budget
 from .plots import plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
+from .units import KINDS, units_of
 from .version import __version__
 
 
@@ -82,6 +83,20 @@ with torch.no_grad():
 
 
 @dataclass
+class UnitsContent:
+    """Units of one kind: what they are called, and how many there are in each convolution or layer."""
+
+    label: str
+    places: str  # `convolution` or `layer`
+    left: list[int]
+    whole: list[int | None]  # before pruning
+
+    @property
+    def total_label(self) -> str:
+        return f"{self.label} of the convolutions" if self.places == "convolution" else self.label
+
+
+@dataclass
 class StudentContent:
     """
     What the template shows of every student, as plain numbers and strings, one field for each blank. What is `None`,
@@ -95,11 +110,7 @@ class StudentContent:
     num_parameters: int
     macs: int
     macs_seconds: float
-    conv_channels: list[int]  # of each convolution
-    heads: list[int]  # of each layer
-    all_heads: int
-    units: list[int]
-    all_units: int
+    units: list[UnitsContent]
     versions: dict[str, str]
 
 
@@ -121,9 +132,6 @@ class TrainingContent:
     teacher_type: str
     num_teacher_parameters: int
     teacher_macs: int
-    teacher_conv_channels: list[int]
-    teacher_heads: list[int]  # of each layer
-    teacher_units: list[int]
     printed: str | None  # by the snippet
     budget: str  # what is counted for it
     sparsity: float
@@ -173,7 +181,8 @@ def write_model_card(directory: str | Path, trainer) -> None:
     data = card_data(trainer.student, trainer.teacher_name, [item.hub_id for item in described if item.hub_id])
     rate = _sampling_rate(trainer)
     # Known once the trainer has made its repository on the Hub.
-    content = _student_content(trainer.student, data, getattr(trainer, "hub_model_id", None), rate)
+    repo_id = getattr(trainer, "hub_model_id", None)
+    content = _student_content(trainer.student, data, repo_id, rate, trainer.teacher.config)
     printed = None
     if (Path(directory) / CONFIG_NAME).is_file():
         try:
@@ -304,8 +313,29 @@ def _render(data: ModelCardData, content: StudentContent, training: TrainingCont
     return ModelCard.from_template(data, template_path=str(TEMPLATE), training=training, **vars(content))
 
 
-def _student_content(model: PreTrainedModel, data: ModelCardData, repo_id, rate: int = 16_000) -> StudentContent:
-    config, student_id = model.config, _valid_id(repo_id)
+def _units_content(config: PreTrainedConfig, teacher_config: PreTrainedConfig | None) -> list[UnitsContent]:
+    groups, before = units_of(config), {}
+    if teacher_config is not None:
+        before = {units.gate: units.size for units in units_of(teacher_config)}
+    content = []
+    for name, kind in KINDS.items():
+        if kind.label is not None:
+            of_kind = [units for units in groups if units.kind == name]
+            whole = [before.get(units.gate, units.whole) for units in of_kind]
+            content.append(
+                UnitsContent(kind.label.capitalize(), kind.places, [units.size for units in of_kind], whole)
+            )
+    return content
+
+
+def _student_content(
+    model: PreTrainedModel,
+    data: ModelCardData,
+    repo_id,
+    rate: int = 16_000,
+    teacher_config: PreTrainedConfig | None = None,
+) -> StudentContent:
+    student_id = _valid_id(repo_id)
     return StudentContent(
         student_class=_classes(model)[0],
         student_id=student_id,
@@ -314,11 +344,7 @@ def _student_content(model: PreTrainedModel, data: ModelCardData, repo_id, rate:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=count_macs(model, EXAMPLE_SECONDS, rate),
         macs_seconds=EXAMPLE_SECONDS,
-        conv_channels=list(config.conv_dim),
-        heads=[len(left) for left in config.remaining_heads],
-        all_heads=config.num_attention_heads,
-        units=list(config.intermediate_sizes),
-        all_units=config.intermediate_size,
+        units=_units_content(model.config, teacher_config),
         versions={"skill-hf": __version__, "Python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("transformers", "torch", "datasets")},
     )
@@ -328,17 +354,12 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
     config, args, steps, state = trainer.skill_config, trainer.args, trainer.steps, trainer.state
     teacher, default, terms = trainer.teacher.config, type(config)(), _weighted_terms(config)
     budget = make_budget(config, _sampling_rate(trainer))
-    heads = getattr(teacher, "remaining_heads", None)
-    layers = teacher.num_hidden_layers
     return TrainingContent(
         teacher_type=teacher.model_type,
         num_teacher_parameters=trainer.num_teacher_parameters,
         teacher_macs=count_macs(trainer.teacher, EXAMPLE_SECONDS, _sampling_rate(trainer)),
-        teacher_conv_channels=list(teacher.conv_dim),
-        teacher_heads=[teacher.num_attention_heads] * layers if heads is None else [len(left) for left in heads],
-        teacher_units=list(getattr(teacher, "intermediate_sizes", [teacher.intermediate_size] * layers)),
         printed=printed,
-        budget=budget.noun,
+        budget=budget.quantity,
         sparsity=1 - budget.total(trainer.student) / budget.total(trainer.teacher),
         target_sparsity=config.target_sparsity,
         groups=trainer.layer_groups,

@@ -5,8 +5,8 @@ stands alone; it differs from [`~transformers.WavLMModel`] in its attention and 
 
 - Each layer keeps its own subset of heads. The gated relative position bias (WavLM, arXiv 2110.13900, section 3.1) of
   head h reads the h-th slice of the layer's *input*, so the teacher's head indices stay in the config.
-- The bias goes into `scaled_dot_product_attention` as the attention bias, so that fused kernels run where they are at
-  hand. Relative positions are looked up once per forward.
+- The bias goes into `scaled_dot_product_attention` as the attention bias, so that fused kernels run where they are
+  available. Relative positions are looked up once per forward.
 - A block may be empty. The embedding of relative positions is used by all layers; layer 0 only stores it.
 - `masked_group_norm` takes the statistics of the group norm over valid samples only.
 
@@ -14,7 +14,7 @@ Parameter names are those of the stock model, so every stock WavLM checkpoint lo
 """
 
 import copy
-import importlib
+import importlib.util
 import math
 import os
 from functools import cache, partial
@@ -36,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 from transformers.utils import logging
 
-from .configuration_wavlm_skill_student import WavLMSkillStudentConfig, refuse_training_checkpoint
+from .configuration_wavlm_skill_student import CUT_TENSORS, WavLMSkillStudentConfig, refuse_training_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +67,7 @@ def _is_transformed():
 
 
 def _is_traced():
-    """Whether a graph is being made of this, which must not hang on the values of tensors."""
+    """Whether a graph is being made of this, which must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
 
 
@@ -185,7 +185,7 @@ def _channels_last_conv(hidden_states, weight, bias, stride, padding=0, groups=1
 class WavLMSkillStudentConv1d(nn.Conv1d):
     """
     [`~torch.nn.Conv1d`], on the CPU by the kernel for channels-last memory: it is faster, and leaves features in the
-    order that norms and linear maps behind it read. Shapes are those of the stock layer.
+    order that norms and linear maps after it read. Shapes are those of the stock layer.
     """
 
     def _conv_forward(self, hidden_states, weight, bias):
@@ -632,7 +632,7 @@ class WavLMSkillStudentAttention(nn.Module):
         del self.q_proj, self.k_proj, self.v_proj
 
     def _uses_flex(self, hidden_states):
-        """Whether its kernel is at hand: for inference on a GPU. Elsewhere the fused attention is used instead."""
+        """Whether its kernel is available: for inference on a GPU. Elsewhere the fused attention is used instead."""
         on_gpu = hidden_states.device.type == "cuda"
         return self.config._attn_implementation == "flex_attention" and on_gpu and not self.training
 
@@ -716,11 +716,18 @@ class WavLMSkillStudentFeedForward(nn.Module):
         return self.output_bias if self.output_dense is None else self.output_dense
 
 
-def _pruning():
-    try:
-        return importlib.import_module("skill_hf.pruning")
-    except ImportError as error:
-        raise ImportError("Pruning a student needs the skill_hf package: `pip install skill-hf`.") from error
+# What acts on students from outside, by name. The skill-hf package puts its functions here when it is imported. This
+# file names none of its modules: they may move, but files that are published stay as they are.
+ACTIONS = {}
+
+
+def _act(action, student, *args, **kwargs):
+    if action not in ACTIONS:
+        raise ImportError(
+            f"`{action}` needs the skill-hf package: `pip install skill-hf`, then `import skill_hf` and load the"
+            " student again."
+        )
+    return ACTIONS[action](student, *args, **kwargs)
 
 
 class _Student:
@@ -756,7 +763,7 @@ class _Student:
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
                 f"{'; '.join(f'{name} {problem}' for name, (problem, _) in sorted(mismatched.items()))}. Pass"
-                " `ignore_mismatched_sizes=True` to start these weights anew."
+                " `ignore_mismatched_sizes=True` to initialise these weights again."
             )
         return (model, info) if output_loading_info else model
 
@@ -821,7 +828,7 @@ class _Student:
         Raises:
             `ValueError`: if the student has gates or is fused.
         """
-        if hasattr(self.base_model, "_gate_draw"):
+        if self.base_model.gating is not None:
             raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
         self.base_model.refuse_fused("saved")
         for name in _PRUNED_FIELDS:  # a head may have been given another encoder since it was made
@@ -845,7 +852,7 @@ class _Student:
         Raises:
             `ValueError`: if the student has gates.
         """
-        if hasattr(self.base_model, "_gate_draw"):
+        if self.base_model.gating is not None:
             raise ValueError("This student has gates; call `prune()` before fusing it.")
         self.requires_grad_(False).eval()
         for module in list(self.base_model.modules()):
@@ -858,16 +865,18 @@ class _Student:
 
     def push_to_hub(self, repo_id, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.push_to_hub`]; with the skill_hf package installed the model card tells what
-        is left of each layer.
+        As [`~transformers.PreTrainedModel.push_to_hub`]. After `import skill_hf` a model card that tells what is left
+        of each layer goes along.
         """
-        try:
-            publishing = importlib.import_module("skill_hf.publishing")
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("skill_hf"):
-                raise  # the package is there, but lacks something
-            return super().push_to_hub(repo_id, **kwargs)
-        return publishing.push_model(self, repo_id, **kwargs)
+        if "push_to_hub" in ACTIONS:
+            return _act("push_to_hub", self, repo_id, **kwargs)
+        if importlib.util.find_spec("skill_hf") is not None:
+            logger.warning(
+                "This student runs the code of its own repository, which may be of another version than the skill-hf"
+                " package that is installed: it is pushed as transformers does it, without the package's model card."
+                " To have the card, `import skill_hf`, load the student again and push that."
+            )
+        return super().push_to_hub(repo_id, **kwargs)
 
 
 def _declared(model, state_dict, checkpoint_files):
@@ -973,6 +982,10 @@ class WavLMForSkillStudent(_Student, WavLMModel):
     ```
     """
 
+    # What the skill-hf package has put gates on this student with; `None` if it has none. Models with gates are
+    # neither saved nor fused.
+    gating = None
+
     # transformers 4 has none, and hands hidden states and attention weights on by itself.
     _can_record_outputs = {**(WavLMModel._can_record_outputs or {}), "attentions": WavLMSkillStudentAttention}
 
@@ -1022,62 +1035,79 @@ class WavLMForSkillStudent(_Student, WavLMModel):
             logger.warning(
                 "The stock model has no `masked_group_norm`: it gives the same outputs for clips without padding only."
             )
-        stock_config = WavLMModel.config_class
-        own = self.config_class().to_dict().keys() - stock_config().to_dict().keys() | {"model_type", "architectures"}
-        fields = {name: value for name, value in self.config.to_dict().items() if name not in own}
-        stock = WavLMModel(stock_config(**fields))
-        state, own = stock.state_dict(), self.state_dict()
+        config_class, student_fields = WavLMModel.config_class, self.config_class().to_dict()
+        added = student_fields.keys() - config_class().to_dict().keys() | {"model_type", "architectures"}
+        fields = {name: value for name, value in self.config.to_dict().items() if name not in added}
+        stock, weights = WavLMModel(config_class(**fields)), self.state_dict()
+        state = stock.state_dict()
         for index, layer in enumerate(self.encoder.layers):
-            prefix = f"encoder.layers.{index}."
-            for projection in ("attention.out_proj", "feed_forward.output_dense"):
-                left = f"{prefix}{projection.partition('.')[0]}.output_bias.bias"
-                if left in own:
-                    own[f"{prefix}{projection}.bias"] = own.pop(left)
-            heads = torch.tensor(layer.attention.heads, dtype=torch.long)
-            rows = (heads[:, None] * layer.attention.head_dim + torch.arange(layer.attention.head_dim)).flatten()
-            units = torch.arange(self.config.intermediate_sizes[index])
-            # Where each tensor of this layer goes: (dimension that was cut, indices that are left).
-            places = {f"attention.{name}_proj.{kind}": (0, rows) for name in "qkv" for kind in ("weight", "bias")}
-            places |= {f"feed_forward.intermediate_dense.{kind}": (0, units) for kind in ("weight", "bias")}
-            places["attention.out_proj.weight"] = (1, rows)
-            places["attention.gru_rel_pos_const"] = (1, heads)
-            places["feed_forward.output_dense.weight"] = (1, units)
-            for name in [name for name in state if name.startswith(prefix + "attention.")] + [
-                name for name in state if name.startswith(prefix + "feed_forward.")
-            ]:
-                whole, left = torch.zeros_like(state[name]), own.pop(name, None)
-                dim, kept = places.get(name.removeprefix(prefix), (None, None))
-                if left is not None:
-                    left = left.to(whole)
-                    whole = left if dim is None else whole.index_copy_(dim, kept, left)
-                state[name] = whole
-        stock.load_state_dict(state | own)
+            for block, projection, kept, number in (
+                ("attention", "out_proj", layer.attention.heads, self.config.num_attention_heads),
+                (
+                    "feed_forward",
+                    "output_dense",
+                    range(self.config.intermediate_sizes[index]),
+                    self.config.intermediate_size,
+                ),
+            ):
+                prefix = f"encoder.layers.{index}.{block}."
+                if f"{prefix}output_bias.bias" in weights:
+                    weights[f"{prefix}{projection}.bias"] = weights.pop(f"{prefix}output_bias.bias")
+                for name in [name for name in state if name.startswith(prefix)]:
+                    whole, narrow = torch.zeros_like(state[name]), weights.pop(name, None)
+                    dim = CUT_TENSORS[block].get(name.removeprefix(prefix))
+                    if narrow is not None and dim is not None:
+                        width = whole.shape[dim] // number  # neighbouring entries of one head or unit
+                        entries = torch.tensor(kept)[:, None] * width + torch.arange(width)
+                        whole.index_copy_(dim, entries.flatten(), narrow.to(whole))
+                    elif narrow is not None:
+                        whole = narrow.to(whole)
+                    state[name] = whole
+        stock.load_state_dict(state | weights)
         return stock.to(device=self.device, dtype=self.dtype).train(self.training)
 
     def refuse_fused(self, use):
         """Raises a `ValueError`, of `use` such as "saved", if the student is fused."""
         if getattr(self, "_is_fused", False):
-            raise ValueError(f"This student is fused and cannot be {use}; load it anew for that.")
+            raise ValueError(f"This student is fused and cannot be {use}. Load it again with `from_pretrained`.")
 
     # Like `add_adapter` of transformers, these work where the package that does it is installed: a student loaded from
     # the Hub has no use for them, and the file that describes it holds no training code.
 
-    def add_gates(self, units=("conv_channels", "attention_heads", "ffn_dims"), width_multiple=1):
-        """Puts a trainable gate on each of `units`; see [`skill_hf.pruning.add_gates`]."""
+    def add_gates(self, units=None, width_multiple=1):
+        """
+        Puts a trainable gate on each of `units`, in place, for training with the skill-hf package.
+
+        Args:
+            units (`Iterable[str]`, *optional*, defaults to `("conv_channels", "attention_heads", "ffn_dims")`):
+                Kinds of units; `attention_blocks` and `ffn_blocks` as well.
+            width_multiple (`int`, *optional*, defaults to 1):
+                What the cut rounds widths of convolutions and feed-forward blocks to a multiple of.
+
+        Raises:
+            `ImportError`: without the skill-hf package.
+            `ValueError`: if the student is fused or has gates already, or a kind of unit is unknown.
+        """
         self.refuse_fused("pruned")
-        _pruning().add_gates(self, units, width_multiple)
+        _act("add_gates", self, units, width_multiple)
 
     def named_gates(self):
-        """Pairs of name and gate, in the order of the layers; see [`skill_hf.pruning.named_gates`]."""
-        return _pruning().named_gates(self)
+        """Pairs of name and gate, in the order of the layers. Needs the skill-hf package."""
+        return _act("named_gates", self)
 
     def num_expected_parameters(self):
-        """Differentiable expected size, a scalar tensor; see [`skill_hf.pruning.num_expected_parameters`]."""
-        return _pruning().num_expected_parameters(self)
+        """Expected number of parameters after the cut, a differentiable scalar. Needs the skill-hf package."""
+        return _act("num_expected_parameters", self)
 
     def prune(self):
-        """Cuts what the gates close, in place, and removes the gates; see [`skill_hf.pruning.prune`]."""
-        _pruning().prune(self)
+        """
+        Cuts what the gates close, in place, and removes the gates.
+
+        Raises:
+            `ImportError`: without the skill-hf package.
+            `ValueError`: if the student has no gates.
+        """
+        _act("prune", self)
 
 
 class _StudentHead(_Student):

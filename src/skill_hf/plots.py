@@ -3,6 +3,7 @@ Figures of a compression. Each function returns a `matplotlib.figure.Figure`, ma
 setting changes. Without matplotlib it raises an `ImportError` that names the extra to install.
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from itertools import cycle
@@ -10,6 +11,8 @@ from string import ascii_uppercase
 
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram
+
+from .units import KINDS, Units, units_of
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; those that are faint on white are left out.
@@ -92,36 +95,37 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
 
 def plot_architecture(config, teacher_config):
     """
-    What is left of each layer, before the teacher's sizes in grey: channels of the convolutions, attention heads (how
-    many, and which), units of the feed-forward blocks. Layers count from 1, as hidden states do.
+    What is left of each layer, before the teacher's sizes in grey: a panel for each kind of unit, such as channels of
+    the convolutions, attention heads (how many, and which) and units of the feed-forward blocks. Layers count from 1,
+    as hidden states do.
 
     Args:
-        config (`PreTrainedConfig`): the student's; `conv_dim`, `remaining_heads` and `intermediate_sizes` are read.
+        config (`PreTrainedConfig`): the student's.
         teacher_config (`PreTrainedConfig`): the teacher's; of a stock model or of a student.
     """
-    figure = _new_figure(8, 6)
-    from matplotlib.colors import ListedColormap
-
-    heads_left, units_left = _heads_and_units(config)
-    heads, units = _heads_and_units(teacher_config)
-    (conv_axes, grid), (head_axes, unit_axes) = figure.subplots(2, 2)
-    _plot_sizes(conv_axes, "Channels per convolution", config.conv_dim, teacher_config.conv_dim)
-    _plot_sizes(head_axes, "Attention heads per layer", [*map(len, heads_left)], [*map(len, heads)])
-    _plot_sizes(unit_axes, "Feed-forward units per layer", units_left, units)
-
-    left = np.full((teacher_config.num_attention_heads, len(heads)), np.nan)
-    for layer in range(len(heads)):
-        left[list(heads[layer]), layer] = 0
-        left[list(heads_left[layer]), layer] = 1
-    x, y = np.arange(left.shape[1] + 1) + 0.5, np.arange(left.shape[0] + 1) - 0.5
-    colours = ListedColormap([LIGHT, COLOURS[0]])
-    grid.pcolormesh(x, y, left, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1)
-    _label(grid, "Which attention heads", ylabel="index of the head", spines=[])
+    bars = {"convolution": [], "layer": []}
+    grids = []
+    for name, kind in KINDS.items():
+        if kind.label is not None:
+            student, teacher = _units_of_kind(config, name), _units_of_kind(teacher_config, name)
+            bars[kind.places].append((f"{kind.label.capitalize()} per {kind.places}", student, teacher))
+            if student[0].indices is not None:
+                grids.append((f"Which {kind.label}", student, teacher))
+    panels = [(_plot_sizes, *panel) for panel in bars["convolution"]]
+    panels += [(_plot_indices, *panel) for panel in grids]
+    panels += [(_plot_sizes, *panel) for panel in bars["layer"]]
+    num_rows = math.ceil(len(panels) / 2)
+    figure = _new_figure(8, 3 * num_rows)
+    places = figure.subplots(num_rows, 2, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.remove()
+    for axes, (plot, *panel) in zip(places, panels, strict=False):
+        plot(axes, *panel)
     for axes in figure.axes:
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(axis="x", length=0)
-        axes.set_xticks(range(1, round(axes.dataLim.xmax) + 1, 1 if axes.dataLim.xmax < 14 else 2))
-    figure.legend(*conv_axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        axes.set_xticks(range(1, int(axes.dataLim.xmax) + 1, 1 if axes.dataLim.xmax < 14 else 2))
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -231,20 +235,30 @@ def _new_figure(width: float, height: float):
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _heads_and_units(config) -> tuple[list, list[int]]:
-    """Indices of the heads and number of feed-forward units in each layer, of a stock model or a student."""
-    layers = config.num_hidden_layers
-    heads = getattr(config, "remaining_heads", [range(config.num_attention_heads)] * layers)
-    return heads, getattr(config, "intermediate_sizes", [config.intermediate_size] * layers)
+def _units_of_kind(config, kind: str) -> list[Units]:
+    return [units for units in units_of(config) if units.kind == kind]
 
 
-def _plot_sizes(axes, title: str, left: list[int], teacher: list[int]) -> None:
-    places = range(1, len(left) + 1)
-    axes.bar(places, teacher, color=LIGHT, label="teacher")
-    bars = axes.bar(places, left, color=COLOURS[0], label="left in the student")
-    axes.bar_label(bars, padding=2, fontsize=7, rotation=90 if len(left) > 8 and max(teacher) > 99 else 0)
-    axes.set_ylim(0, 1.12 * max(teacher))
+def _plot_sizes(axes, title: str, student: list[Units], teacher: list[Units]) -> None:
+    places, sizes = range(1, len(student) + 1), [units.size for units in teacher]
+    axes.bar(places, sizes, color=LIGHT, label="teacher")
+    bars = axes.bar(places, [units.size for units in student], color=COLOURS[0], label="left in the student")
+    axes.bar_label(bars, padding=2, fontsize=7, rotation=90 if len(student) > 8 and max(sizes) > 99 else 0)
+    axes.set_ylim(0, 1.12 * max(sizes))
     _label(axes, title)
+
+
+def _plot_indices(axes, title: str, student: list[Units], teacher: list[Units]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    grid = np.full((teacher[0].whole, len(teacher)), np.nan)
+    for layer, (left, units) in enumerate(zip(student, teacher, strict=True)):
+        grid[list(units.indices), layer] = 0
+        grid[list(left.indices), layer] = 1
+    x, y = np.arange(grid.shape[1] + 1) + 0.5, np.arange(grid.shape[0] + 1) - 0.5
+    colours = ListedColormap([LIGHT, COLOURS[0]])
+    axes.pcolormesh(x, y, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    _label(axes, title, ylabel="index", spines=[])
 
 
 def _label(axes, title="", xlabel="", ylabel="", spines=("left", "bottom")) -> None:

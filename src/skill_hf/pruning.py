@@ -8,6 +8,7 @@ belongs to no head and stays when layer 0 loses its attention.
 
 import bisect
 import copy
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,18 +16,19 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .budgets import ParameterBudget, UnitCosts
-from .gates import DrawHook, GatedForward, GateHook, HardConcreteGate, KeptLayerNorm
+from .budgets import Left, ParameterBudget, UnitCosts
+from .gates import (
+    GateHook,
+    Gating,
+    HardConcreteGate,
+    KeptLayerNorm,
+    as_columns,
+    gate_inputs,
+    has_gates,
+    spread,
+)
+from .units import DEFAULT_KINDS, KINDS, Units, factors_of, module_at, parts_of, units_of
 
-
-# Probability that a unit is closed to begin with (DPHuBERT, arXiv 2305.17651).
-DROP_PROBABILITY = {
-    "conv_channels": 0.01,
-    "attention_heads": 0.01,
-    "ffn_dims": 0.5,
-    "attention_blocks": 0.01,
-    "ffn_blocks": 0.01,
-}
 
 # A unit that is open in fewer than 1 of 100 steps counts as closed for good. Its weights hardly learn any more and the
 # others have learnt to do without it; back to even odds are 4.6 of `log_alpha`, 230 steps all in one direction at the
@@ -37,17 +39,16 @@ CLOSED_PROBABILITY = 0.01
 FIT_TOLERANCE = 0.002
 
 
-def add_gates(
-    student, units: Iterable[str] = ("conv_channels", "attention_heads", "ffn_dims"), width_multiple: int = 1
-) -> None:
+def add_gates(student, units: Iterable[str] | None = None, width_multiple: int = 1) -> None:
     """
     Puts a [`~skill_hf.gates.HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws
     the gates at random, once per forward; in eval mode their deterministic values count.
 
     Args:
         student (`WavLMForSkillStudent`): may be pruned already; what was cut stays cut.
-        units (`Iterable[str]`):
-            Any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`, `ffn_blocks`.
+        units (`Iterable[str]`, *optional*):
+            Kinds of units, any of [`~skill_hf.units.KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`,
+            `attention_blocks`, `ffn_blocks`. The first three by default.
         width_multiple (`int`, *optional*, defaults to 1):
             What `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of,
             where there are as many. Heads have a width of their own.
@@ -55,54 +56,39 @@ def add_gates(
     Raises:
         `ValueError`: if the student has gates already, or a unit is unknown.
     """
-    units = list(units)
-    unknown = set(units) - set(DROP_PROBABILITY)
-    if unknown or not units:
-        raise ValueError(f"`units` must be some of {', '.join(DROP_PROBABILITY)}, but is {units}.")
-    if named_gates(student):
+    kinds = list(DEFAULT_KINDS if units is None else units)
+    if set(kinds) - set(KINDS) or not kinds:
+        raise ValueError(f"`units` must be some of {', '.join(KINDS)}, but is {kinds}.")
+    if has_gates(student):
         raise ValueError("The student has gates already; call `prune()` before adding new ones.")
+    for group in units_of(student.config):
+        if group.kind in kinds and group.size:
+            _add_gate(student, group, width_multiple)
+    student.gating = Gating([gate for _, gate in named_gates(student)], kinds, width_multiple)
+    student.gating.handle = student.register_forward_pre_hook(student.gating)
 
-    def new_gate(owner: nn.Module, name: str, unit: str, size: int, min_open: int = 0) -> HardConcreteGate:
-        multiple_of = width_multiple if unit in ("conv_channels", "ffn_dims") else 1
-        gate = HardConcreteGate(size, DROP_PROBABILITY[unit], min_open, multiple_of).to(student.device)
-        gate.train(student.training)
-        setattr(owner, name, gate)
-        return gate
 
-    def act_on_inputs(module: nn.Module, gate: HardConcreteGate, repeats: int = 1) -> None:
-        module.forward = GatedForward(module, gate, repeats)
+def _add_gate(student, units: Units, width_multiple: int) -> None:
+    kind = KINDS[units.kind]
+    multiple_of = width_multiple if kind.has_multiples else 1
+    gate = HardConcreteGate(units.size, kind.drop_probability, kind.min_open, multiple_of).to(student.device)
+    gate.train(student.training)
+    _set_module(student, units.gate, gate)
+    for name in units.norms:
+        norm = module_at(student, name)
+        if isinstance(norm, nn.LayerNorm):
+            _set_module(student, name, KeptLayerNorm(norm, gate))
+    if units.reader is not None:
+        gate_inputs(module_at(student, units.reader), gate, units.recurs)
+    for name in units.outputs:
+        module = module_at(student, name)
+        if module is not None:
+            module.register_forward_hook(GateHook(gate))
 
-    if "conv_channels" in units:
-        conv_layers = student.feature_extractor.conv_layers
-        for index, layer in enumerate(conv_layers):
-            # Without a single channel there would be no features at all.
-            gate = new_gate(layer, "channel_gate", "conv_channels", layer.conv.out_channels, min_open=1)
-            if isinstance(getattr(layer, "layer_norm", None), nn.LayerNorm):
-                layer.layer_norm = KeptLayerNorm(layer.layer_norm, gate)
-            if index + 1 < len(conv_layers):
-                act_on_inputs(conv_layers[index + 1].conv, gate)
-        # The last gate acts behind the projection's norm: before it, a value between 0 and 1 could be folded into
-        # nothing. There it scales the columns of the projection, and the cut convolutions stay stock ones.
-        projection = student.feature_projection
-        projection.layer_norm = KeptLayerNorm(projection.layer_norm, gate)
-        act_on_inputs(projection.projection, gate)
-    for layer in student.encoder.layers:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        if "attention_heads" in units and attention.heads:
-            gate = new_gate(attention, "head_gate", "attention_heads", len(attention.heads))
-            act_on_inputs(attention.out_proj, gate, attention.head_dim)
-        if "attention_blocks" in units and attention.output is not None:
-            gate = new_gate(attention, "block_gate", "attention_blocks", 1)
-            attention.output.register_forward_hook(GateHook(gate))
-        if "ffn_dims" in units and feed_forward.intermediate_dense is not None:
-            gate = new_gate(feed_forward, "dim_gate", "ffn_dims", feed_forward.intermediate_dense.out_features)
-            act_on_inputs(feed_forward.output_dense, gate)
-        if "ffn_blocks" in units and feed_forward.output is not None:
-            gate = new_gate(feed_forward, "block_gate", "ffn_blocks", 1)
-            feed_forward.output.register_forward_hook(GateHook(gate))
-    student._gate_settings = {"units": units, "width_multiple": width_multiple}
-    student._gate_draw = DrawHook([gate for _, gate in named_gates(student)])
-    student._gate_draw_handle = student.register_forward_pre_hook(student._gate_draw)
+
+def _set_module(student, name: str, module: nn.Module) -> None:
+    owner, _, name = name.rpartition(".")
+    setattr(student.get_submodule(owner), name, module)
 
 
 def named_gates(student) -> list[tuple[str, HardConcreteGate]]:
@@ -112,7 +98,7 @@ def named_gates(student) -> list[tuple[str, HardConcreteGate]]:
 
 def seed_gates(student, seed: int | None) -> None:
     """Makes the noise of the next forwards a function of `seed` alone; `None` returns to torch's global generator."""
-    student._gate_draw.seed = seed
+    student.gating.seed = seed
 
 
 def num_parameters(student) -> int:
@@ -132,33 +118,38 @@ def num_expected_parameters(student) -> torch.Tensor:
 
 def expected_cost(student, costs: UnitCosts) -> torch.Tensor:
     """
-    Expected cost of a model that is drawn by the gates' probabilities, as exact and as differentiable.
+    Expected cost of a model that is drawn by the gates' probabilities, as exact and as differentiable. Without gates
+    it is the cost of the student that `costs` are of.
 
     The cut rounds instead of drawing. With gates of whole blocks the two can be far apart while gates are undecided: a
     block that is open with a probability of 0.6 counts 0.6 of its units here, but the cut keeps it with all of them.
     [`fit_gates`] goes by what the cut leaves and makes up for the difference.
     """
-    gates = [gate for _, gate in named_gates(student)]
+    gates = dict(named_gates(student))
     if not gates:
-        return torch.tensor(costs.count(student, lambda gate: (gate.size, 1)), dtype=torch.float64)
+        return torch.tensor(costs.count(), dtype=torch.float64)
     # All gates at once: a GPU takes as long for a short tensor.
-    log_odds = torch.cat([gate.log_odds() for gate in gates])
+    log_odds = torch.cat([gate.log_odds() for gate in gates.values()])
     log_odds = log_odds if log_odds.device.type == "mps" else log_odds.double()
-    sizes = [gate.size for gate in gates]
-    num_open = torch.stack([of.sum() for of in torch.sigmoid(log_odds).split(sizes)])
-    all_closed = torch.stack([of.sum() for of in nn.functional.logsigmoid(-log_odds).split(sizes)]).exp()
-    expected = dict(zip(gates, zip(num_open.unbind(), (1 - all_closed).unbind(), strict=True), strict=True))
-    return costs.count(student, expected.__getitem__)
+    sizes = [gate.size for gate in gates.values()]
+    num_open = torch.stack([probabilities.sum() for probabilities in torch.sigmoid(log_odds).split(sizes)])
+    log_closed = nn.functional.logsigmoid(-log_odds)
+    all_closed = torch.stack([logarithms.sum() for logarithms in log_closed.split(sizes)]).exp()
+    return costs.count(dict(zip(gates, map(Left, num_open.unbind(), (1 - all_closed).unbind()), strict=True)))
 
 
 def cost_after_pruning(student, costs: UnitCosts) -> int:
     """Cost of the model that `prune` would leave now."""
-    return costs.count(student, lambda gate: (gate.num_open(), gate.num_open() > 0))
+    return costs.count(_left({name: gate.num_open() for name, gate in named_gates(student)}))
 
 
 def min_cost(student, costs: UnitCosts) -> int:
     """Cost of what would be left with every gate closed: no sparsity beyond it can be reached."""
-    return costs.count(student, lambda gate: (gate.min_open, gate.min_open > 0))
+    return costs.count(_left({name: gate.min_open for name, gate in named_gates(student)}))
+
+
+def _left(numbers: dict[str, int]) -> dict[str, Left]:
+    return {name: Left(number, int(number > 0)) for name, number in numbers.items()}
 
 
 @torch.no_grad()
@@ -180,22 +171,23 @@ def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
         `ValueError`: if even closing every gate leaves more than `wanted`.
     """
     costs = ParameterBudget().unit_costs(student) if costs is None else costs
-    least = min_cost(student, costs)
-    if wanted < least:
+    minimum = min_cost(student, costs)
+    if wanted < minimum:
         raise ValueError(
-            f"No setting of the gates leaves {wanted:,} {costs.noun}: what has no gate is {least:,} already. Lower"
-            " `target_sparsity` or add `pruning_units`."
+            f"No setting of the gates leaves {wanted:,} {costs.quantity}: what has no gate is {minimum:,} already."
+            " Lower `target_sparsity` or add `pruning_units`."
         )
-    gates = [gate for _, gate in named_gates(student)]
+    gates = dict(named_gates(student))
     # A shift moves whole heads, channels and blocks. It stops below the cost that is asked for, and the finest units
     # that can fill what is left.
-    shift = _bisect_shift(student, gates, wanted, costs, below=True)
-    for kind in (".dim_gate", ".channel_gate", ".head_gate", ".block_gate"):
+    shift = _bisect_shift(student, list(gates.values()), wanted, costs, below=True)
+    ranks = {units.gate: KINDS[units.kind].coarseness for units in units_of(student.config)}
+    for rank in sorted(set(ranks.values())):
         if abs(cost_after_pruning(student, costs) - wanted) <= FIT_TOLERANCE * wanted:
             break
-        of_kind = [gate for name, gate in named_gates(student) if name.endswith(kind)]
-        if of_kind:
-            _bisect_shift(student, of_kind, wanted, costs)
+        same_rank = [gate for name, gate in gates.items() if ranks[name] == rank]
+        if same_rank:
+            _bisect_shift(student, same_rank, wanted, costs)
     return shift
 
 
@@ -227,12 +219,12 @@ def prune(student) -> None:
     Raises:
         `ValueError`: if the student has no gates.
     """
-    if not hasattr(student, "_gate_draw"):
+    if not has_gates(student):
         raise ValueError("The student has no gates to prune by; call `add_gates()` first.")
     cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
     _rebuild(student, cut.config, cut(_folded(student)))
-    student._gate_draw_handle.remove()
-    del student._gate_draw, student._gate_draw_handle, student._gate_settings
+    student.gating.handle.remove()
+    student.gating = None
 
 
 @torch.no_grad()
@@ -269,8 +261,8 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
         return kept
 
     def cost_at(threshold: float) -> int:
-        left = {gate: int(kept.sum()) for gate, kept in kept_at(threshold).items()}
-        return costs.count(student, lambda gate: (left[gate], int(left[gate] > 0)))
+        kept = kept_at(threshold)
+        return costs.count(_left({name: int(kept[gate].sum()) for name, gate in gates}))
 
     candidates = torch.cat([probabilities[gate][closed[gate]] for _, gate in gates]).unique()
     candidates = [*candidates[candidates < CLOSED_PROBABILITY].tolist(), CLOSED_PROBABILITY]
@@ -279,8 +271,8 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     if all(of_gate.all() for of_gate in kept.values()):
         return None
     cut = Cut(student, {name: kept[gate].nonzero().flatten().to(gate.log_alpha.device) for name, gate in gates})
-    _rebuild(student, cut.config, cut(student.state_dict()), student._gate_settings)
-    student._gate_draw.gates = [gate for _, gate in named_gates(student)]
+    _rebuild(student, cut.config, cut(student.state_dict()), keep_gates=True)
+    student.gating.gates = [gate for _, gate in named_gates(student)]
     return cut
 
 
@@ -298,80 +290,30 @@ class Cut:
     """
 
     def __init__(self, student, kept: dict[str, torch.Tensor]):
-        self.config = config = copy.deepcopy(student.config)
-        self._places: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-        self._gone: set[str] = set()
-        self._renamed: dict[str, str] = {}
-        names = list(student.state_dict())
-
-        def units_left(gate: str, size: int) -> torch.Tensor:
-            return kept[gate] if gate in kept else torch.arange(size, device=student.device)
-
-        def take(name: str, dim: int, indices: torch.Tensor) -> None:
-            self._places[name].append((dim, indices))
-
-        def drop(prefix: str, *, but: tuple[str, ...] = ()) -> None:
-            but = tuple(prefix + name for name in but)
-            self._gone.update(name for name in names if name.startswith(prefix) and not name.startswith(but))
-
-        def leave_bias(block: str, projection: str) -> None:
-            """A projection without inputs leaves its bias, if it has not done so already."""
-            self._renamed[f"{block}{projection}.bias"] = f"{block}output_bias.bias"
-
-        config.conv_dim = []
-        indices = None
-        for index, layer in enumerate(student.feature_extractor.conv_layers):
-            prefix = f"feature_extractor.conv_layers.{index}."
-            if indices is not None:
-                take(f"{prefix}conv.weight", 1, indices)
-            indices = units_left(f"{prefix}channel_gate", layer.conv.out_channels)
-            for name in ("conv.weight", "conv.bias", "layer_norm.weight", "layer_norm.bias", "channel_gate.log_alpha"):
-                take(prefix + name, 0, indices)
-            config.conv_dim.append(len(indices))
-        for name in ("layer_norm.weight", "layer_norm.bias"):
-            take(f"feature_projection.{name}", 0, indices)
-        take("feature_projection.projection.weight", 1, indices)
-
-        for index, layer in enumerate(student.encoder.layers):
-            attention, feed_forward = layer.attention, layer.feed_forward
-            prefix = f"encoder.layers.{index}.attention."
-            block = units_left(f"{prefix}block_gate", int(attention.output is not None))
-            heads = units_left(f"{prefix}head_gate", len(attention.heads))
-            if not len(block):
-                heads = heads[:0]
-                drop(prefix, but=("rel_attn_embed",))
-            elif not len(heads):
-                leave_bias(prefix, "out_proj")
-                drop(prefix, but=("rel_attn_embed", "out_proj.bias", "output_bias", "block_gate"))
-            else:
-                dims = torch.arange(attention.head_dim, device=heads.device)
-                rows = (heads[:, None] * attention.head_dim + dims).flatten()
-                for name in ("q_proj", "k_proj", "v_proj"):
-                    take(f"{prefix}{name}.weight", 0, rows)
-                    take(f"{prefix}{name}.bias", 0, rows)
-                take(f"{prefix}gru_rel_pos_const", 1, heads)
-                take(f"{prefix}out_proj.weight", 1, rows)
-                take(f"{prefix}head_gate.log_alpha", 0, heads)
-            config.remaining_heads[index] = [attention.heads[head] for head in heads.tolist()]
-            _record_removed(config.removed_attention_blocks, index, not len(block))
-
-            prefix = f"encoder.layers.{index}.feed_forward."
-            dense = feed_forward.intermediate_dense
-            block = units_left(f"{prefix}block_gate", int(feed_forward.output is not None))
-            units = units_left(f"{prefix}dim_gate", 0 if dense is None else dense.out_features)
-            if not len(block):
-                units = units[:0]
-                drop(prefix)
-            elif not len(units):
-                leave_bias(prefix, "output_dense")
-                drop(prefix, but=("output_dense.bias", "output_bias", "block_gate"))
-            else:
-                take(f"{prefix}intermediate_dense.weight", 0, units)
-                take(f"{prefix}intermediate_dense.bias", 0, units)
-                take(f"{prefix}output_dense.weight", 1, units)
-                take(f"{prefix}dim_gate.log_alpha", 0, units)
-            config.intermediate_sizes[index] = len(units)
-            _record_removed(config.removed_ffn_blocks, index, not len(block))
+        self.config = copy.deepcopy(student.config)
+        groups = units_of(student.config)
+        indices = {
+            units.gate: kept.get(units.gate, torch.arange(units.size, device=student.device)) for units in groups
+        }
+        empty = {gate for gate, of_gate in indices.items() if not len(of_gate)}
+        for units in groups:
+            if empty.intersection(units.inside):
+                indices[units.gate] = indices[units.gate][:0]
+            KINDS[units.kind].record(self.config, units.place, indices[units.gate].tolist())
+        empty = {gate for gate, of_gate in indices.items() if not len(of_gate)}
+        parts = parts_of(groups)
+        self._gone = {name for name in parts if any(gate in empty for gate, _ in factors_of(parts[name]))}
+        # A projection without inputs leaves its bias.
+        self._renamed = {
+            f"{units.reader}.bias": f"{units.left_bias}.bias"
+            for units in groups
+            if units.left_bias is not None and units.gate in empty
+        }
+        self._places = {
+            name: [(dim, units, indices[units.gate]) for units, dim in of_tensor if dim is not None]
+            for name, of_tensor in parts.items()
+            if name not in self._gone
+        }
 
     def name_of(self, name: str) -> str | None:
         """What the parameter `name` is called in the student that is left; `None` if it is gone."""
@@ -379,14 +321,16 @@ class Cut:
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What is left of `tensor`, which has the shape of the parameter `name`."""
-        for dim, indices in self._places.get(name, ()):
-            tensor = tensor.index_select(dim, indices)
+        for dim, units, indices in self._places.get(name, ()):
+            kept = torch.zeros(units.size, dtype=torch.bool, device=indices.device).index_fill(0, indices, True)
+            entries = spread(kept, tensor.shape[dim], units.recurs).nonzero().flatten()
+            tensor = tensor.index_select(dim, entries)
         return tensor
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What is left of `tensors`, by the names of before, under their new names."""
-        left = {name: tensor for name, tensor in tensors.items() if name not in self._gone}
-        return {self.name_of(name): self.tensor(name, tensor) for name, tensor in left.items()}
+        kept = {name: tensor for name, tensor in tensors.items() if name not in self._gone}
+        return {self.name_of(name): self.tensor(name, tensor) for name, tensor in kept.items()}
 
 
 def _folded(student) -> dict[str, torch.Tensor]:
@@ -394,46 +338,30 @@ def _folded(student) -> dict[str, torch.Tensor]:
     gates = dict(named_gates(student))
     prefixes = tuple(f"{name}." for name in gates)
     state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(prefixes)}
-
-    def value(name: str, size: int) -> torch.Tensor:
-        return gates[name].deterministic() if name in gates else torch.ones(size, device=student.device)
-
-    def scale(name: str, by: torch.Tensor) -> None:
-        if name in state:
-            state[name] = state[name] * by.to(state[name].dtype)
-
-    conv_layers = student.feature_extractor.conv_layers
-    for index, layer in enumerate(conv_layers):
-        channels = value(f"feature_extractor.conv_layers.{index}.channel_gate", layer.conv.out_channels)
-        if index + 1 < len(conv_layers):
-            scale(f"feature_extractor.conv_layers.{index + 1}.conv.weight", channels[:, None])
-        else:
-            scale("feature_projection.projection.weight", channels)
-    for index, layer in enumerate(student.encoder.layers):
-        attention, dense = layer.attention, layer.feed_forward.intermediate_dense
-        prefix = f"encoder.layers.{index}.attention."
-        block, heads = value(f"{prefix}block_gate", 1), value(f"{prefix}head_gate", len(attention.heads))
-        scale(f"{prefix}out_proj.weight", heads.repeat_interleave(attention.head_dim) * block)
-        for name in ("out_proj.bias", "output_bias.bias"):
-            scale(prefix + name, block)
-        prefix = f"encoder.layers.{index}.feed_forward."
-        block = value(f"{prefix}block_gate", 1)
-        units = value(f"{prefix}dim_gate", 0 if dense is None else dense.out_features)
-        scale(f"{prefix}output_dense.weight", units * block)
-        for name in ("output_dense.bias", "output_bias.bias"):
-            scale(prefix + name, block)
+    factors = defaultdict(list)
+    for units in units_of(student.config):
+        if units.gate not in gates:
+            continue
+        values = gates[units.gate].deterministic()
+        if units.reader is not None:
+            weight = f"{units.reader}.weight"
+            factors[weight].append(as_columns(values, state[weight], units.recurs))
+        for module, kind in itertools.product(units.outputs, ("weight", "bias")):
+            factors[f"{module}.{kind}"].append(values)
+    for name in factors.keys() & state.keys():
+        state[name] = state[name] * math.prod(factors[name]).to(state[name].dtype)
     return state
 
 
-def _rebuild(student, config, state: dict[str, torch.Tensor], gates: dict | None = None) -> None:
-    """Gives the student, in place, the layers of `config`, gates by these settings, and the tensors of `state`."""
+def _rebuild(student, config, state: dict[str, torch.Tensor], keep_gates: bool = False) -> None:
+    """Gives the student, in place, the layers of `config`, gates of the same settings, and the tensors of `state`."""
     trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             rebuilt = type(student)(config)
-        if gates is not None:
-            add_gates(rebuilt, **gates)
+        if keep_gates:
+            add_gates(rebuilt, student.gating.kinds, student.gating.width_multiple)
     rebuilt.load_state_dict(state, assign=True)
     rebuilt.train(student.training)
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
@@ -454,14 +382,6 @@ def _rebuild(student, config, state: dict[str, torch.Tensor], gates: dict | None
 
 def set_trainable(student, trainable: dict[str, bool]) -> None:
     """Has each parameter of a pruned student require a gradient if it did before, by its name of then."""
+    before = {f"{units.left_bias}.bias": f"{units.reader}.bias" for units in units_of(student.config)}
     for name, parameter in student.named_parameters():
-        if name not in trainable:  # the bias that a projection has left
-            projection = "out_proj" if ".attention." in name else "output_dense"
-            name = name.replace("output_bias", projection)
-        parameter.requires_grad_(trainable[name])
-
-
-def _record_removed(removed: list[int], index: int, gone: bool) -> None:
-    if gone and index not in removed:
-        removed.append(index)
-        removed.sort()
+        parameter.requires_grad_(trainable[name if name in trainable else before[name]])

@@ -17,7 +17,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
-from . import model_card, pruning
+from . import model_card
+from .gates import has_gates
 from .loading import load_feature_extractor
 from .skill_config import SKILL_CONFIG_NAME
 from .version import __version__
@@ -67,7 +68,7 @@ def push_model(
     Raises:
         `ValueError`: if the student still has its gates.
     """
-    if pruning.named_gates(model):
+    if has_gates(model):
         raise ValueError(
             "The student still has its gates: call `prune()`, or let `train()` end, before publishing it."
         )

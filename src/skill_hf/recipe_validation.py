@@ -12,6 +12,7 @@ from .data import samples_per_frame
 from .families import empty_student
 from .gates import OPEN_SHIFT
 from .skill_config import SkillConfig, gate_travel
+from .units import KINDS
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def validate_recipe(
     if config.target_sparsity > most:
         raise ValueError(
             f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"
-            f" more than {most:.3f} of this teacher's {budget.noun} can be removed."
+            f" more than {most:.3f} of this teacher's {budget.quantity} can be removed."
         )
 
 
@@ -87,7 +88,7 @@ def warn_of_slow_gates(config: SkillConfig, joint_steps: int) -> None:
     if rate is None or not joint_steps:
         return
     # A unit is as likely open as closed at OPEN_SHIFT.
-    drop = min(pruning.DROP_PROBABILITY[unit] for unit in config.pruning_units)
+    drop = min(KINDS[unit].drop_probability for unit in config.pruning_units)
     distance = math.log((1 - drop) / drop) - OPEN_SHIFT
     if gate_travel(rate, joint_steps) < distance:
         logger.warning(

@@ -10,16 +10,15 @@ from pathlib import Path
 
 from . import fields
 from .files import parse_json
+from .units import COSTS_OF_CONVOLUTIONS, COSTS_OF_LAYERS, DEFAULT_KINDS, KINDS
 
 
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
-PRUNING_UNITS = ("conv_channels", "attention_heads", "ffn_dims", "attention_blocks", "ffn_blocks")
 STUDENT_LAYERS = ("group", "last")
 BUDGETS = ("parameters", "macs", "latency")
 # What `latency_costs` must hold; a cost is a number, of convolutions one for each.
-COSTS_OF_CONVOLUTIONS = ("channel_pairs", "conv_channels")
-COSTS = (*COSTS_OF_CONVOLUTIONS, "projection", "attention_heads", "any_head", "ffn_dims", "any_ffn_dim", "fixed")
+COSTS = (*COSTS_OF_CONVOLUTIONS, "projection", *COSTS_OF_LAYERS, "fixed")
 LATENCY_ENTRIES = {"picoseconds": COSTS, "architecture": ("conv_kernel",), "measured_on": ("batch_size", "seconds")}
 
 SKILL_CONFIG_NAME = "skill_config.json"
@@ -172,8 +171,8 @@ class SkillConfig:
         None, "Steps over which the target rises from 0; by default a tenth of the first stage, at most 5000."
     )
     pruning_units: list[str] = _help(
-        ["conv_channels", "attention_heads", "ffn_dims"],
-        "What may be removed: conv_channels, attention_heads, ffn_dims, attention_blocks, ffn_blocks.",
+        list(DEFAULT_KINDS),
+        f"What may be removed: {', '.join(KINDS)}.",
     )
     width_multiple: int = _help(
         1, "What the cut rounds widths of convolutions and feed-forward blocks to a multiple of, such as 8 or 16."
@@ -390,7 +389,7 @@ FIELD_KINDS = {
     "budget_seconds": fields.number(above=0),
     "latency_costs": fields.optional(_latency_costs),
     "sparsity_warmup_steps": fields.optional(fields.whole(0)),
-    "pruning_units": fields.some_of(PRUNING_UNITS),
+    "pruning_units": fields.some_of(KINDS),
     "width_multiple": fields.whole(1),
     "gate_learning_rate": fields.optional(fields.number(least=0)),
     "shared_gate_noise": fields.true_or_false,

@@ -59,7 +59,7 @@ from .divergence import FiniteWatch, refuse_non_finite
 from .early_stopping import restore_patience, stopped_early, without_early_stopping
 from .families import STUDENT_CLASSES, build_student, fast_teacher, load_teacher
 from .files import keep_sources
-from .gates import noise_seed
+from .gates import has_gates, noise_seed
 from .interruption import Interruption
 from .loading import check_encoder, check_feature_extractor, load_feature_extractor, plain_feature_extractor
 from .losses import sparsity_at
@@ -189,7 +189,7 @@ class SkillDistillationTrainer(Trainer):
         self.num_teacher_parameters = sum(parameter.numel() for parameter in self.teacher.parameters())
         student = build_student(self.teacher) if model is None else model
         student_class = STUDENT_CLASSES[self.teacher.config.model_type]
-        if not isinstance(student, student_class) or pruning.named_gates(student):
+        if not isinstance(student, student_class) or has_gates(student):
             raise ValueError(
                 f"`model` must be a {student_class.__name__} without gates, but is a {type(student).__name__}"
                 f"{' with gates' if isinstance(student, student_class) else ''}."
@@ -506,7 +506,7 @@ class SkillDistillationTrainer(Trainer):
                 " chooses the units to cut. With more steps, or a %s `gate_learning_rate`, stage 1 gets closer by"
                 " itself.",
                 f"{left:,}",
-                costs.noun,
+                costs.quantity,
                 f"{wanted:,}",
                 shift,
                 "larger" if left > wanted else "smaller",
@@ -607,7 +607,7 @@ class SkillDistillationTrainer(Trainer):
                 self.student.config.to_json_file(str(Path(output_dir) / "config.json"))
                 self.skill_config.save_pretrained(output_dir)
                 write_skill_state(output_dir, self._skill_state())
-        elif pruning.named_gates(self.student):
+        elif has_gates(self.student):
             raise ValueError("The student still has its gates: finish `train()` (or resume it) before saving.")
         elif self.args.should_save:
             keep_sources(output_dir, self.sources)
@@ -657,7 +657,7 @@ class SkillDistillationTrainer(Trainer):
             `ValueError`: if the student is being trained or still has its gates.
             `OSError`: if the Hub cannot be reached or refuses; the student has been saved by then.
         """
-        if isinstance(self.model, SkillDistiller) or pruning.named_gates(self.student):
+        if isinstance(self.model, SkillDistiller) or has_gates(self.student):
             raise ValueError("The student is not finished: let `train()` end (or resume it) before publishing it.")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)

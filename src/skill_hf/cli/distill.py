@@ -235,7 +235,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
         "Teacher %s: %s %s, of which a share of %s shall go",
         model_args.teacher_name_or_path,
         f"{trainer.teacher_cost:,}",
-        trainer.budget.noun,
+        trainer.budget.quantity,
         skill_config.target_sparsity,
     )
     resume = training_args.resume_from_checkpoint
@@ -278,7 +278,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
             "Student of %s parameters (sparsity %.4f, of %s) in %s; it loads with AutoModel.from_pretrained",
             f"{results['student_parameters']:,}",
             results["sparsity"],
-            trainer.budget.noun,
+            trainer.budget.quantity,
             training_args.output_dir,
         )
     if report is not None:

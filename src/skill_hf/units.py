@@ -1,0 +1,338 @@
+"""
+What can be pruned, described once: each kind of unit with its tensors, the map that reads it, its norms, its size.
+
+Gates, costs, the cut, the folding of gate values, measurements of latency, model card and figures go by this table. A
+kind that is added is one more entry of `KINDS`, as long as the student's class can be built from what its `record`
+writes into the config.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from .configuration_wavlm_skill_student import CUT_TENSORS
+
+
+@dataclass(frozen=True)
+class Units:
+    """
+    The units of one kind in one place, such as the heads of a layer. Each can be removed by itself.
+
+    Modules and tensors are given by their names in the encoder. Names that an encoder does not have are ignored, so
+    that one description serves layers with and without biases or norms.
+
+    Args:
+        kind (`str`): key of `KINDS`.
+        place (`int`): index of the convolution or layer.
+        gate (`str`): name of the gate, in the module that the units belong to.
+        size (`int`): how many there are; 0 if none is left.
+        whole (`int`, *optional*): how many the teacher has, if the config tells.
+        indices (`Sequence[int]`, *optional*): which of the teacher's they are, if the config tells.
+        tensors (`dict[str, int]`): tensors that are cut, and the dimension.
+        reader (`str`, *optional*): linear map or convolution whose inputs they are; gates scale its columns.
+        recurs (`bool`):
+            Whether a unit is one of every few entries, such as a dimension that each head has, where a tensor is
+            larger than the number of units. Otherwise the entries of a unit are neighbours, as those of a head are.
+        norms (`tuple[str, ...]`): layer norms over the units.
+        shared (`tuple[str, ...]`): modules that serve all units and are removed with the last of them.
+        left_bias (`str`, *optional*): module that keeps the bias of `reader` when no unit is left.
+        outputs (`tuple[str, ...]`): modules whose outputs the gate scales; they are removed with the unit.
+        contains (`tuple[str, ...]`): modules all of whose units are removed with this unit.
+        inside (`tuple[str, ...]`):
+            Gates of other units without the last of which these are removed. [`units_of`] adds those of the units
+            that contain these.
+    """
+
+    kind: str
+    place: int
+    gate: str
+    size: int
+    whole: int | None = None
+    indices: Sequence[int] | None = None
+    tensors: dict[str, int] = field(default_factory=dict)
+    reader: str | None = None
+    recurs: bool = False
+    norms: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    left_bias: str | None = None
+    outputs: tuple[str, ...] = ()
+    contains: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Name of the module that the units belong to."""
+        return self.gate.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    A kind of unit.
+
+    Args:
+        find (`Callable`): (config, place) -> [`Units`], of a stock model or a student, also where none is left.
+        record (`Callable`): (config, place, kept) writes into a student's config, in place, which units are left.
+        places (`str`): `convolution` or `layer`: what has such units.
+        drop_probability (`float`): probability that a unit is closed when its gate is made.
+        coarseness (`int`): rank by the size of a unit. The finest kinds make up for what coarser ones miss.
+        is_default (`bool`): whether it is pruned by default.
+        min_open (`int`): units of each place that are never cut.
+        has_multiples (`bool`): whether `width_multiple` applies.
+        label (`str`, *optional*):
+            What tables and figures call the units, in the plural. `None` if they show in the numbers of another kind.
+        part (`str`, *optional*): what the latency of their module is called. `None` if it is not measured.
+        shared_cost (`str`, *optional*):
+            What the latency is called that all units of a layer share. Kinds of layers with a `part` have one.
+        first_measured (`int`): first place whose latency counts.
+        products (`Callable`, *optional*):
+            (config, frames) -> multiply-accumulates of one unit for that many frames besides those of its weights.
+    """
+
+    find: Callable
+    record: Callable
+    places: str
+    drop_probability: float
+    coarseness: int
+    is_default: bool = False
+    min_open: int = 0
+    has_multiples: bool = False
+    label: str | None = None
+    part: str | None = None
+    shared_cost: str | None = None
+    first_measured: int = 0
+    products: Callable | None = None
+
+
+class Part(NamedTuple):
+    """How units affect a tensor: they are cut from dimension `dim`, or it is removed with the last of them."""
+
+    units: Units
+    dim: int | None = None
+
+
+class Factor(NamedTuple):
+    """The number of units that are left behind a gate or, if `some`, whether any is (1 or 0)."""
+
+    gate: str
+    some: bool = False
+
+
+def units_of(config) -> list[Units]:
+    """All units of a model with this config, of a stock model or a student, in the order of the forward pass."""
+    num_places = {"convolution": len(config.conv_dim), "layer": config.num_hidden_layers}
+    groups = [kind.find(config, place) for kind in KINDS.values() for place in range(num_places[kind.places])]
+    order = list(num_places)
+    groups.sort(key=lambda units: (order.index(KINDS[units.kind].places), units.place, units.module))
+    containers = defaultdict(list)
+    for units in groups:
+        for module in units.contains:
+            containers[module].append(units)
+    return [replace(units, inside=(*units.inside, *_gates_around(units, containers))) for units in groups]
+
+
+def _gates_around(units: Units, containers: dict[str, list[Units]]) -> Iterator[str]:
+    path = units.module.split(".")
+    for length in range(1, len(path) + 1):
+        for container in containers.get(".".join(path[:length]), ()):
+            # A block belongs to the module that it contains.
+            if not units.contains or set(units.contains) < set(container.contains):
+                yield container.gate
+
+
+def sizes_of(config) -> dict[str, list[int]]:
+    """Number of units in each place, by kind."""
+    sizes = {kind: [] for kind in KINDS}
+    for units in units_of(config):
+        sizes[units.kind].append(units.size)
+    return sizes
+
+
+def parts_of(groups: Iterable[Units]) -> dict[str, list[Part]]:
+    """Name of a tensor -> the units that it is cut by or removed with, besides the units that contain these."""
+    parts = defaultdict(list)
+    for units in groups:
+        for name, dim in units.tensors.items():
+            parts[name].append(Part(units, dim))
+        parts[f"{units.gate}.log_alpha"].append(Part(units, 0))
+        for module in units.shared + units.outputs:
+            for kind in ("weight", "bias"):
+                parts[f"{module}.{kind}"].append(Part(units))
+    return parts
+
+
+def factors_of(parts: Iterable[Part]) -> tuple[Factor, ...]:
+    """What the size of a tensor is proportional to."""
+    factors = {}
+    for units, dim in parts:
+        for gate in units.inside:
+            factors.setdefault(gate, Factor(gate, some=True))
+        factors[units.gate] = Factor(units.gate, some=dim is None)
+    return tuple(factors.values())
+
+
+def module_at(model, name: str):
+    """The module of this name, or `None` if there is none."""
+    owner, _, name = name.rpartition(".")
+    return getattr(model.get_submodule(owner), name, None)
+
+
+# ---- The kinds ----
+
+
+def _conv_channels(config, place: int) -> Units:
+    name = f"feature_extractor.conv_layers.{place}"
+    norms, reader = (f"{name}.layer_norm",), f"feature_extractor.conv_layers.{place + 1}.conv"
+    if place + 1 == len(config.conv_dim):
+        # The last gate acts after the projection's norm. Before it, a value between 0 and 1 could not be folded into
+        # any weight. There it scales the columns of the projection, and the cut convolutions stay stock ones.
+        norms, reader = (*norms, "feature_projection.layer_norm"), "feature_projection.projection"
+    modules = (f"{name}.conv", *norms)
+    return Units(
+        "conv_channels",
+        place,
+        f"{name}.channel_gate",
+        config.conv_dim[place],
+        tensors={f"{module}.{kind}": 0 for module in modules for kind in ("weight", "bias")} | {f"{reader}.weight": 1},
+        reader=reader,
+        norms=norms,
+    )
+
+
+def _record_channels(config, place: int, kept: Sequence[int]) -> None:
+    config.conv_dim = [len(kept) if index == place else size for index, size in enumerate(config.conv_dim)]
+
+
+def _attention_heads(config, layer: int) -> Units:
+    heads = getattr(config, "remaining_heads", None)
+    heads = range(config.num_attention_heads) if heads is None else heads[layer]
+    name = f"encoder.layers.{layer}.attention"
+    return Units(
+        "attention_heads",
+        layer,
+        f"{name}.head_gate",
+        len(heads),
+        whole=config.num_attention_heads,
+        indices=heads,
+        tensors=_tensors_of_block(name, "attention"),
+        reader=f"{name}.out_proj",
+        shared=(f"{name}.gru_rel_pos_linear",),
+        left_bias=f"{name}.output_bias",
+    )
+
+
+def _record_heads(config, layer: int, kept: Sequence[int]) -> None:
+    config.remaining_heads[layer] = [config.remaining_heads[layer][index] for index in kept]
+
+
+def _ffn_dims(config, layer: int) -> Units:
+    sizes, name = getattr(config, "intermediate_sizes", None), f"encoder.layers.{layer}.feed_forward"
+    return Units(
+        "ffn_dims",
+        layer,
+        f"{name}.dim_gate",
+        config.intermediate_size if sizes is None else sizes[layer],
+        whole=config.intermediate_size,
+        tensors=_tensors_of_block(name, "feed_forward"),
+        reader=f"{name}.output_dense",
+        left_bias=f"{name}.output_bias",
+    )
+
+
+def _record_ffn_dims(config, layer: int, kept: Sequence[int]) -> None:
+    config.intermediate_sizes[layer] = len(kept)
+
+
+def _attention_block(config, layer: int) -> Units:
+    return _block("attention_blocks", f"encoder.layers.{layer}.attention", "out_proj", config, layer)
+
+
+def _ffn_block(config, layer: int) -> Units:
+    return _block("ffn_blocks", f"encoder.layers.{layer}.feed_forward", "output_dense", config, layer)
+
+
+def _block(kind: str, name: str, projection: str, config, layer: int) -> Units:
+    """A block is a single unit that contains others. Its projection may have no inputs left, but a bias."""
+    return Units(
+        kind,
+        layer,
+        f"{name}.block_gate",
+        int(layer not in getattr(config, f"removed_{kind}", ())),
+        whole=1,
+        outputs=(f"{name}.{projection}", f"{name}.output_bias"),
+        contains=(name,),
+    )
+
+
+def _record_attention_block(config, layer: int, kept: Sequence[int]) -> None:
+    config.removed_attention_blocks = _removed(config.removed_attention_blocks, layer, kept)
+
+
+def _record_ffn_block(config, layer: int, kept: Sequence[int]) -> None:
+    config.removed_ffn_blocks = _removed(config.removed_ffn_blocks, layer, kept)
+
+
+def _removed(removed: Iterable[int], layer: int, kept: Sequence[int]) -> list[int]:
+    return sorted({*removed} if kept else {*removed, layer})
+
+
+def _tensors_of_block(name: str, block: str) -> dict[str, int]:
+    return {f"{name}.{tensor}": dim for tensor, dim in CUT_TENSORS[block].items()}
+
+
+def _attention_products(config, frames: int) -> int:
+    """Scores and weighted sum of a head, over all pairs of frames."""
+    return 2 * frames**2 * (config.hidden_size // config.num_attention_heads)
+
+
+# Probabilities are those of DPHuBERT (arXiv 2305.17651).
+KINDS = {
+    "conv_channels": Kind(
+        _conv_channels,
+        _record_channels,
+        "convolution",
+        drop_probability=0.01,
+        coarseness=1,
+        is_default=True,
+        min_open=1,  # without a single channel there would be no features at all
+        has_multiples=True,
+        label="channels",
+        part="convolution",
+    ),
+    "attention_heads": Kind(
+        _attention_heads,
+        _record_heads,
+        "layer",
+        drop_probability=0.01,
+        coarseness=2,
+        is_default=True,
+        label="attention heads",
+        part="attention",
+        shared_cost="any_head",
+        first_measured=1,  # layer 0 also makes the position bias of all layers, which no gate changes
+        products=_attention_products,
+    ),
+    "ffn_dims": Kind(
+        _ffn_dims,
+        _record_ffn_dims,
+        "layer",
+        drop_probability=0.5,
+        coarseness=0,
+        is_default=True,
+        has_multiples=True,
+        label="feed-forward units",
+        part="feed_forward",
+        shared_cost="any_ffn_dim",
+    ),
+    "attention_blocks": Kind(_attention_block, _record_attention_block, "layer", drop_probability=0.01, coarseness=3),
+    "ffn_blocks": Kind(_ffn_block, _record_ffn_block, "layer", drop_probability=0.01, coarseness=3),
+}
+
+DEFAULT_KINDS = tuple(name for name, kind in KINDS.items() if kind.is_default)
+
+# What the latency of convolutions is made of: a channel that is read with one that is written, and a channel besides.
+COSTS_OF_CONVOLUTIONS = ("channel_pairs", "conv_channels")
+COSTS_OF_LAYERS = tuple(
+    cost for name, kind in KINDS.items() if kind.part and kind.places == "layer" for cost in (name, kind.shared_cost)
+)

@@ -1,0 +1,307 @@
+"""The table of what can be pruned: a kind that is added works everywhere by its entry alone."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import padded_batch, tiny_config, tiny_teacher
+from test_latency import PICOSECONDS
+from test_modeling_wavlm_skill_student import assert_same_hidden_states
+from test_pruning import num_macs, num_parameters
+from torch import nn
+
+from skill_hf import SkillConfig, WavLMForSkillStudent, WavLMSkillStudentConfig, units
+from skill_hf.budgets import LatencyBudget, MacBudget, ParameterBudget
+from skill_hf.families import build_student, student_config
+from skill_hf.model_card import student_card
+from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentAttention
+from skill_hf.plots import plot_architecture
+from skill_hf.pruning import cost_after_pruning, expected_cost, fit_gates, min_cost, num_expected_parameters, shrink
+from skill_hf.units import KINDS, Kind, Units, sizes_of, units_of
+
+
+BUDGETS = (ParameterBudget(), MacBudget(0.7, 8_000), LatencyBudget(PICOSECONDS))
+
+
+# ---- A kind that contains others: both blocks of a layer at once ----
+def find_layer(config, layer: int) -> Units:
+    name = f"encoder.layers.{layer}"
+    removed = {*getattr(config, "removed_attention_blocks", ())} & {*getattr(config, "removed_ffn_blocks", ())}
+    projections = {"attention": "out_proj", "feed_forward": "output_dense"}
+    return Units(
+        "layers",
+        layer,
+        f"{name}.layer_gate",
+        int(layer not in removed),
+        whole=1,
+        outputs=tuple(
+            f"{name}.{block}.{part}" for block in projections for part in (projections[block], "output_bias")
+        ),
+        contains=tuple(f"{name}.{block}" for block in projections),
+    )
+
+
+LAYERS = Kind(
+    find_layer,
+    lambda config, layer, kept: None,  # the blocks that it contains are recorded as removed
+    "layer",
+    drop_probability=0.01,
+    coarseness=4,
+    label="layers",
+)
+
+
+# ---- A kind that needs a student of its own: dimensions of the values, the same ones in all heads of a layer ----
+class NarrowConfig(WavLMSkillStudentConfig):
+    def __init__(self, value_sizes=None, **kwargs):
+        super().__init__(**kwargs)
+        head_dim = self.hidden_size // self.num_attention_heads
+        self.value_sizes = [head_dim] * self.num_hidden_layers if value_sizes is None else list(value_sizes)
+
+
+class NarrowAttention(WavLMSkillStudentAttention):
+    """Attention that pads narrow values with zeros and cuts the padding off again."""
+
+    def __init__(self, config, layer_index):
+        super().__init__(config, layer_index)
+        self.value_size = config.value_sizes[layer_index]
+        if self.heads:
+            width = len(self.heads) * self.value_size
+            self.v_proj = nn.Linear(config.hidden_size, width)
+            self.out_proj = nn.Linear(width, config.hidden_size)
+            self.out_proj.register_forward_pre_hook(self.without_padding)
+
+    def without_padding(self, module, args):
+        return (args[0].unflatten(-1, (-1, self.head_dim))[..., : self.value_size].flatten(-2),)
+
+    def _project(self, hidden_states):
+        query, key, value = super()._project(hidden_states)
+        value = value.unflatten(-1, (-1, self.value_size))
+        return query, key, nn.functional.pad(value, (0, self.head_dim - self.value_size)).flatten(-2)
+
+
+class NarrowStudent(WavLMForSkillStudent):
+    config_class = NarrowConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.encoder.layers):
+            layer.attention = NarrowAttention(self.config, index)
+
+
+def find_value_dims(config, layer: int) -> Units:
+    name, head_dim = f"encoder.layers.{layer}.attention", config.hidden_size // config.num_attention_heads
+    size = getattr(config, "value_sizes", [head_dim] * config.num_hidden_layers)[layer]
+    return Units(
+        "value_dims",
+        layer,
+        f"{name}.value_gate",
+        size if getattr(config, "remaining_heads", [True] * config.num_hidden_layers)[layer] else 0,
+        whole=head_dim,
+        tensors={f"{name}.v_proj.weight": 0, f"{name}.v_proj.bias": 0, f"{name}.out_proj.weight": 1},
+        reader=f"{name}.out_proj",
+        recurs=True,
+        inside=(f"{name}.head_gate",),
+    )
+
+
+def record_value_dims(config, layer: int, kept) -> None:
+    config.value_sizes[layer] = max(len(kept), 1)
+
+
+VALUE_DIMS = Kind(
+    find_value_dims,
+    record_value_dims,
+    "layer",
+    drop_probability=0.2,
+    coarseness=1,
+    min_open=1,
+    has_multiples=True,
+    label="value dimensions",
+)
+
+
+def narrow_student(layout: str) -> NarrowStudent:
+    teacher = build_student(tiny_teacher(layout))
+    student = NarrowStudent(NarrowConfig(**student_config(tiny_config(layout)).to_dict()))
+    student.load_state_dict(teacher.state_dict())
+    return student
+
+
+ADDED = {
+    "layers": (LAYERS, lambda layout: build_student(tiny_teacher(layout)), [1, 1, 1]),
+    "value_dims": (VALUE_DIMS, narrow_student, [8, 8, 8]),
+}
+
+
+@pytest.fixture(params=ADDED)
+def added(request, monkeypatch):
+    """Name of a kind that is put into the table, and what makes a student that may have it, in eval mode."""
+    kind, make, sizes = ADDED[request.param]
+    monkeypatch.setitem(KINDS, request.param, kind)
+    return request.param, lambda layout: make(layout).eval(), sizes
+
+
+def with_random_gates(student, kinds):
+    student.add_gates(kinds)
+    generator = torch.Generator().manual_seed(0)
+    for name, gate in student.named_gates():
+        gate.log_alpha.data = 2 * torch.randn(gate.size, generator=generator) - 0.5
+        if name == "encoder.layers.1.layer_gate":
+            gate.log_alpha.data.fill_(-9)
+    return student
+
+
+def total(budget, student) -> int:
+    """What is counted of the student for real, where it can be."""
+    counts = {ParameterBudget: num_parameters, MacBudget: num_macs}
+    return counts.get(type(budget), budget.total)(student)
+
+
+@pytest.mark.parametrize("others", [[], list(KINDS)], ids=["alone", "with_all_others"])
+def test_added_kind_is_gated_counted_and_pruned(added, layout, others):
+    kind, make, sizes = added
+    student = with_random_gates(make(layout), [*others, kind])
+    if kind == "value_dims":  # and a layer that has no head left
+        heads = dict(student.named_gates()).get("encoder.layers.2.attention.head_gate")
+        if heads is not None:
+            heads.log_alpha.data.fill_(-9)
+    assert sum(name.endswith(("layer_gate", "value_gate")) for name, _ in student.named_gates()) == 3
+    assert sizes_of(student.config)[kind] == sizes
+    gated = copy.deepcopy(student)
+    expected = [cost_after_pruning(student, budget.unit_costs(student)) for budget in BUDGETS]
+    student.prune()
+    assert [total(budget, student) for budget in BUDGETS] == expected
+    assert num_parameters(student) < num_parameters(gated)
+    assert sizes_of(student.config)[kind] != sizes
+    assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
+    # Once more, from what is left.
+    student = with_random_gates(student, [*others, kind])
+    gated, expected = copy.deepcopy(student), cost_after_pruning(student, ParameterBudget().unit_costs(student))
+    student.prune()
+    assert num_parameters(student) == expected
+    assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
+
+
+def test_expected_size_of_added_kind_is_the_mean_over_all_architectures(added, layout):
+    """Every gate of two kinds is open or closed for certain in each of them; the cut is counted for real."""
+    kind, make, _ = added
+    student = make(layout)
+    student.add_gates(["attention_blocks", kind])
+    gates = dict(student.named_gates())
+    generator = torch.Generator().manual_seed(0)
+    for gate in gates.values():
+        gate.min_open = 0
+        gate.log_alpha.data = torch.randn(gate.size, generator=generator)
+    # Of a layer's value dimensions their number alone counts: with all but one for certain, one is left to chance.
+    for name, gate in gates.items():
+        if name.endswith("value_gate"):
+            gate.log_alpha.data[1:] = 60.0
+    chances = [(name, 0) for name in gates]
+    mean = 0.0
+    for choice in range(2 ** len(chances)):
+        sampled, probability = copy.deepcopy(student), 1.0
+        for bit, (name, index) in enumerate(chances):
+            is_open = bool(choice >> bit & 1)
+            chance = gates[name].open_probability()[index].item()
+            probability *= chance if is_open else 1 - chance
+            dict(sampled.named_gates())[name].log_alpha.data[index] = 60.0 if is_open else -60.0
+        sampled.prune()
+        mean += probability * num_parameters(sampled)
+    assert num_expected_parameters(student).item() == pytest.approx(mean, rel=1e-6)
+    expected_cost(student, ParameterBudget().unit_costs(student)).backward()
+    assert all((gate.log_alpha.grad[:1] > 0).all() for gate in gates.values())
+
+
+def test_added_kind_meets_a_target_and_shrinks(added, layout):
+    kind, make, _ = added
+    student = with_random_gates(make(layout), ["ffn_dims", kind])
+    whole, costs = num_parameters(make(layout)), ParameterBudget().unit_costs(student)
+    wanted = max(round(0.8 * whole), min_cost(student, costs))
+    fit_gates(student, wanted, costs)
+    for _, gate in student.named_gates():
+        gate.log_alpha.data = torch.where(gate.log_alpha < 0, -40.0, 40.0)
+        gate.shift = 0.0
+    gated, left = copy.deepcopy(student), cost_after_pruning(student, costs)
+    assert shrink(student, 0, costs) is not None
+    assert cost_after_pruning(student, ParameterBudget().unit_costs(student)) == left
+    assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
+    student.prune()
+    assert num_parameters(student) == left
+    assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
+
+
+def test_added_kind_is_in_recipe_card_and_figure(added):
+    kind, make, sizes = added
+    assert SkillConfig(pruning_units=[kind]).pruning_units == [kind]
+    with pytest.raises(ValueError, match=f"`pruning_units`.*{kind}"):
+        SkillConfig(pruning_units=["neurons"])
+    with pytest.raises(ValueError, match=f"`units` must be some of .*{kind}"):
+        make("base").add_gates(["neurons"])
+    student = with_random_gates(make("base"), [kind])
+    student.prune()
+    left, label = sizes_of(student.config)[kind], KINDS[kind].label.capitalize()
+    titles = {axes.get_title(): axes for axes in plot_architecture(student.config, tiny_config()).axes}
+    bars = titles[f"{label} per layer"].containers
+    assert [[bar.get_height() for bar in container] for container in bars] == [sizes, left]
+    if kind == "layers":  # a card is for the classes of this package
+        lines = str(student_card(student)).splitlines()
+        first = lines.index("| Layer | Attention heads | Feed-forward units | Layers |") + 2
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first : first + 3]]
+        assert [row[-1] for row in rows] == [f"{number} of 1" for number in left]
+
+
+# ---- The table itself ----
+@pytest.mark.parametrize("config", [tiny_config(), student_config(tiny_config())], ids=["teacher", "student"])
+def test_units_of_an_unpruned_model(config):
+    assert sizes_of(config) == {
+        "conv_channels": [16] * 7,
+        "attention_heads": [4] * 3,
+        "ffn_dims": [48] * 3,
+        "attention_blocks": [1] * 3,
+        "ffn_blocks": [1] * 3,
+    }
+    gates = [group.gate for group in units_of(config)]
+    assert gates[:2] == [f"feature_extractor.conv_layers.{index}.channel_gate" for index in range(2)]
+    assert gates[7:11] == [
+        f"encoder.layers.0.{name}"
+        for name in ("attention.head_gate", "attention.block_gate", "feed_forward.dim_gate", "feed_forward.block_gate")
+    ]
+    assert len(set(gates)) == len(gates) == 7 + 3 * 4
+
+
+def test_every_prunable_tensor_is_of_the_student(layout):
+    """A name that is misspelt in the table would be ignored as one that a family does not have."""
+    student = build_student(tiny_teacher(layout))
+    names = {*student.state_dict()}
+    groups = units_of(student.config)
+    absent = {name for name in units.parts_of(groups) if name not in names and not name.endswith(".log_alpha")}
+    absent = {name.rpartition("layers.")[2].partition(".")[2] for name in absent}
+    no_conv_bias = {"conv.bias"} if layout == "base" else set()
+    no_norm = {"layer_norm.weight", "layer_norm.bias"} if layout == "base" else set()
+    assert absent == no_conv_bias | no_norm | {
+        f"{block}.output_bias.{part}" for block in ("attention", "feed_forward") for part in ("weight", "bias")
+    }
+    kept = {name for name in names if name not in units.parts_of(groups)}
+    kept = {re.sub(r"layers\.\d\.", "layers.N.", name).removeprefix("encoder.") for name in kept}
+    parametrized = {f"pos_conv_embed.conv.parametrizations.weight.original{index}" for index in range(2)}
+    assert kept == parametrized | {
+        "masked_spec_embed",
+        "feature_projection.projection.bias",
+        "pos_conv_embed.conv.bias",
+        "layers.N.attention.rel_attn_embed.weight",
+    } | {
+        f"{name}.{part}"
+        for name in ("layer_norm", "layers.N.layer_norm", "layers.N.final_layer_norm")
+        for part in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_units_are_found_again(kind):
+    config = student_config(tiny_config())
+    for place, size in enumerate(sizes_of(config)[kind]):
+        kept = range(size)[place % 2 :: 2]
+        KINDS[kind].record(config, place, list(kept))
+        assert sizes_of(config)[kind][place] == len(kept)
