@@ -134,7 +134,7 @@ LAYERS = {
         "loading",
         "modeling_wavlm_skill_student",
     },
-    "cli/info": {"analysis", "cli/settings", "families", "loading", "model_card"},
+    "cli/info": {"analysis", "cli/settings", "families", "loading", "model_card", "units"},
     "cli/main": {"cli/distill", "cli/export", "cli/info", "version"},
     "__init__": {
         "clustering",

@@ -33,6 +33,7 @@ from ..loading import (
     weight_files,
 )
 from ..model_card import HUB_TIMEOUT, hub_id_of
+from ..units import KINDS, sizes_of
 from .settings import Range, checked, run_script
 
 
@@ -110,14 +111,9 @@ def _size(source: str, config: PreTrainedConfig, seconds: float, rate: int) -> d
     with one_error(f"The size of `{source}` cannot be counted."):
         model = empty_model(AutoModel._model_mapping[type(config)], config)
         macs = count_macs(model, seconds, rate)
-    layers, heads = config.num_hidden_layers, getattr(config, "remaining_heads", None)
-    return {
-        "parameters": num_parameters(model),
-        "macs": macs,
-        "conv_channels": list(config.conv_dim),
-        "attention_heads": [config.num_attention_heads] * layers if heads is None else [len(left) for left in heads],
-        "ffn_dims": list(getattr(config, "intermediate_sizes", [config.intermediate_size] * layers)),
-    }
+    sizes = sizes_of(config)
+    units = {name: sizes[name] for name, kind in KINDS.items() if kind.label is not None}
+    return {"parameters": num_parameters(model), "macs": macs, **units}
 
 
 def _teacher_size(
