@@ -51,7 +51,7 @@ from training_step import (  # noqa: E402
     measure_training,
 )
 
-from skill_hf.similarity import SIMILARITY  # noqa: E402
+from skill_hf.similarity import SIMILARITY_MEASURES  # noqa: E402
 
 
 logger = logging.getLogger("benchmarks")
@@ -148,7 +148,7 @@ class BenchmarkArguments:
         },
     )
     measures: list[str] = field(
-        default_factory=lambda: ["cka"], metadata={"help": f"Of clustering: {', '.join(SIMILARITY)}."}
+        default_factory=lambda: ["cka"], metadata={"help": f"Of clustering: {', '.join(SIMILARITY_MEASURES)}."}
     )
     clustering_case: str = field(default="8x10", metadata={"help": "Audio of clustering, clips x seconds."})
     output: str = field(default="benchmarks.json", metadata={"help": "Where the JSON file is written."})
@@ -166,7 +166,7 @@ class BenchmarkArguments:
             ("modes", MODES),
             ("training_precisions", DTYPES),
             ("training_rivals", [rival.name for rival in (PLAIN, *RIVALS)]),
-            ("measures", SIMILARITY),
+            ("measures", SIMILARITY_MEASURES),
         ):
             for value in getattr(self, name) or ():
                 if value not in allowed:

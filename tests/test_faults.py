@@ -24,8 +24,9 @@ from transformers import TrainerCallback
 
 from skill_hf import checkpointing, pruning, storage
 from skill_hf.cli import distill
-from skill_hf.divergence import MOST_SKIPPED, TERMS, NonFiniteError
+from skill_hf.divergence import MOST_SKIPPED, NonFiniteError
 from skill_hf.interruption import Terminated
+from skill_hf.losses import TRAINING_LOSSES
 
 
 RECIPE = {"layer_groups": [[0, 1], [2, 3]], "num_clusters": None, "final_steps": 2}
@@ -388,7 +389,7 @@ def test_steps_that_the_gradient_scaler_skips_do_not_count(tmp_path, clips, monk
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             if step() in skipped:
                 trainer.finite_watch.note_gradient(float("inf"))
-                trainer.finite_watch.note_terms(dict.fromkeys(TERMS, torch.tensor(float("inf"))))
+                trainer.finite_watch.note_terms(dict.fromkeys(TRAINING_LOSSES, torch.tensor(float("inf"))))
 
     class Accelerator(type(trainer.accelerator)):
         optimizer_step_was_skipped = property(lambda self: step() in skipped)

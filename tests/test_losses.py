@@ -1,7 +1,12 @@
+import dataclasses
+import inspect
+
 import pytest
 import torch
 
-from skill_hf.losses import distillation_sums, group_means, lagrangian, sparsity_at
+from skill_hf import SkillConfig, layer_similarity
+from skill_hf.losses import LOSS_TERMS, distillation_sums, group_means, lagrangian, sparsity_at, term_weights
+from skill_hf.similarity import DistillationSimilarity
 
 
 def test_group_means():
@@ -60,3 +65,26 @@ def test_lagrangian_descends_on_size_and_ascends_on_multipliers():
     # d/d lambda is the gap and its square; the sign is turned, so that descent ascends.
     assert lambda_1.grad.item() == pytest.approx(-0.5)
     assert lambda_2.grad.item() == pytest.approx(-0.25)
+
+
+def test_every_term_has_a_weight_of_its_name():
+    weights = [f"{name}_weight" for name in LOSS_TERMS]
+    assert [field.name for field in dataclasses.fields(SkillConfig) if field.name.endswith("_weight")] == weights
+    assert list(term_weights(SkillConfig()).values()) == [1.0, 0.0, 1.0]
+    for function in (layer_similarity, DistillationSimilarity):
+        parameters = inspect.signature(function).parameters
+        assert [name for name in parameters if name.endswith("_weight")] == weights
+        assert all(parameters[name].default == getattr(SkillConfig(), name) for name in weights)
+
+
+@pytest.mark.parametrize("name", LOSS_TERMS)
+def test_distance_of_layers_is_the_loss_between_them(name):
+    """Shifted by a constant, so that a layer is at distance 0 from itself."""
+    frames = torch.randn(7, 3, 5)
+    distances, term = LOSS_TERMS[name].layer_distances(frames), LOSS_TERMS[name].loss
+    shift = term(frames[:, 0], frames[:, 0], torch.zeros(7, 5)).sum()
+    for i in range(3):
+        for j in range(3):
+            x, y = frames[:, i], frames[:, j]
+            expected = term(x, y, x - y).sum() - shift
+            torch.testing.assert_close(distances[i, j], expected.double(), atol=1e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from skill_hf.similarity import (
-    SIMILARITY,
+    SIMILARITY_MEASURES,
     DistillationSimilarity,
     FrameCosine,
     LinearCKA,
@@ -131,7 +131,7 @@ def streamed(accumulator, states, sizes):
 
 
 def test_registry_holds_the_measures_of_the_recipe():
-    assert tuple(SIMILARITY) == SIMILARITIES
+    assert tuple(SIMILARITY_MEASURES) == SIMILARITIES
     assert set(REFERENCES) == set(SIMILARITIES)
 
 
@@ -212,7 +212,7 @@ def test_seed_reaches_the_sample(base_teacher, audio, monkeypatch):
     sampled = type(
         "Sampled", (MutualKNN,), {"__init__": lambda self, **kw: MutualKNN.__init__(self, max_frames=30, **kw)}
     )
-    monkeypatch.setitem(SIMILARITY, "mutual_knn", sampled)
+    monkeypatch.setitem(SIMILARITY_MEASURES, "mutual_knn", sampled)
     first, again, other = (similarity_of(base_teacher, audio, "mutual_knn", seed=seed) for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
@@ -309,17 +309,17 @@ def test_hidden_states_that_are_not_finite_are_named(base_teacher, audio, includ
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("sizes", [1, 64, 100, [1, 63, 200, 36]])
 def test_how_frames_are_split_changes_nothing(similarity, sizes, monkeypatch):
-    monkeypatch.setattr(SIMILARITY[similarity], "chunk_frames", 64)
+    monkeypatch.setattr(SIMILARITY_MEASURES[similarity], "chunk_frames", 64)
     states = random_states()
-    whole = streamed(SIMILARITY[similarity](), states, [300])
-    np.testing.assert_array_equal(streamed(SIMILARITY[similarity](), states, sizes), whole)
+    whole = streamed(SIMILARITY_MEASURES[similarity](), states, [300])
+    np.testing.assert_array_equal(streamed(SIMILARITY_MEASURES[similarity](), states, sizes), whole)
     np.testing.assert_allclose(whole, REFERENCES[similarity](states), atol=1e-6)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_frames_may_follow_a_result(similarity):
     states = random_states()
-    accumulator = SIMILARITY[similarity]()
+    accumulator = SIMILARITY_MEASURES[similarity]()
     accumulator.update(list(states[:, :100]))
     np.testing.assert_allclose(accumulator.compute(), REFERENCES[similarity](states[:, :100]), atol=1e-6)
     accumulator.update(list(states[:, 100:]))
@@ -334,14 +334,14 @@ def test_an_accumulator_that_absorbs_another_has_seen_both(similarity, sizes):
     states[1][150:] -= 20.0
     parts, start = [], 0
     for size in sizes:
-        parts.append(SIMILARITY[similarity]())
+        parts.append(SIMILARITY_MEASURES[similarity]())
         if size:
             parts[-1].update([state[start : start + size] for state in states])
         start += size
     first, second = parts
     first.absorb(second)
     assert first.num_frames == 300
-    np.testing.assert_allclose(first.compute(), streamed(SIMILARITY[similarity](), states, 300), atol=1e-6)
+    np.testing.assert_allclose(first.compute(), streamed(SIMILARITY_MEASURES[similarity](), states, 300), atol=1e-6)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
@@ -362,8 +362,8 @@ def test_parts_without_enough_audio_are_left_out(base_teacher, audio):
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_memory_does_not_grow(similarity, monkeypatch):
-    monkeypatch.setattr(SIMILARITY[similarity], "chunk_frames", 100)
-    accumulator = SIMILARITY[similarity](**({"max_frames": 50} if similarity == "mutual_knn" else {}))
+    monkeypatch.setattr(SIMILARITY_MEASURES[similarity], "chunk_frames", 100)
+    accumulator = SIMILARITY_MEASURES[similarity](**({"max_frames": 50} if similarity == "mutual_knn" else {}))
 
     def held():
         values = [item for value in vars(accumulator).values() for item in (value if type(value) is list else [value])]

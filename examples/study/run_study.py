@@ -59,7 +59,7 @@ from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_f
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
 from skill_hf.loading import load_model  # noqa: E402
-from skill_hf.similarity import SIMILARITY, equal_length_batches  # noqa: E402
+from skill_hf.similarity import SIMILARITY_MEASURES, equal_length_batches  # noqa: E402
 
 
 logger = logging.getLogger("run_study")
@@ -101,7 +101,8 @@ def machine(device: torch.device) -> dict[str, str]:
 def compute_similarities(teacher, feature_extractor, train, seed: int) -> dict[str, dict[int, np.ndarray]]:
     """Measure -> number of calibration clips -> matrix; one pass of the teacher serves all."""
     accumulators = {
-        measure: SIMILARITY[measure](**({"seed": seed} if measure == "mutual_knn" else {})) for measure in MEASURES
+        measure: SIMILARITY_MEASURES[measure](**({"seed": seed} if measure == "mutual_knn" else {}))
+        for measure in MEASURES
     }
     found = {measure: {} for measure in MEASURES}
     waveforms = calibration_waveforms(train, max(CALIBRATION_SIZES), CALIBRATION_SECONDS, seed, feature_extractor)

@@ -1,18 +1,17 @@
 """What distillation has left of a teacher: how far the student is from it at every layer, and how much it computes."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import samples_per_frame
 from .gates import has_gates
+from .model_modes import eval_mode
 from .similarity import FrameCosine, LinearCKA, checked_input_values, equal_length_batches
 
 
@@ -82,20 +81,23 @@ def layer_distances(
     num_clips = 0
     with (
         torch.no_grad(),
-        _eval_mode(teacher),
-        _eval_mode(student),
+        eval_mode(teacher),
+        eval_mode(student),
         tqdm(desc="Layer distances", total=total, unit="clip", disable=not progress) as bar,
     ):
         for batch in equal_length_batches(waveforms, batch_size):
             pairs = zip(_frames(teacher, batch, "teacher"), _frames(student, batch, "student"), strict=True)
-            for layer, (of_teacher, of_student) in enumerate(pairs):
+            for layer, (teacher_frames, student_frames) in enumerate(pairs):
                 for accumulators in measures.values():
-                    accumulators[layer].update([of_teacher, of_student.to(of_teacher.device)])
+                    accumulators[layer].update([teacher_frames, student_frames.to(teacher_frames.device)])
             num_clips += len(batch)
             bar.update(len(batch))
     if not num_clips:
         raise ValueError("There is no audio to compare layers on; give at least one waveform.")
-    return {name: np.array([_distance(a, layer) for layer, a in enumerate(of)]) for name, of in measures.items()}
+    return {
+        name: np.array([_distance(accumulator, layer) for layer, accumulator in enumerate(accumulators)])
+        for name, accumulators in measures.items()
+    }
 
 
 def count_macs(model: PreTrainedModel, seconds: float = 10.0, sampling_rate: int = 16_000) -> int:
@@ -138,7 +140,7 @@ def count_macs(model: PreTrainedModel, seconds: float = 10.0, sampling_rate: int
     tensors = chain(model.named_parameters(), model.named_buffers())
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
     clip = torch.empty(1, samples, device="meta", dtype=model.dtype)
-    with torch.no_grad(), _eval_mode(model), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), eval_mode(model), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(model, shapes, (clip,))
     return counter.get_total_flops() // 2
 
@@ -160,14 +162,3 @@ def _distance(accumulator, layer: int) -> float:
         raise ValueError(
             f"Hidden state {layer} of the teacher or of the student does not vary over the audio; give more audio."
         ) from error
-
-
-@contextmanager
-def _eval_mode(model: nn.Module):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from .skill_config import SkillConfig
+from .skill_config import LINKAGES, SkillConfig
 
 
 def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> list[list[int]]:
@@ -121,6 +121,22 @@ def _cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
     return fcluster(tree, num_clusters, criterion="maxclust_monocrit", monocrit=order)
 
 
+def _average(to_a, to_b, between, size_a, size_b, sizes):
+    return (size_a * to_a + size_b * to_b) / (size_a + size_b)
+
+
+def _single(to_a, to_b, *_):
+    return np.minimum(to_a, to_b)
+
+
+def _complete(to_a, to_b, *_):
+    return np.maximum(to_a, to_b)
+
+
+def _weighted(to_a, to_b, *_):
+    return (to_a + to_b) / 2
+
+
 def _ward(to_a, to_b, between, size_a, size_b, sizes):
     total = size_a + size_b + sizes
     squared = ((size_a + sizes) * to_a**2 + (size_b + sizes) * to_b**2 - sizes * between**2) / total
@@ -131,13 +147,9 @@ def _ward(to_a, to_b, between, size_a, size_b, sizes):
 # Distance of the union of groups a and b to every other group, from their distances before the merge: the formulas of
 # Lance and Williams (1967), doi 10.1093/comjnl/9.4.373, in the order
 # (to_a, to_b, between a and b, size of a, size of b, sizes of the others).
-_MERGED_DISTANCE: dict[str, Callable] = {
-    "average": lambda to_a, to_b, between, size_a, size_b, sizes: (size_a * to_a + size_b * to_b) / (size_a + size_b),
-    "single": lambda to_a, to_b, *_: np.minimum(to_a, to_b),
-    "complete": lambda to_a, to_b, *_: np.maximum(to_a, to_b),
-    "weighted": lambda to_a, to_b, *_: (to_a + to_b) / 2,
-    "ward": _ward,
-}
+_MERGED_DISTANCE: dict[str, Callable] = dict(
+    zip(LINKAGES, (_average, _single, _complete, _weighted, _ward), strict=True)
+)
 
 
 def _contiguous_linkage(distance: np.ndarray, method: str) -> np.ndarray:

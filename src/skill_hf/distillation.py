@@ -21,10 +21,10 @@ class SkillDistiller(nn.Module):
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
         costs ([`~skill_hf.budgets.UnitCosts`]): of the student's units, in what the budget counts.
         teacher_cost (`int`): the teacher's cost in the same, which sparsity refers to.
+        loss_weights (`dict[str, float]`): of each of [`~skill_hf.losses.LOSS_TERMS`].
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
         student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, what predicts a group.
-        weights (`dict[str, float]`, *optional*): weights of the loss terms `l1`, `l2` and `cosine`.
-        projections (`nn.ModuleList`, *optional*): those of the first stage, to go on with.
+        projections (`nn.ModuleList`, *optional*): those of the first stage; new identity maps by default.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class SkillDistiller(nn.Module):
         layer_groups: Sequence[Sequence[int]],
         costs: UnitCosts,
         teacher_cost: int,
+        loss_weights: dict[str, float],
         projection_groups: Sequence[Sequence[int]] | None = None,
         student_layers: str = "group",
-        weights: dict[str, float] | None = None,
         projections: nn.ModuleList | None = None,
     ):
         super().__init__()
@@ -44,7 +44,7 @@ class SkillDistiller(nn.Module):
         self.costs = costs
         self.teacher_cost = teacher_cost
         self.student_groups = layer_groups if student_layers == "group" else [[-1]] * len(layer_groups)
-        self.weights = {"l1": 1.0, "l2": 0.0, "cosine": 1.0} | (weights or {})
+        self.loss_weights = loss_weights
         sharing = projection_groups or [[index] for index in range(len(layer_groups))]
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
         self.projections = projections or nn.ModuleList(
@@ -82,8 +82,8 @@ class SkillDistiller(nn.Module):
         penalty_scale: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         r"""
-        `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian` (METHOD of SKILL: each
-        group's mean hidden state of the teacher is predicted from that of the student by one linear map).
+        `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. One linear map for each
+        group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830).
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as the feature extractor gives it.
@@ -95,8 +95,8 @@ class SkillDistiller(nn.Module):
             penalty_scale (`float`, *optional*): factor of the Lagrangian, for batches that are accumulated.
 
         Returns:
-            `dict`: `loss`, `distillation_loss`, `l1_loss`, `l2_loss`, `cosine_loss`, `num_frames`, `sparsity` and
-            `lagrangian_loss`, scalars; all but `loss` are detached.
+            `dict`: `loss`, each of [`~skill_hf.losses.TRAINING_LOSSES`], `num_frames` and `sparsity`, scalars; all but
+            `loss` are detached.
         """
         if self.has_gates:
             seed_gates(self.student, gate_seed)
@@ -114,7 +114,7 @@ class SkillDistiller(nn.Module):
         if torch.is_tensor(divisor):
             divisor = divisor + (divisor == 0)  # of a batch without a valid frame all sums are 0
         terms = {name: value / divisor for name, value in sums.items()}
-        loss = distillation_loss = sum(self.weights[name] * term for name, term in terms.items())
+        loss = distillation_loss = sum(self.loss_weights[name] * term for name, term in terms.items())
         sparsity = self.sparsity()
         penalty = torch.zeros_like(loss)
         if self.has_gates:

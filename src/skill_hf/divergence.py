@@ -5,9 +5,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .checkpointing import last_checkpoint_to
+from .losses import TRAINING_LOSSES
 
 
-TERMS = ("distillation_loss", "l1_loss", "l2_loss", "cosine_loss", "lagrangian_loss")
 # A gradient scaler halves its scale in each step that it skips: from 2**16 it gets to 2**-4. What is not finite then
 # is not so because of the scale.
 MOST_SKIPPED = 20
@@ -35,15 +35,15 @@ class FiniteWatch(TrainerCallback):
 
     def reset(self) -> None:
         """Forgets all steps; called at the start of a stage."""
-        shape, device = (len(TERMS) + 1,), self.trainer.args.device
+        shape, device = (len(TRAINING_LOSSES) + 1,), self.trainer.args.device
         self._now = torch.zeros(shape, dtype=torch.bool, device=device)
         self._first = torch.full(shape, -1, dtype=torch.long, device=device)
         self._skipped = 0
 
     def note_terms(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Whether all loss terms of a micro-batch are finite, a boolean scalar."""
-        finite = torch.stack([outputs[name].detach().float().reshape(()) for name in TERMS]).isfinite()
-        self._now[: len(TERMS)] |= ~finite
+        finite = torch.stack([outputs[name].detach().float().reshape(()) for name in TRAINING_LOSSES]).isfinite()
+        self._now[: len(TRAINING_LOSSES)] |= ~finite
         return finite.all()
 
     def note_gradient(self, norm: torch.Tensor | float | None) -> None:
@@ -75,7 +75,7 @@ class FiniteWatch(TrainerCallback):
         step = trainer.state.global_step
         if found:
             step, order = min(found)
-            names = sorted({(*TERMS, "gradient norm")[other] for at, other in found if at == step})
+            names = sorted({(*TRAINING_LOSSES, "gradient norm")[other] for at, other in found if at == step})
             what = " and ".join(name.replace("_", " ") for name in names)
             raise NonFiniteError(self._message(step, f"the {what} became NaN or infinite"))
         most = min(MOST_SKIPPED, trainer.args.max_steps)

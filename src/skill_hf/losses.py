@@ -1,8 +1,66 @@
 """The loss over groups of layers, the sparsity constraint, and the schedule of its target. Tensors in, tensors out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+
+class LossTerm(NamedTuple):
+    """
+    One term of the distillation loss.
+
+    Args:
+        label (`str`): how cards and figures call it.
+        loss (`Callable`): prediction, target and their difference, each float32 of shape `(..., hidden_size)`, to the
+            term in each frame, `(...)`.
+        layer_distances (`Callable`): frames of N layers, float32 of shape `(frames, N, hidden_size)`, to the distance
+            of every pair of layers, a sum over frames, float64 of shape `(N, N)`; 0 for layers that are equal.
+    """
+
+    label: str
+    loss: Callable
+    layer_distances: Callable
+
+
+def squared_distances(frames: torch.Tensor) -> torch.Tensor:
+    """`(frames, N, D)` to the `(N, N)` float64 sum over frames of `|x - y|^2`, from the differences themselves."""
+    norms = torch.cdist(frames, frames, p=2, compute_mode="donot_use_mm_for_euclid_dist")
+    return norms.double().square_().sum(0)
+
+
+# The terms of DPHuBERT's loss (arXiv 2305.17651, equation 1), each a mean over features D:
+# - `l1`: mean absolute error, `|p - t|_1 / D`
+# - `l2`: mean squared error, `|p - t|_2^2 / D`
+# - `cosine`: negative cosine similarity, `-cos(p, t)`; `1 - cos(x, y)` as a distance, computed as
+#   `|x / |x| - y / |y||^2 / 2`, which keeps its precision when layers are alike.
+# `SkillConfig` and `layer_similarity` have a weight for each, `l1_weight` for `l1`.
+LOSS_TERMS = {
+    "l1": LossTerm(
+        "L1",
+        lambda prediction, target, error: error.abs().mean(-1),
+        lambda frames: torch.cdist(frames, frames, p=1).sum(0, dtype=torch.float64) / frames.shape[-1],
+    ),
+    "l2": LossTerm(
+        "L2",
+        lambda prediction, target, error: error.square().mean(-1),
+        lambda frames: squared_distances(frames) / frames.shape[-1],
+    ),
+    "cosine": LossTerm(
+        "− cosine similarity",
+        lambda prediction, target, error: -F.cosine_similarity(prediction, target, dim=-1),
+        lambda frames: squared_distances(F.normalize(frames, dim=-1)) / 2,
+    ),
+}
+# Names in logs. Evaluation gives the weighted sum of the terms and each of them; training the penalty, too.
+DISTILLATION_LOSSES = ("distillation_loss", *(f"{term}_loss" for term in LOSS_TERMS))
+TRAINING_LOSSES = (*DISTILLATION_LOSSES, "lagrangian_loss")
+
+
+def term_weights(settings) -> dict[str, float]:
+    """The weight of each of `LOSS_TERMS`, by name, from attributes such as `l1_weight`."""
+    return {term: getattr(settings, f"{term}_weight") for term in LOSS_TERMS}
 
 
 def group_means(hidden_states: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -17,11 +75,7 @@ def distillation_sums(
     prediction: torch.Tensor, target: torch.Tensor, frame_mask: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     r"""
-    The terms of DPHuBERT's loss (arXiv 2305.17651, equation 1), summed over valid frames and averaged over groups:
-
-    - `l1`: mean absolute error over features, `|p - t|_1 / D`
-    - `l2`: mean squared error over features, `|p - t|_2^2 / D`
-    - `cosine`: negative cosine similarity, `-cos(p, t)`
+    Each of `LOSS_TERMS`, summed over valid frames and averaged over groups.
 
     Sums, so that a caller who divides by the frames of a whole accumulated batch gets the same update however that
     batch was split.
@@ -33,11 +87,7 @@ def distillation_sums(
     """
     prediction, target = prediction.float(), target.float()
     error = prediction - target
-    terms = {
-        "l1": error.abs().mean(-1),
-        "l2": error.square().mean(-1),
-        "cosine": -torch.nn.functional.cosine_similarity(prediction, target, dim=-1),
-    }
+    terms = {name: term.loss(prediction, target, error) for name, term in LOSS_TERMS.items()}
     if frame_mask is not None:
         # `where`, not a product: whatever padded frames hold, a NaN too, must not count.
         terms = {name: torch.where(frame_mask, term, 0.0) for name, term in terms.items()}
@@ -54,7 +104,7 @@ def lagrangian(
 ) -> torch.Tensor:
     r"""
     Augmented Lagrangian of the sparsity constraint, `lambda_1 (t - s) + lambda_2 (t - s)^2` (FLOP, arXiv 1910.04732,
-    equation 6), to be minimised over what `sparsity` hangs on and maximised over both multipliers.
+    equation 6), to be minimised over what `sparsity` depends on and maximised over both multipliers.
 
     The gradient of the multipliers comes out with its sign turned, so that the one optimizer that descends on all
     parameters ascends on these two, whichever optimizer it is.

@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME
 
 from .analysis import count_macs
 from .budgets import make_budget
+from .losses import LOSS_TERMS, term_weights
 from .plots import plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
 from .units import KINDS, units_of
 from .version import __version__
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 FIGURES = ("architecture.png", "layer_similarity.png", "layer_distances.png", "training.png")
-LOSS_TERMS = {"l1": "L1", "l2": "L2", "cosine": "− cosine similarity"}
 PRECISIONS = {"bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
 EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
 CURVE_ROWS = 8
@@ -387,7 +387,7 @@ def _training_content(trainer, datasets: list[DatasetContent], printed: str | No
         # Of the accelerator, since `accelerate launch` may have set it.
         precision=PRECISIONS.get(trainer.accelerator.mixed_precision, "float32"),
         seed=args.seed,
-        loss_names=["Distillation loss", *(LOSS_TERMS[term] for term in terms)],
+        loss_names=["Distillation loss", *(LOSS_TERMS[term].label for term in terms)],
         losses=_losses(state.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms)]),
         curve=_curve(state.log_history),
         figures=figures,
@@ -495,7 +495,7 @@ def _first_layer(skill_config) -> int:
 
 
 def _weighted_terms(skill_config) -> list[str]:
-    return [term for term in LOSS_TERMS if getattr(skill_config, f"{term}_weight")]
+    return [term for term, weight in term_weights(skill_config).items() if weight]
 
 
 def _clustering(config) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.cluster.hierarchy import dendrogram
 
 from .units import KINDS, Units, units_of
+from .losses import LOSS_TERMS
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; those that are faint on white are left out.
@@ -20,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT, DARK = "#D9D9D9", "#404040"
 MARKERS = "osD^vP"
 FEW_POINTS = 20  # a line through no more of them gets marks, since a single one would not show
-LOSS_NAMES = {"l1_loss": "L1", "l2_loss": "L2", "cosine_loss": "− cosine similarity"}
+LOSS_LABELS = {f"{name}_loss": term.label for name, term in LOSS_TERMS.items()}
 
 
 def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups: list[list[int]], first_layer=0):
@@ -203,7 +204,7 @@ def plot_training(
 
     draw(terms, "distillation_loss", "distillation loss", DARK, lw=2.2)
     for name, colour in zip(loss_terms, COLOURS, strict=False):
-        draw(terms, name, LOSS_NAMES.get(name, name), colour)
+        draw(terms, name, LOSS_LABELS.get(name, name), colour)
     diamonds = {"ls": "", "marker": "D", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
     draw(terms, "eval_distillation_loss", "held-out distillation loss", COLOURS[3], **diamonds)
     draw(penalty, "lagrangian_loss", None, COLOURS[0])

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from .data import AudioError, disable_audio_decoding, open_row, samples_per_frame
 from .loading import load_feature_extractor, load_model, refuse_adapter
+from .losses import LOSS_TERMS, term_weights
+from .model_modes import eval_mode
+from .skill_config import SIMILARITIES
 
 
 class SimilarityAccumulator(ABC):
@@ -233,24 +236,17 @@ class DistillationSimilarity(SimilarityAccumulator):
         self, l1_weight: float = 1.0, l2_weight: float = 0.0, cosine_weight: float = 1.0, first_layer: int = 0
     ):
         super().__init__(first_layer)
-        if l1_weight == l2_weight == cosine_weight == 0:
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
         self.l1_weight = l1_weight
         self.l2_weight = l2_weight
         self.cosine_weight = cosine_weight
+        if not any(term_weights(self).values()):
+            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
         self._distances = 0
 
     def _accumulate(self, frames: torch.Tensor) -> None:
-        features = frames.shape[-1]
-        if self.l1_weight:
-            l1 = torch.cdist(frames, frames, p=1).sum(0, dtype=torch.float64) / features
-            self._distances = self._distances + self.l1_weight * l1
-        if self.l2_weight:
-            self._distances = self._distances + self.l2_weight * _squared_distances(frames) / features
-        if self.cosine_weight:
-            # 1 - cos(x, y) = |x / |x| - y / |y||^2 / 2, which keeps its precision when layers are alike.
-            unit = F.normalize(frames, dim=-1)
-            self._distances = self._distances + self.cosine_weight * _squared_distances(unit) / 2
+        for name, weight in term_weights(self).items():
+            if weight:
+                self._distances = self._distances + weight * LOSS_TERMS[name].layer_distances(frames)
 
     def _absorb(self, other) -> None:
         self._distances = self._distances + other._distances
@@ -329,12 +325,10 @@ class MutualKNN(SimilarityAccumulator):
         return (features @ features.T).fill_diagonal_(-torch.inf).topk(self.k).indices
 
 
-SIMILARITY: dict[str, type[SimilarityAccumulator]] = {
-    "cka": LinearCKA,
-    "cosine": FrameCosine,
-    "distillation": DistillationSimilarity,
-    "mutual_knn": MutualKNN,
-}
+# By their names in a recipe.
+SIMILARITY_MEASURES: dict[str, type[SimilarityAccumulator]] = dict(
+    zip(SIMILARITIES, (LinearCKA, FrameCosine, DistillationSimilarity, MutualKNN), strict=True)
+)
 
 
 def layer_similarity(
@@ -410,8 +404,8 @@ def layer_similarity(
     (5, 5)
     ```
     """
-    if similarity not in SIMILARITY:
-        raise ValueError(f"`similarity` must be one of {', '.join(SIMILARITY)}, but is {similarity!r}.")
+    if similarity not in SIMILARITY_MEASURES:
+        raise ValueError(f"`similarity` must be one of {', '.join(SIMILARITY_MEASURES)}, but is {similarity!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
     first_layer = 0 if include_embeddings else 1
@@ -421,7 +415,7 @@ def layer_similarity(
             "distillation": {"l1_weight": l1_weight, "l2_weight": l2_weight, "cosine_weight": cosine_weight},
             "mutual_knn": {"seed": (seed, part) if part else seed},
         }
-        parts.append(SIMILARITY[similarity](first_layer=first_layer, **options.get(similarity, {})))
+        parts.append(SIMILARITY_MEASURES[similarity](first_layer=first_layer, **options.get(similarity, {})))
 
     source = teacher if isinstance(teacher, (str, os.PathLike)) else None
     if source is not None:
@@ -439,28 +433,21 @@ def layer_similarity(
 
     waveforms = checked_input_values(audio, feature_extractor, samples_per_frame(teacher.config))
     num_waveforms = len(audio) if hasattr(audio, "__len__") else None
-    training = [module for module in teacher.modules() if module.training]
-    teacher.eval()
-    try:
-        with (
-            torch.no_grad(),
-            tqdm(
-                desc=f"Layer similarity ({similarity})", total=num_waveforms, unit="clip", disable=not progress
-            ) as bar,
-        ):
-            num_clips = 0
-            for batch in equal_length_batches(waveforms, batch_size):
-                inputs = batch.to(teacher.device, teacher.dtype)  # (B, samples)
-                hidden_states = teacher(input_values=inputs, output_hidden_states=True).hidden_states[first_layer:]
-                for first_clip in range(min(len(parts), len(batch))):
-                    clips = slice(first_clip, None, len(parts))
-                    part = parts[(num_clips + first_clip) % len(parts)]
-                    part.update([state[clips].flatten(0, 1) for state in hidden_states])
-                num_clips += len(batch)
-                bar.update(len(batch))
-    finally:
-        for module in training:
-            module.training = True
+    num_clips = 0
+    with (
+        torch.no_grad(),
+        eval_mode(teacher),
+        tqdm(desc=f"Layer similarity ({similarity})", total=num_waveforms, unit="clip", disable=not progress) as bar,
+    ):
+        for batch in equal_length_batches(waveforms, batch_size):
+            inputs = batch.to(teacher.device, teacher.dtype)  # (B, samples)
+            hidden_states = teacher(input_values=inputs, output_hidden_states=True).hidden_states[first_layer:]
+            for first_clip in range(min(len(parts), len(batch))):
+                clips = slice(first_clip, None, len(parts))
+                part = parts[(num_clips + first_clip) % len(parts)]
+                part.update([state[clips].flatten(0, 1) for state in hidden_states])
+            num_clips += len(batch)
+            bar.update(len(batch))
     matrices = []
     if num_parts:
         for part in parts:
@@ -471,12 +458,6 @@ def layer_similarity(
         total.absorb(part)
     matrix = total.compute()
     return [matrix, *matrices] if num_parts else matrix
-
-
-def _squared_distances(frames: torch.Tensor) -> torch.Tensor:
-    """`(frames, N, D)` to the `(N, N)` float64 sum over frames of `|x - y|^2`, from the differences themselves."""
-    norms = torch.cdist(frames, frames, p=2, compute_mode="donot_use_mm_for_euclid_dist")
-    return norms.double().square_().sum(0)
 
 
 def checked_input_values(

@@ -62,7 +62,7 @@ from .files import keep_sources
 from .gates import has_gates, noise_seed
 from .interruption import Interruption
 from .loading import check_encoder, check_feature_extractor, load_feature_extractor, plain_feature_extractor
-from .losses import sparsity_at
+from .losses import DISTILLATION_LOSSES, TRAINING_LOSSES, sparsity_at, term_weights
 from .model_card import hub_id_of, write_model_card
 from .recipe_validation import validate_recipe, warn_of_slow_gates
 from .run_identity import checksum, describe_run
@@ -152,7 +152,7 @@ class SkillDistillationTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     # What evaluation gives, by any of which `metric_for_best_model` may choose; a subclass that gives more adds them.
-    evaluation_metrics = ("loss", "distillation_loss", "l1_loss", "l2_loss", "cosine_loss")
+    evaluation_metrics = ("loss", *DISTILLATION_LOSSES)
 
     def __init__(
         self,
@@ -315,9 +315,7 @@ class SkillDistillationTrainer(Trainer):
                     similarity=config.similarity,
                     include_embeddings=config.include_embeddings,
                     seed=self.args.seed,
-                    l1_weight=config.l1_weight,
-                    l2_weight=config.l2_weight,
-                    cosine_weight=config.cosine_weight,
+                    **{f"{name}_weight": weight for name, weight in term_weights(config).items()},
                     progress=not self.args.disable_tqdm,
                     num_parts=2,
                 )
@@ -368,9 +366,9 @@ class SkillDistillationTrainer(Trainer):
             self.layer_groups,
             self.budget.unit_costs(self.student),
             self.teacher_cost,
+            term_weights(config),
             projection_groups=config.projection_groups,
             student_layers=config.student_layers,
-            weights={"l1": config.l1_weight, "l2": config.l2_weight, "cosine": config.cosine_weight},
             projections=projections,
         ).to(self.args.device)
 
@@ -576,7 +574,8 @@ class SkillDistillationTrainer(Trainer):
             if state["stage"] == 1:
                 student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
             groups, sharing = state["layer_groups"], self.skill_config.projection_groups
-            return SkillDistiller(student, groups, None, self.teacher_cost, projection_groups=sharing)
+            weights = term_weights(self.skill_config)
+            return SkillDistiller(student, groups, None, self.teacher_cost, weights, projection_groups=sharing)
 
     def _restore(self, checkpoint: str) -> None:
         """Groups, stage and shapes of a checkpoint; the weights are loaded by the Trainer."""
@@ -965,7 +964,7 @@ class SkillDistillationTrainer(Trainer):
         means = self._mean_over_processes(self._eval_sums)
         if self._eval_sums and not means:
             raise AudioError("No clip of the evaluation set can be read; the warnings above say why.")
-        for name in ("distillation_loss", "l1_loss", "l2_loss", "cosine_loss"):
+        for name in DISTILLATION_LOSSES:
             if name in means:
                 output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
         if means:
@@ -991,7 +990,7 @@ class SkillDistillationTrainer(Trainer):
 
     def _add_to(self, sums: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], scale, weight) -> None:
         """Adds up on the device; nothing waits for it until a line is logged."""
-        for name in ("distillation_loss", "l1_loss", "l2_loss", "cosine_loss", "lagrangian_loss"):
+        for name in TRAINING_LOSSES:
             sums[name] = sums.get(name, 0.0) + outputs[name] * scale
         sums["weight"] = sums.get("weight", 0.0) + torch.as_tensor(
             weight, dtype=torch.float32, device=self.args.device
