@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 import skill_hf.modeling_wavlm_skill_student as modeling
 from skill_hf import WavLMSkillStudentConfig, WavLMSkillStudentForCTC
-from skill_hf.families import build_student, load_teacher
+from skill_hf.families import build_student
+from skill_hf.teacher import load_teacher
 
 
 def test_fused_student_gives_the_same_hidden_states(layout):

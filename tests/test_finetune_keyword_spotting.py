@@ -24,8 +24,9 @@ from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertConfig, WavLMModel, pipeline
 
-from skill_hf.families import build_student, load_teacher
+from skill_hf.families import build_student
 from skill_hf.pruning import fit_gates
+from skill_hf.teacher import load_teacher
 
 
 KEYWORDS = DEMO / "keywords"

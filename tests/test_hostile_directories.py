@@ -41,7 +41,7 @@ from skill_hf import (
     layer_similarity,
 )
 from skill_hf.encoders import PretrainedEncoder
-from skill_hf.families import build_student, load_student, load_teacher
+from skill_hf.families import build_student, load_student
 from skill_hf.loading import (
     check_feature_extractor,
     load_config,
@@ -49,6 +49,7 @@ from skill_hf.loading import (
     load_model,
     plain_feature_extractor,
 )
+from skill_hf.teacher import load_teacher
 
 
 # Bytes that a refusal may take at most, and seconds of a processor.

@@ -4,7 +4,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,7 +14,7 @@ from conftest import tiny_teacher
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from test_skill_trainer import Kill, KillAt, make_trainer
-from transformers import TrainingArguments, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor
 
 import skill_hf
 from skill_hf import SkillConfig, model_card
@@ -35,6 +34,7 @@ from skill_hf.model_card import (
 )
 from skill_hf.pruning import fit_gates
 from skill_hf.run_record import RunRecord
+from skill_hf.run_report import RunReport
 from skill_hf.skill_config import StageSteps
 
 
@@ -105,41 +105,13 @@ def without_matplotlib(request, monkeypatch):
 
 
 @pytest.fixture
-def trainer(teacher, student, tmp_path):
-    """What a finished trainer shows to the card."""
-    return SimpleNamespace(
-        skill_config=SkillConfig(target_sparsity=0.5),
-        args=TrainingArguments(
-            output_dir=tmp_path / "secret",
-            use_cpu=True,
-            learning_rate=3e-4,
-            per_device_train_batch_size=3,
-            gradient_accumulation_steps=2,
-            seed=11,
-        ),
-        steps=StageSteps(joint=2000, final=1000, sparsity_warmup=5, final_warmup=5),
-        state=SimpleNamespace(
-            global_step=3000,
-            log_history=[
-                STAGE_1 | {"step": 10, "distillation_loss": 99.0, "sparsity": 0.0625},
-                STAGE_1,
-                HELD_OUT | {"eval_distillation_loss": 99.0},
-                STAGE_2,
-                HELD_OUT,
-                {"step": 30, "train_loss": 98.0},
-            ],
-        ),
+def report(teacher, student):
+    """Of a finished run."""
+    return RunReport(
         student=student,
         teacher=teacher,
         teacher_name="microsoft/wavlm-base-plus",
-        num_teacher_parameters=teacher.num_parameters(),
-        layer_groups=[[0, 1], [2, 3]],
-        layer_similarity=SIMILARITY,
-        layer_tree=lambda: layer_tree(SIMILARITY, SkillConfig()),
-        processing_class=Wav2Vec2FeatureExtractor(return_attention_mask=True),
-        train_dataset=[{}] * 1234,
-        eval_dataset=None,
-        accelerator=SimpleNamespace(mixed_precision="no"),
+        skill_config=SkillConfig(target_sparsity=0.5),
         record=RunRecord(
             silhouettes={2: 0.481, 3: 0.47},
             half_groups=[[[0, 1], [2, 3]], [[0], [1, 2, 3]]],
@@ -148,32 +120,49 @@ def trainer(teacher, student, tmp_path):
             losses={"after_cut": {"distillation_loss": -0.5, "cosine_similarity": 0.75}},
             layer_distances={"cka": [0.0, 0.1, 0.2, 0.1], "cosine": [0.0] * 4},
         ),
+        layer_groups=[[0, 1], [2, 3]],
+        layer_similarity=SIMILARITY,
+        layer_tree=layer_tree(SIMILARITY, SkillConfig()),
+        steps=StageSteps(joint=2000, final=1000, sparsity_warmup=5, final_warmup=5),
+        num_steps_done=3000,
+        log_history=[
+            STAGE_1 | {"step": 10, "distillation_loss": 99.0, "sparsity": 0.0625},
+            STAGE_1,
+            HELD_OUT | {"eval_distillation_loss": 99.0},
+            STAGE_2,
+            HELD_OUT,
+            {"step": 30, "train_loss": 98.0},
+        ],
+        learning_rate=3e-4,
+        clips_per_step=6,
+        seed=11,
+        train_dataset=[{}] * 1234,
     )
 
 
-def test_the_card_tells_how_clear_the_groups_are_and_what_the_cut_did(tmp_path, trainer, figures):
-    text = written(tmp_path, trainer)
+def test_the_card_tells_how_clear_the_groups_are_and_what_the_cut_did(tmp_path, report, figures):
+    text = written(tmp_path, report)
     assert "Mean silhouette of each number of groups (larger is clearer): 2: 0.481, 3: 0.470." in text
     assert "the two halves of the calibration set give [[0, 1], [2, 3]] and [[0], [1, 2, 3]]." in text
     assert "the gates left 30,000 parameters, where 20,000 were asked for. A shift of all gates by -4.400" in text
     assert "| Measured on 32 held-out clips | Distillation loss | Cosine similarity to the teacher |" in text
     assert "| After the cut | -0.5000 | 0.7500 |" in text
     assert "](layer_distances.png)" in text
-    trainer.record.half_groups = [trainer.layer_groups] * 2
-    trainer.record.cut["shift"] = 0.0
-    text = written(tmp_path, trainer)
+    report.record.half_groups = [report.layer_groups] * 2
+    report.record.cut["shift"] = 0.0
+    text = written(tmp_path, report)
     assert "Either half of the calibration set gives the same groups." in text
     assert "The cut needed no shift of the gates." in text
 
 
-def written(directory, trainer) -> str:
-    write_model_card(directory, trainer)
+def written(directory, report) -> str:
+    write_model_card(directory, report)
     return (directory / "README.md").read_text(encoding="utf-8")
 
 
-def saved(directory, trainer) -> Path:
-    trainer.student.save_pretrained(directory)
-    trainer.processing_class.save_pretrained(directory)
+def saved(directory, report) -> Path:
+    report.student.save_pretrained(directory)
+    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(directory)
     return directory
 
 
@@ -194,8 +183,8 @@ def images(card: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ metadata
-def test_metadata(tmp_path, trainer):
-    assert ModelCard(written(tmp_path, trainer)).data.to_dict() == {
+def test_metadata(tmp_path, report):
+    assert ModelCard(written(tmp_path, report)).data.to_dict() == {
         "base_model": "microsoft/wavlm-base-plus",
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",
@@ -298,17 +287,17 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def test_licence_on_the_hub_is_asked_for_once(hub, tmp_path, trainer):
-    trainer.teacher_name = "some/teacher"
+def test_licence_on_the_hub_is_asked_for_once(hub, tmp_path, report):
+    report.teacher_name = "some/teacher"
     for _ in range(2):
-        assert ModelCard(written(tmp_path, trainer)).data.license == "cc-by-4.0"
+        assert ModelCard(written(tmp_path, report)).data.license == "cc-by-4.0"
     assert len(hub.requests) == 1
 
 
 @pytest.mark.parametrize("name", ["some/other", "some/missing"])
-def test_no_licence_on_the_hub(hub, tmp_path, trainer, name):
-    trainer.teacher_name = name
-    assert "license" not in ModelCard(written(tmp_path, trainer)).data.to_dict()
+def test_no_licence_on_the_hub(hub, tmp_path, report, name):
+    report.teacher_name = name
+    assert "license" not in ModelCard(written(tmp_path, report)).data.to_dict()
     assert hub.requests
 
 
@@ -331,8 +320,8 @@ def test_a_hub_that_does_not_answer_does_not_hold_up_the_card(hub, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- what the card tells
-def test_card_tells_what_the_student_is(tmp_path, trainer, teacher, student):
-    card = written(tmp_path, trainer)
+def test_card_tells_what_the_student_is(tmp_path, report, teacher, student):
+    card = written(tmp_path, report)
     before, after = teacher.num_parameters(), student.num_parameters()
     assert f"| Parameters | {before:,} | {after:,} | {100 * after / before:.1f} % |" in card
     assert f"the share of the teacher's parameters that was removed: {1 - after / before:.4f} (target: 0.5)" in card
@@ -353,26 +342,25 @@ def test_card_tells_what_the_student_is(tmp_path, trainer, teacher, student):
     assert f"| Channels of the convolutions | 112 | {sum(student.config.conv_dim)} |" in card
 
 
-def test_card_tells_which_budget_the_target_is_of(tmp_path, trainer, teacher, student):
-    trainer.skill_config = SkillConfig(target_sparsity=0.5, budget="macs", budget_seconds=2.5)
-    card = written(tmp_path, trainer)
+def test_card_tells_which_budget_the_target_is_of(tmp_path, report, teacher, student):
+    report.skill_config = SkillConfig(target_sparsity=0.5, budget="macs", budget_seconds=2.5)
+    card = written(tmp_path, report)
     removed = 1 - count_macs(student, 2.5) / count_macs(teacher, 2.5)
     assert "the teacher's multiply-accumulates for 2.5 seconds of audio that was removed: " in card
     assert f"was removed: {removed:.4f} (target: 0.5)" in card
     assert '| `budget` | `"macs"` |' in card
 
 
-def test_a_teacher_that_is_a_student_is_compared_layer_by_layer(tmp_path, trainer, student):
-    trainer.teacher, trainer.student = student, make_student(student)
-    trainer.num_teacher_parameters = student.num_parameters()
-    card = written(tmp_path, trainer)
-    pairs = zip(trainer.student.config.intermediate_sizes, student.config.intermediate_sizes, strict=True)
+def test_a_teacher_that_is_a_student_is_compared_layer_by_layer(tmp_path, report, student):
+    report.teacher, report.student = student, make_student(student)
+    card = written(tmp_path, report)
+    pairs = zip(report.student.config.intermediate_sizes, student.config.intermediate_sizes, strict=True)
     rows = rows_below(card, "Layer", "Attention heads", "Feed-forward units")
     assert [row[2] for row in rows] == [f"{left} of {all}" for left, all in pairs]
 
 
-def test_card_tells_how_it_was_trained(tmp_path, trainer):
-    card = written(tmp_path, trainer)
+def test_card_tells_how_it_was_trained(tmp_path, report):
+    card = written(tmp_path, report)
     assert "| 1: distil and prune | 2,000 | 0.0003 |" in card
     assert "| 2: distil after the cut | 1,000 | 0.0001 |" in card
     assert "Clips per step: 6; precision: float32; seed: 11; peak learning rate of the gates: 0.02." in card
@@ -387,13 +375,13 @@ def test_card_tells_how_it_was_trained(tmp_path, trainer):
         assert identifier in card
 
 
-def test_each_of_several_evaluation_sets_has_its_row(tmp_path, trainer):
-    trainer.eval_dataset = {"clean": [{}] * 5, "other|`": [{}] * 7}
-    trainer.state.log_history += [
+def test_each_of_several_evaluation_sets_has_its_row(tmp_path, report):
+    report.eval_dataset = {"clean": [{}] * 5, "other|`": [{}] * 7}
+    report.log_history += [
         {"step": 30, "eval_clean_distillation_loss": -0.75, "eval_clean_l1_loss": 0.5},
         {"step": 30, "eval_other|`_distillation_loss": -0.5},
     ]
-    card = written(tmp_path, trainer)
+    card = written(tmp_path, report)
     rows = rows_below(card, "Loss", "Step", "Distillation loss", "L1", "− cosine similarity")
     assert rows[-2:] == [
         ["Held-out data, `clean`", "30", "-0.7500", "0.5000", "–"],
@@ -406,10 +394,10 @@ def test_each_of_several_evaluation_sets_has_its_row(tmp_path, trainer):
     ]
 
 
-def test_only_fields_of_the_recipe_that_differ_are_listed(tmp_path, trainer):
-    assert re.findall(r"^\| `(\w+)` \| `(.*)` \|$", written(tmp_path, trainer), re.M) == [("target_sparsity", "0.5")]
-    trainer.skill_config = SkillConfig()
-    assert "The recipe is skill-hf's default;" in written(tmp_path, trainer)
+def test_only_fields_of_the_recipe_that_differ_are_listed(tmp_path, report):
+    assert re.findall(r"^\| `(\w+)` \| `(.*)` \|$", written(tmp_path, report), re.M) == [("target_sparsity", "0.5")]
+    report.skill_config = SkillConfig()
+    assert "The recipe is skill-hf's default;" in written(tmp_path, report)
 
 
 @pytest.mark.parametrize(
@@ -429,36 +417,36 @@ def test_only_fields_of_the_recipe_that_differ_are_listed(tmp_path, trainer):
         ),
     ],
 )
-def test_card_tells_where_the_groups_come_from(tmp_path, trainer, fields, sentence):
-    trainer.skill_config = SkillConfig(**fields)
-    card = written(tmp_path, trainer)
+def test_card_tells_where_the_groups_come_from(tmp_path, report, fields, sentence):
+    report.skill_config = SkillConfig(**fields)
+    card = written(tmp_path, report)
     assert sentence in card
     assert rows_below(card, "Group", "Hidden states") == [["1", "0, 1"], ["2", "2, 3"]]
     assert "took no part" not in card
 
 
-def test_card_before_training(tmp_path, trainer):
-    trainer.steps = trainer.layer_groups = trainer.layer_similarity = trainer.train_dataset = None
-    trainer.layer_tree = lambda: None
-    trainer.state = SimpleNamespace(global_step=0, log_history=[])
-    card = written(tmp_path, trainer)
+def test_card_before_training(tmp_path, report):
+    report.steps = report.layer_groups = report.layer_similarity = report.train_dataset = None
+    report.layer_tree = None
+    report.num_steps_done, report.log_history = 0, []
+    card = written(tmp_path, report)
     assert "It has not been trained yet." in card
     for heading in ("Groups of layers", "## Data", "| Loss |", "| Sparsity |"):
         assert heading not in card
     assert "None" not in card
 
 
-def test_stopped_training_is_admitted(tmp_path, trainer):
-    assert "stopped" not in written(tmp_path, trainer)
-    trainer.state.global_step = 2500
-    assert "Training was stopped at step 2,500 of 3,000." in written(tmp_path, trainer)
+def test_stopped_training_is_admitted(tmp_path, report):
+    assert "stopped" not in written(tmp_path, report)
+    report.num_steps_done = 2500
+    assert "Training was stopped at step 2,500 of 3,000." in written(tmp_path, report)
 
 
-def test_a_student_with_gates_has_no_card(tmp_path, trainer, teacher):
-    trainer.student = build_student(teacher)
-    trainer.student.add_gates()
+def test_a_student_with_gates_has_no_card(tmp_path, report, teacher):
+    report.student = build_student(teacher)
+    report.student.add_gates()
     with pytest.raises(ValueError, match="still has its gates"):
-        write_model_card(tmp_path, trainer)
+        write_model_card(tmp_path, report)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -472,78 +460,78 @@ class Features(torch.utils.data.Dataset):
         return 7
 
 
-def test_datasets_that_are_not_of_datasets_and_lengths_that_are_not_known(tmp_path, trainer):
-    trainer.train_dataset = Features()
-    assert "| Training | not named | 7 | – |" in written(tmp_path, trainer)
-    trainer.train_dataset = datasets.Dataset.from_dict({"audio": ["a"] * 2, "length": [1.0, None]})
-    assert "| Training | not named | 2 | – |" in written(tmp_path, trainer)
+def test_datasets_that_are_not_of_datasets_and_lengths_that_are_not_known(tmp_path, report):
+    report.train_dataset = Features()
+    assert "| Training | not named | 7 | – |" in written(tmp_path, report)
+    report.train_dataset = datasets.Dataset.from_dict({"audio": ["a"] * 2, "length": [1.0, None]})
+    assert "| Training | not named | 2 | – |" in written(tmp_path, report)
 
 
-def test_data_without_a_name(tmp_path, trainer):
-    trainer.train_dataset = datasets.Dataset.from_dict({"audio": ["/secret/a.wav"] * 3, "length": [1800.0, 900, 2700]})
-    trainer.eval_dataset = iter([])
-    rows = rows_below(written(tmp_path, trainer), "", "Dataset", "Clips", "Hours")
+def test_data_without_a_name(tmp_path, report):
+    report.train_dataset = datasets.Dataset.from_dict({"audio": ["/secret/a.wav"] * 3, "length": [1800.0, 900, 2700]})
+    report.eval_dataset = iter([])
+    rows = rows_below(written(tmp_path, report), "", "Dataset", "Clips", "Hours")
     assert rows == [["Training", "not named", "3", "1.50"], ["Held out", "not named", "–", "–"]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_data_of_a_local_directory_goes_by_its_name(tmp_path, trainer, streaming):
+def test_data_of_a_local_directory_goes_by_its_name(tmp_path, report, streaming):
     corpus = tmp_path / "secret" / "my|corpus"
     corpus.mkdir(parents=True)
     (corpus / "train.csv").write_text("length\n16000\n32000\n")  # whole numbers: no seconds
-    trainer.train_dataset = datasets.load_dataset(
+    report.train_dataset = datasets.load_dataset(
         str(corpus), split="train", streaming=streaming, cache_dir=str(tmp_path / "cache")
     )
-    card = written(tmp_path, trainer)
+    card = written(tmp_path, report)
     number = "–" if streaming else "2"
     assert rows_below(card, "", "Dataset", "Clips", "Hours") == [["Training", "`my corpus, train`", number, "–"]]
     assert "secret" not in card and "datasets" not in ModelCard(card).data.to_dict()
 
 
-def test_how_it_was_read_is_no_name(tmp_path, trainer):
-    trainer.train_dataset = datasets.Dataset.from_generator(
+def test_how_it_was_read_is_no_name(tmp_path, report):
+    report.train_dataset = datasets.Dataset.from_generator(
         lambda: iter([{"x": 1}]), cache_dir=str(tmp_path / "cache"), split="train"
     )
-    assert trainer.train_dataset.info.dataset_name == "generator"
-    assert rows_below(written(tmp_path, trainer), "", "Dataset", "Clips", "Hours")[0][1] == "not named"
+    assert report.train_dataset.info.dataset_name == "generator"
+    assert rows_below(written(tmp_path, report), "", "Dataset", "Clips", "Hours")[0][1] == "not named"
 
 
-def test_data_of_the_hub_is_linked(tmp_path, trainer):
+def test_data_of_the_hub_is_linked(tmp_path, report):
     info = datasets.DatasetInfo(dataset_name="openslr/librispeech_asr", config_name="all", builder_name="parquet")
-    trainer.train_dataset = datasets.Dataset.from_dict({"x": [0]}, info=info, split="train.clean.100")
-    trainer.eval_dataset = trainer.train_dataset
-    card = written(tmp_path, trainer)
+    report.train_dataset = datasets.Dataset.from_dict({"x": [0]}, info=info, split="train.clean.100")
+    report.eval_dataset = report.train_dataset
+    card = written(tmp_path, report)
     link = "[`openslr/librispeech_asr, all, train.clean.100`](https://huggingface.co/datasets/openslr/librispeech_asr)"
     assert [row[1] for row in rows_below(card, "", "Dataset", "Clips", "Hours")] == [link, link]
     assert ModelCard(card).data.datasets == ["openslr/librispeech_asr"]
 
 
 # ------------------------------------------------------------------------------------------------- figures and tables
-def test_figures_are_drawn_and_shown(tmp_path, trainer, figures):
-    card = written(tmp_path, trainer)
+def test_figures_are_drawn_and_shown(tmp_path, report, figures):
+    card = written(tmp_path, report)
     assert sorted(images(card)) == sorted(FIGURES) == sorted(path.name for path in tmp_path.glob("*.png"))
     for name in FIGURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "Joined with" not in card and "| Sparsity |" not in card
 
 
-def test_figures_of_an_earlier_run_are_not_left(tmp_path, trainer, figures):
-    trainer.layer_similarity = None
-    trainer.layer_tree = lambda: None
-    trainer.state.log_history = []
-    trainer.record = RunRecord()
+def test_figures_of_an_earlier_run_are_not_left(tmp_path, report, figures):
+    report.layer_similarity = None
+    report.layer_tree = None
+    report.log_history = []
+    report.record = RunRecord()
     for name in FIGURES:
         (tmp_path / name).write_text("of an earlier run")
-    assert images(written(tmp_path, trainer)) == ["architecture.png"] == [path.name for path in tmp_path.glob("*.png")]
+    assert images(written(tmp_path, report)) == ["architecture.png"] == [path.name for path in tmp_path.glob("*.png")]
     assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("include_embeddings", [True, False])
-def test_without_matplotlib_there_are_tables(tmp_path, trainer, include_embeddings):
+def test_without_matplotlib_there_are_tables(tmp_path, report, include_embeddings):
     (tmp_path / "architecture.png").write_text("of an earlier run")
-    trainer.skill_config = SkillConfig(include_embeddings=include_embeddings)
+    report.skill_config = SkillConfig(include_embeddings=include_embeddings)
     first = 0 if include_embeddings else 1
-    card = written(tmp_path, trainer)
+    card = written(tmp_path, report)
     assert not images(card) and not list(tmp_path.glob("*.png"))
     # Layers at 0, 1, 5 and 7 on a line, 10 units long: average linkage.
     a, b, c, d = range(first, first + 4)
@@ -560,15 +548,15 @@ def test_without_matplotlib_there_are_tables(tmp_path, trainer, include_embeddin
     ]
 
 
-def test_a_long_curve_is_cut_to_some_rows(tmp_path, trainer):
-    trainer.state.log_history = [STAGE_1 | {"step": step} for step in range(1, 1001)]
-    rows = rows_below(written(tmp_path, trainer), "Step", "Sparsity", "Target")
+def test_a_long_curve_is_cut_to_some_rows(tmp_path, report):
+    report.log_history = [STAGE_1 | {"step": step} for step in range(1, 1001)]
+    rows = rows_below(written(tmp_path, report), "Step", "Sparsity", "Target")
     assert [row[0] for row in rows] == ["1", "144", "286", "429", "572", "715", "857", "1,000"]
 
 
 # ------------------------------------------------------------------------------------------------------------ snippets
-def test_snippet_is_run_and_its_output_shown(tmp_path, trainer, student, monkeypatch, capsys):
-    first, second = code(written(saved(tmp_path, trainer), trainer))
+def test_snippet_is_run_and_its_output_shown(tmp_path, report, student, monkeypatch, capsys):
+    first, second = code(written(saved(tmp_path, report), report))
     (printed,) = code((tmp_path / "README.md").read_text(encoding="utf-8"), "text")
     assert capsys.readouterr().out == ""
 
@@ -587,61 +575,60 @@ def test_snippet_is_run_and_its_output_shown(tmp_path, trainer, student, monkeyp
     torch.testing.assert_close(again, hidden_states)
 
 
-def test_running_the_snippet_changes_nothing_else(tmp_path, trainer, monkeypatch):
+def test_running_the_snippet_changes_nothing_else(tmp_path, report, monkeypatch):
     def connect(*args):
         raise AssertionError("the network was used")
 
-    trainer.student = make_student(trainer.teacher).train()
-    saved(tmp_path, trainer)
+    report.student = make_student(report.teacher).train()
+    saved(tmp_path, report)
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    weights = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in report.student.state_dict().items()}
     torch.manual_seed(3)
     np.random.seed(3)
     before = torch.random.get_rng_state(), np.random.get_state()[1], torch.get_num_threads(), torch.get_default_dtype()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", connect)
-    trainer.teacher_name = None
-    (printed,) = code(written(tmp_path, trainer), "text")
+    report.teacher_name = None
+    (printed,) = code(written(tmp_path, report), "text")
     after = torch.random.get_rng_state(), np.random.get_state()[1], torch.get_num_threads(), torch.get_default_dtype()
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
-    assert torch.is_grad_enabled() and trainer.student.training and printed
-    for name, tensor in trainer.student.state_dict().items():
+    assert torch.is_grad_enabled() and report.student.training and printed
+    for name, tensor in report.student.state_dict().items():
         assert torch.equal(tensor, weights[name])
     for path, content in files.items():
         assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("layout_of_teacher", ["base", "large"])
-def test_snippet_runs_on_a_bfloat16_student(tmp_path, trainer, layout_of_teacher):
-    trainer.student = make_student(tiny_teacher(layout_of_teacher)).bfloat16()
-    trainer.teacher = tiny_teacher(layout_of_teacher)
-    trainer.num_teacher_parameters = trainer.teacher.num_parameters()
-    (printed,) = code(written(saved(tmp_path, trainer), trainer), "text")
+def test_snippet_runs_on_a_bfloat16_student(tmp_path, report, layout_of_teacher):
+    report.student = make_student(tiny_teacher(layout_of_teacher)).bfloat16()
+    report.teacher = tiny_teacher(layout_of_teacher)
+    (printed,) = code(written(saved(tmp_path, report), report), "text")
     assert "dtype=torch.bfloat16" in printed
 
 
-def test_without_a_saved_student_nothing_is_printed(tmp_path, trainer):
-    card = written(tmp_path, trainer)
+def test_without_a_saved_student_nothing_is_printed(tmp_path, report):
+    card = written(tmp_path, report)
     assert "It printed" not in card and not code(card, "text")
 
 
-def test_snippet_that_fails_leaves_the_student_and_says_so(tmp_path, trainer):
-    saved(tmp_path, trainer)
+def test_snippet_that_fails_leaves_the_student_and_says_so(tmp_path, report):
+    saved(tmp_path, report)
     (tmp_path / "preprocessor_config.json").unlink()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     words = (
         rf"The student was saved in `{re.escape(str(tmp_path))}`, but the snippet .* no README.md was written: OSErr"
     )
     with pytest.raises(RuntimeError, match=words) as error:
-        write_model_card(tmp_path, trainer)
+        write_model_card(tmp_path, report)
     assert isinstance(error.value.__cause__, OSError)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
-def test_snippets_name_the_repository_once_it_is_known(tmp_path, trainer):
-    trainer.hub_model_id = "someone/student"
-    first, second = code(written(saved(tmp_path, trainer), trainer))
+def test_snippets_name_the_repository_once_it_is_known(tmp_path, report):
+    report.hub_model_id = "someone/student"
+    first, second = code(written(saved(tmp_path, report), report))
     assert 'name = "someone/student"\n' in first
     assert '.from_pretrained("someone/student")' in second
     for snippet in (first, second):
@@ -686,16 +673,16 @@ def test_card_without_a_trainer_names_the_teacher(student, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- robustness
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_are_but_text(tmp_path, trainer, monkeypatch, name):
+def test_hostile_names_are_but_text(tmp_path, report, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    plain = written(tmp_path, trainer)
-    directory = saved(tmp_path / name.replace("/", ""), trainer)
+    plain = written(tmp_path, report)
+    directory = saved(tmp_path / name.replace("/", ""), report)
     info = datasets.DatasetInfo(dataset_name=name, config_name=name, builder_name="parquet")
-    trainer.train_dataset = datasets.Dataset.from_dict({"x": [0]}, info=info)
-    trainer.eval_dataset = {name: trainer.train_dataset}
-    trainer.state.log_history.append({"step": 30, f"eval_{name}_distillation_loss": 1.0})
-    trainer.hub_model_id = trainer.teacher_name = name
-    card = written(directory, trainer)
+    report.train_dataset = datasets.Dataset.from_dict({"x": [0]}, info=info)
+    report.eval_dataset = {name: report.train_dataset}
+    report.log_history.append({"step": 30, f"eval_{name}_distillation_loss": 1.0})
+    report.hub_model_id = report.teacher_name = name
+    card = written(directory, report)
 
     assert not list(tmp_path.rglob("owned"))
     assert code(card, "text")  # the snippet ran, in this directory
@@ -715,11 +702,11 @@ def test_hostile_names_are_but_text(tmp_path, trainer, monkeypatch, name):
     )
     assert not re.search(r"(?<!`)`{2}(?!`)", card)
 
-    card = student_card(trainer.student, name)
+    card = student_card(report.student, name)
     assert 'name = "."' in card.text and card.data.library_name == "transformers"
 
 
-def test_no_local_path_is_published(tmp_path, trainer, monkeypatch):
+def test_no_local_path_is_published(tmp_path, report, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("secret/teacher").mkdir(parents=True)
     for name in (
@@ -731,8 +718,8 @@ def test_no_local_path_is_published(tmp_path, trainer, monkeypatch):
         "",
         None,
     ):
-        trainer.teacher_name = name
-        card = written(tmp_path, trainer)
+        report.teacher_name = name
+        card = written(tmp_path, report)
         assert "base_model" not in card
         assert "its teacher, a `wavlm` model, has" in card
         assert "secret" not in card
@@ -740,13 +727,13 @@ def test_no_local_path_is_published(tmp_path, trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("with_figures", [False, True])
-def test_no_blank_is_left_and_no_paragraph_runs_into_another(tmp_path, trainer, monkeypatch, with_figures):
+def test_no_blank_is_left_and_no_paragraph_runs_into_another(tmp_path, report, monkeypatch, with_figures):
     if with_figures:
         monkeypatch.setattr(model_card, "save_figures", lambda *_: list(FIGURES))
-    cards = [written(saved(tmp_path, trainer), trainer)]
-    trainer.skill_config = SkillConfig(layer_groups=[[0], [3]], student_layers="last")
-    trainer.layer_similarity, trainer.layer_tree = None, lambda: None
-    cards += [written(tmp_path, trainer), student_card(trainer.student).content]
+    cards = [written(saved(tmp_path, report), report)]
+    report.skill_config = SkillConfig(layer_groups=[[0], [3]], student_layers="last")
+    report.layer_similarity = report.layer_tree = None
+    cards += [written(tmp_path, report), student_card(report.student).content]
     for card in cards:
         text = re.sub(r"```.*?```", "", card, flags=re.DOTALL)
         assert not re.search(r"\{[{%#]|[}%#]\}", text)

@@ -25,7 +25,7 @@ from skill_hf import (
     SkillDistillationTrainer,
     SkillTrainingArguments,
     WavLMForSkillStudent,
-    skill_trainer,
+    unreadable_clips,
 )
 from skill_hf.analysis import count_macs
 from skill_hf.families import build_student
@@ -138,6 +138,19 @@ def test_a_run_records_what_it_measured(uninterrupted):
     assert all(sorted(sum(groups, [])) == [0, 1, 2, 3] for groups in record.half_groups)
     assert len(record.half_groups) == 2
     assert [len(distances) for distances in record.layer_distances.values()] == [4, 4]
+
+
+def test_a_run_reports_how_it_trained(uninterrupted):
+    trainer, clips = uninterrupted
+    report = trainer.report()
+    assert report.student is trainer.model and report.teacher is trainer.teacher
+    assert (report.steps.joint, report.steps.final, report.num_steps_done) == (6, 3, 9)
+    assert (report.learning_rate, report.clips_per_step, report.precision, report.seed) == (1e-3, 4, "no", 42)
+    assert report.sampling_rate == 16_000 and report.hub_model_id is None
+    assert report.layer_groups == trainer.layer_groups
+    assert report.train_dataset is clips and report.eval_dataset == clips[:5]
+    assert report.results()["teacher_parameters"] == trainer.num_teacher_parameters
+    np.testing.assert_array_equal(report.layer_tree, trainer.layer_tree())
 
 
 class NoiseSeeds(TrainerCallback):
@@ -456,7 +469,7 @@ def test_targets_need_no_weights_in_float32_under_autocast(tmp_path, clips, auto
     trainer.layer_groups = [[0, 1], [2]]
     targets = trainer.teacher_targets(torch.randn(2, 4000))
     assert targets.dtype == torch.float32 and targets.isfinite().all()
-    weight = trainer._target_teacher.encoder.layers[0].feed_forward.output_dense.weight
+    weight = trainer.encoders[1].encoder.layers[0].feed_forward.output_dense.weight
     assert weight.dtype == (torch.bfloat16 if autocast else torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.teacher.parameters())
 
@@ -806,7 +819,7 @@ class TakeAway(TrainerCallback):
 
 
 def test_clips_that_vanish_end_the_run(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(skill_trainer, "CLIPS_JUDGED", 8)
+    monkeypatch.setattr(unreadable_clips, "CLIPS_JUDGED", 8)
     rows = Vanishing(clips)
     trainer = make_trainer(tmp_path, rows, evaluate_on=clips[:3], callbacks=[TakeAway(rows)])
     with pytest.raises(ValueError, match=r"% of the clips of the last 2 steps cannot be read.*checkpoint-\d") as error:

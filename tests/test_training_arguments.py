@@ -678,7 +678,7 @@ def test_found_out_before_calibration(tmp_path, monkeypatch, kwargs, match):
     def fail(*args, **kwargs):
         raise AssertionError("calibration has begun")
 
-    monkeypatch.setattr("skill_hf.skill_trainer.calibration_waveforms", fail)
+    monkeypatch.setattr("skill_hf.calibration.calibration_waveforms", fail)
     with pytest.raises(ValueError, match=match) as error:
         make_trainer(tmp_path, **kwargs).train()
     assert_one_line(error.value)

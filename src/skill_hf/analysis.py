@@ -131,9 +131,11 @@ def count_macs(model: PreTrainedModel, seconds: float = 10.0, sampling_rate: int
     6914987008
     ```
     """
-    samples, least = round(seconds * sampling_rate), samples_per_frame(model.config)
-    if samples < least:
-        raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
+    samples, min_samples = round(seconds * sampling_rate), samples_per_frame(model.config)
+    if samples < min_samples:
+        raise ValueError(
+            f"`seconds` is {seconds}, {samples} samples, but the model needs {min_samples} for one frame."
+        )
     if has_gates(model):
         raise ValueError("The student still has its gates: call `prune()`, or let `train()` end, before counting.")
     # A detached tensor: in a view of one that requires gradients the counter would look for its gradient function.

@@ -232,6 +232,20 @@ def check_trainer_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"`callbacks` holds {reprlib.repr(callback)}, which is no TrainerCallback; leave it out.")
 
 
+def check_devices(args: TrainingArguments) -> None:
+    """
+    Raises:
+        `ValueError`: if one process would train on several devices, or another handler of SIGTERM is asked for.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or name one device"
+            " in CUDA_VISIBLE_DEVICES."
+        )
+    if args.enable_jit_checkpoint:
+        raise ValueError("`enable_jit_checkpoint` must be False: SIGTERM writes a checkpoint without it.")
+
+
 def refuse(name: str, value, why: str):
     """Raises the one error of this module: argument, value, and why it is refused or what to do."""
     value = getattr(value, "value", value)

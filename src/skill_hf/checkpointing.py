@@ -139,8 +139,8 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 def last_checkpoint_to(output_dir: str | Path, step: float) -> str | None:
     """The newest checkpoint of `output_dir` whose step is not above `step`."""
-    found = [path for path in _checkpoints(output_dir) if step_of(path) <= step and (path / MANIFEST_NAME).is_file()]
-    return str(found[-1]) if found else None
+    paths = [path for path in _checkpoints(output_dir) if step_of(path) <= step and (path / MANIFEST_NAME).is_file()]
+    return str(paths[-1]) if paths else None
 
 
 # ---- The directory of a run ----
@@ -213,10 +213,10 @@ def make_room(output_dir: str, overwrite: bool) -> None:
         for path in checkpoints:
             shutil.rmtree(path)
         return
-    found = [path.name for path in checkpoints]
-    found += sorted({path.name for pattern in OF_A_STUDENT for path in Path(output_dir).glob(pattern)})
-    if found:
-        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    names = [path.name for path in checkpoints]
+    names += sorted({path.name for pattern in OF_A_STUDENT for path in Path(output_dir).glob(pattern)})
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(
             f"`{output_dir}` holds an earlier run ({shown}): resume it with `resume_from_checkpoint=True`, give"
             " another `output_dir`, or set `overwrite_output_dir=True` to replace it."
@@ -258,9 +258,9 @@ def find_checkpoint(
             logger.warning("%s It is passed over.", error)
             continue
         return str(directory)
-    found = f": {' '.join(problems)}" if problems else "."
+    reasons = f": {' '.join(problems)}" if problems else "."
     raise ValueError(
-        f"There is no checkpoint to resume from in `{output_dir}`{found} Start without `resume_from_checkpoint`, and"
+        f"There is no checkpoint to resume from in `{output_dir}`{reasons} Start without `resume_from_checkpoint`, and"
         " with a new trainer if this one has begun."
     )
 
@@ -371,22 +371,26 @@ def _check_same_run(directory: Path, state: dict, trainer) -> None:
     """Raises a `ValueError` that names each setting in which the run of a checkpoint differs from this one."""
     stored = read_json(directory / SKILL_CONFIG_NAME)
     present = json.loads(json.dumps(trainer._skill_state(), default=str))
-    recipe_here = json.loads(json.dumps(trainer.skill_config.to_dict(), default=str))
-    pairs = [(name, stored.get(name), value) for name, value in recipe_here.items()]
+    present_recipe = json.loads(json.dumps(trainer.skill_config.to_dict(), default=str))
+    pairs = [(name, stored.get(name), value) for name, value in present_recipe.items()]
     pairs += [(name, state.get(name), present[name]) for name in ("steps", "teacher")]
     recipe = [difference for pair in pairs for difference in _differences(*pair)]
-    there, here = dict(state["run"]) if isinstance(state["run"], dict) else {}, dict(present["run"])
-    batches = [{name: run.pop(name, None) for name in BATCH_SETTINGS} for run in (there, here)]
+    stored_run, run = dict(state["run"]) if isinstance(state["run"], dict) else {}, dict(present["run"])
+    batches = [{name: settings.pop(name, None) for name in BATCH_SETTINGS} for settings in (stored_run, run)]
     try:
         same_batch = math.prod(batches[0].values()) == math.prod(batches[1].values())
     except TypeError:
         same_batch = False
-    run = [difference for name in there | here for difference in _differences(name, there.get(name), here.get(name))]
+    differences = [
+        difference
+        for name in stored_run | run
+        for difference in _differences(name, stored_run.get(name), run.get(name))
+    ]
     changed = [difference for name in BATCH_SETTINGS for difference in _differences(name, *(b[name] for b in batches))]
-    run += [] if same_batch else changed
-    if recipe or run:
+    differences += [] if same_batch else changed
+    if recipe or differences:
         what = "recipe" if recipe else "run"
-        raise ValueError(f"`{directory}` is of another {what}: {'; '.join(recipe + run)}.")
+        raise ValueError(f"`{directory}` is of another {what}: {'; '.join(recipe + differences)}.")
     if changed:
         logger.warning(
             "%s was written with other settings of as many clips a step: %s. The run resumes, but not bit for bit.",
@@ -395,12 +399,12 @@ def _check_same_run(directory: Path, state: dict, trainer) -> None:
         )
 
 
-def _differences(name: str, there, here) -> list[str]:
+def _differences(name: str, stored, present) -> list[str]:
     """What differs between two values, entry by entry where both are dicts."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        entries = [(f"{name}.{key}", there.get(key), here.get(key)) for key in there | here]
+    if isinstance(stored, dict) and isinstance(present, dict):
+        entries = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in stored | present]
         return [difference for entry in entries for difference in _differences(*entry)]
-    return [] if there == here else [f"{name} ({_short(there)} there, {_short(here)} here)"]
+    return [] if stored == present else [f"{name} ({_short(stored)} there, {_short(present)} here)"]
 
 
 def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
@@ -433,15 +437,15 @@ def _check_weights(directory: Path, distiller: nn.Module) -> None:
     expected = {name: list(tensor.shape) for name, tensor in distiller.state_dict().items()}
     try:
         with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            for name in expected | found:
-                if name not in found:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            for name in expected | shapes:
+                if name not in shapes:
                     raise CheckpointError(f"{WEIGHTS_NAME} lacks {name}")
                 if name not in expected:
                     raise CheckpointError(f"{WEIGHTS_NAME} holds {name}, which its {CONFIG_NAME} does not")
-                if found[name] != expected[name]:
+                if shapes[name] != expected[name]:
                     raise CheckpointError(
-                        f"{name} in {WEIGHTS_NAME} has the shape {found[name]}, in {CONFIG_NAME} {expected[name]}"
+                        f"{name} in {WEIGHTS_NAME} has the shape {shapes[name]}, in {CONFIG_NAME} {expected[name]}"
                     )
                 if not torch.isfinite(file.get_tensor(name)).all():
                     raise CheckpointError(f"{name} in {WEIGHTS_NAME} holds NaN or infinite values")
@@ -477,13 +481,13 @@ def _first_line(error: Exception) -> str:
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint of a plain `Trainer` whose last-written file is there; others are passed over."""
-    found = []
+    checkpoints = []
     for state in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
         step = state.parent.name.removeprefix("checkpoint-")
         if step.isdigit():
-            found.append((int(step), str(state.parent)))
+            checkpoints.append((int(step), str(state.parent)))
     newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    last = max(found)[1] if found else None
+    last = max(checkpoints)[1] if checkpoints else None
     if newest is not None and newest != last:
         logger.warning("%s is incomplete and is passed over.", newest)
     return last

@@ -7,7 +7,7 @@ from torch import nn
 
 from .budgets import UnitCosts
 from .gates import has_gates
-from .losses import distillation_sums, group_means, lagrangian
+from .losses import attended, distillation_sums, group_means, lagrangian
 from .pruning import expected_cost, seed_gates
 
 
@@ -125,52 +125,6 @@ class SkillDistiller(nn.Module):
         outputs |= {"distillation_loss": distillation_loss, "lagrangian_loss": penalty, "sparsity": sparsity}
         outputs = {name: value.detach() for name, value in outputs.items()}
         return {"loss": loss, **outputs, "num_frames": torch.as_tensor(frames, device=loss.device)}
-
-
-@torch.no_grad()
-def target_means(
-    teacher: nn.Module,
-    groups: Sequence[Sequence[int]],
-    input_values: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    What the student is to predict, [`~skill_hf.losses.group_means`] of the teacher's hidden states, `(groups, batch,
-    frames, hidden_size)`, float32, without gradient. No hidden state is kept: each is added to its groups' means as
-    the layers go by.
-    """
-    means: dict[int, torch.Tensor] = {}
-
-    def add(index: int, hidden_state: torch.Tensor) -> None:
-        for number, group in enumerate(groups):
-            if index in group:
-                share = hidden_state.float() / len(group)
-                means[number] = means[number].add_(share) if number in means else share
-
-    layers = teacher.encoder.layers
-    # transformers can put the model's output, behind a last norm, in the place of the last layer's.
-    tied = getattr(teacher.config, "tie_last_hidden_states", False)
-    hooks = [layers[0].register_forward_pre_hook(lambda module, args: add(0, args[0]))]
-    for index, layer in enumerate(layers[: len(layers) - tied], start=1):
-        hooks.append(layer.register_forward_hook(lambda module, args, output, index=index: add(index, output[0])))
-    try:
-        output = teacher(input_values, attention_mask=attended(attention_mask))
-        if tied:
-            add(len(layers), output.last_hidden_state)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack([means[number] for number in range(len(groups))])
-
-
-def attended(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """
-    A mask over samples as models take it. A clip without a valid sample, which stands for a batch that could not be
-    read, is attended throughout: softmax over nothing would be NaN, and so would gradients of what is masked later.
-    """
-    if attention_mask is None:
-        return None
-    return torch.where(attention_mask.bool().any(-1, keepdim=True), attention_mask, torch.ones_like(attention_mask))
 
 
 def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

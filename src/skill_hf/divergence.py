@@ -1,4 +1,4 @@
-"""Whether training has left the finite numbers, noticed without waiting for the device in every step."""
+"""Whether a loss, a gradient or a weight is NaN or infinite, noticed without waiting for the device in each step."""
 
 import torch
 from torch import nn
@@ -71,11 +71,12 @@ class FiniteWatch(TrainerCallback):
         first = self._first[None]
         if trainer.accelerator.num_processes > 1:
             first = trainer.accelerator.gather(first)
-        found = [(step, order) for steps in first.tolist() for order, step in enumerate(steps) if step >= 0]
+        events = [(step, index) for steps in first.tolist() for index, step in enumerate(steps) if step >= 0]
         step = trainer.state.global_step
-        if found:
-            step, order = min(found)
-            names = sorted({(*TRAINING_LOSSES, "gradient norm")[other] for at, other in found if at == step})
+        if events:
+            step, _ = min(events)
+            quantities = (*TRAINING_LOSSES, "gradient norm")
+            names = sorted({quantities[index] for event_step, index in events if event_step == step})
             what = " and ".join(name.replace("_", " ") for name in names)
             raise NonFiniteError(self._message(step, f"the {what} became NaN or infinite"))
         most = min(MOST_SKIPPED, trainer.args.max_steps)

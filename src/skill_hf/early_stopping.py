@@ -33,8 +33,8 @@ def restore_patience(callbacks: Iterable[TrainerCallback], state: TrainerState |
         stored = stored if isinstance(stored, list) else [stored]
         counters[name] = [entry.get("attributes", {}).get("early_stopping_patience_counter", 0) for entry in stored]
     for callback in early_stoppers(callbacks):
-        left = counters.get(type(callback).__name__)
-        callback.early_stopping_patience_counter = left.pop(0) if left else 0
+        remaining = counters.get(type(callback).__name__)
+        callback.early_stopping_patience_counter = remaining.pop(0) if remaining else 0
 
 
 def stopped_early(callbacks: Iterable[TrainerCallback]) -> bool:

@@ -94,6 +94,11 @@ def keep_sources(
             )
 
 
+def local_directory(path: str | os.PathLike | None) -> Path | None:
+    """`path` if it is a local directory, absolute: it stays the same wherever this process goes from here."""
+    return Path(path).absolute() if path and Path(path).is_dir() else None
+
+
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()

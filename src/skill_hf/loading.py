@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -64,6 +66,22 @@ def one_error(what: str):
         if isinstance(error, KeyError):
             reason = f"there is no {reason}"
         raise ValueError(f"{what} ({reason[:500]})") from error
+
+
+def valid_hub_id(name) -> str | None:
+    """`name` if it could be an id on the Hub."""
+    name = str(name or "")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name or None
+
+
+def hub_id_of(name) -> str | None:
+    """`name` if it is an id on the Hub; a local path tells others nothing and must not be published."""
+    name = valid_hub_id(name)
+    return name if name and "/" in name and not Path(name).exists() else None
 
 
 def load_config(source: str | os.PathLike, what: str = "The model", **settings) -> PreTrainedConfig:

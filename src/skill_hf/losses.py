@@ -63,6 +63,16 @@ def term_weights(settings) -> dict[str, float]:
     return {term: getattr(settings, f"{term}_weight") for term in LOSS_TERMS}
 
 
+def attended(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """
+    A mask over samples as models take it. A clip without a valid sample, which replaces a batch that could not be
+    read, is attended throughout: softmax over nothing would be NaN, and so would gradients of what is masked later.
+    """
+    if attention_mask is None:
+        return None
+    return torch.where(attention_mask.bool().any(-1, keepdim=True), attention_mask, torch.ones_like(attention_mask))
+
+
 def group_means(hidden_states: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]) -> torch.Tensor:
     """
     Mean hidden state of each group, `(groups, batch, frames, hidden_size)`, float32, from hidden states of shape

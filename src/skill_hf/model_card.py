@@ -1,4 +1,4 @@
-"""The model card, `README.md`, that lies beside every saved student: what it is, what it was made from, how."""
+"""The model card, `README.md`, of every saved student: what it is, what it was made from, how."""
 
 import functools
 import importlib.metadata
@@ -10,21 +10,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import datasets
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from .analysis import count_macs
-from .budgets import make_budget
+from .dataset_description import DatasetContent, code_text, describe_datasets
+from .loading import hub_id_of, valid_hub_id
 from .losses import LOSS_TERMS, term_weights
 from .plots import plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
+from .run_report import RunReport
+from .skill_config import SkillConfig
 from .units import KINDS, units_of
 from .version import __version__
 
@@ -38,29 +40,36 @@ EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
 CURVE_ROWS = 8
 HUB_TIMEOUT = 5.0  # seconds; a card does not wait longer for the licence of the teacher
 
-# Auto class of a student -> task on the Hub, which has none of its own for frames and for speakers; and the last lines
-# of the snippet.
+
+class Task(NamedTuple):
+    """A task on the Hub, which has none of its own for frames and for speakers; and the last lines of the snippet."""
+
+    pipeline_tag: str
+    last_lines: str
+
+
+# By the auto class of a student.
 TASKS = {
-    "AutoModel": (
+    "AutoModel": Task(
         "feature-extraction",
         "    hidden_states = model(**inputs, output_hidden_states=True).hidden_states\n"
         "print(len(hidden_states), hidden_states[-1].shape, hidden_states[-1][0, 0, :3])",
     ),
-    "AutoModelForCTC": (
+    "AutoModelForCTC": Task(
         "automatic-speech-recognition",
         "    tokens = model(**inputs).logits.argmax(-1)\n"
         "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` makes text of them",
     ),
-    "AutoModelForAudioClassification": (
+    "AutoModelForAudioClassification": Task(
         "audio-classification",
         "    probabilities = model(**inputs).logits.softmax(-1)[0]\n"
         "print({model.config.id2label[index]: p for index, p in enumerate(probabilities.tolist())})",
     ),
-    "AutoModelForAudioFrameClassification": (
+    "AutoModelForAudioFrameClassification": Task(
         "voice-activity-detection",
         "    logits = model(**inputs).logits\nprint(logits.shape)  # (clips, frames, labels)",
     ),
-    "AutoModelForAudioXVector": (
+    "AutoModelForAudioXVector": Task(
         "feature-extraction",
         "    embeddings = torch.nn.functional.normalize(model(**inputs).embeddings, dim=-1)\n"
         "print(embeddings.shape)  # two clips are as alike as the dot product of their embeddings is large",
@@ -115,19 +124,8 @@ class StudentContent:
 
 
 @dataclass
-class DatasetContent:
-    """A set of clips: what for, its name, its id on the Hub, how many clips and hours."""
-
-    use: str
-    name: str | None
-    hub_id: str | None
-    num_clips: int | None
-    hours: float | None
-
-
-@dataclass
 class TrainingContent:
-    """What the template shows in addition if the trainer is there to tell, on the same terms."""
+    """What the template shows in addition of a student of this run, on the same terms."""
 
     teacher_type: str
     num_teacher_parameters: int
@@ -161,38 +159,36 @@ class TrainingContent:
     figures: list[str]
 
 
-def write_model_card(directory: str | Path, trainer) -> None:
+def write_model_card(directory: str | Path, report: RunReport) -> None:
     """
     Writes `README.md` and, if matplotlib is installed, its figures (`FIGURES`) into `directory`. No path of this
-    machine stands in it.
+    machine is in it.
 
-    If a student was saved in `directory`, the card's snippet is run on it, and what it prints stands in the card.
+    If a student was saved in `directory`, the card's snippet is run on it, and the card shows what it prints.
 
     Args:
         directory (`str` or `Path`):
             Where the student is saved.
-        trainer ([`SkillDistillationTrainer`]):
-            What it has not come to yet is left out.
+        report ([`~skill_hf.run_report.RunReport`]):
+            The run. What is not known of it yet is left out.
 
     Raises:
         `RuntimeError`: if the snippet fails. The student stays as it was saved, and no card is written.
     """
-    described = _datasets(trainer)
-    data = card_data(trainer.student, trainer.teacher_name, [item.hub_id for item in described if item.hub_id])
-    rate = _sampling_rate(trainer)
-    # Known once the trainer has made its repository on the Hub.
-    repo_id = getattr(trainer, "hub_model_id", None)
-    content = _student_content(trainer.student, data, repo_id, rate, trainer.teacher.config)
+    student, rate = report.student, report.sampling_rate
+    described = describe_datasets(report.train_dataset, report.eval_dataset)
+    data = card_data(student, report.teacher_name, [item.hub_id for item in described if item.hub_id])
+    content = _student_content(student, data, report.hub_model_id, rate, report.teacher.config)
     printed = None
     if (Path(directory) / CONFIG_NAME).is_file():
         try:
-            printed = _run(_snippet(trainer.student, str(directory), rate))
+            printed = _run(_snippet(student, str(directory), rate))
         except Exception as error:
             raise RuntimeError(
                 f"The student was saved in `{directory}`, but the snippet of its model card fails there, so that no"
                 f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
             ) from error
-    training = _training_content(trainer, described, printed, save_figures(directory, trainer))
+    training = _training_content(report, described, printed, save_figures(directory, report))
     _render(data, content, training).save(Path(directory) / REPOCARD_NAME)
 
 
@@ -235,7 +231,7 @@ def card_data(
         datasets=sorted(set(datasets)) or None,
         library_name="transformers",
         license=teacher_license(teacher) or teacher_license(base_model),
-        pipeline_tag=TASKS[_classes(model)[1]][0],
+        pipeline_tag=TASKS[_classes(model)[1]].pipeline_tag,
         tags=list(model.model_tags or []),
     )
 
@@ -251,11 +247,11 @@ def teacher_license(name: str | Path | None) -> str | None:
     readme, hub_id = Path(name or "") / REPOCARD_NAME, hub_id_of(name)
     try:
         card = readme.read_text(encoding="utf-8") if name and readme.is_file() else hub_id and _card_on_hub(hub_id)
-        found = ModelCard(card, ignore_metadata_errors=True).data.get("license") if card else None
+        licence = ModelCard(card, ignore_metadata_errors=True).data.get("license") if card else None
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         logger.info("The card of %s cannot be read: %s", name, error)
         return None
-    return found if isinstance(found, str) else None
+    return licence if isinstance(licence, str) else None
 
 
 @functools.cache  # a run writes its card several times, and may have no network
@@ -271,35 +267,35 @@ def _card_on_hub(repo_id: str) -> str | None:
     return response.text
 
 
-def save_figures(directory: str | Path, trainer) -> list[str]:
+def save_figures(directory: str | Path, report: RunReport) -> list[str]:
     """
     Draws what is left of each layer, the teacher's layers with the tree of their clustering, the distance between
-    student and teacher at every layer, and the course of the training, as far as the trainer has come.
+    student and teacher at every layer, and the course of the training, as far as they are known.
 
     Args:
         directory (`str` or `Path`): where the figures (`FIGURES`) go.
-        trainer ([`SkillDistillationTrainer`]): shows its student, groups and logs.
+        report ([`~skill_hf.run_report.RunReport`]): the run.
 
     Returns:
         `list[str]`: names of the files that were written; none without matplotlib.
     """
-    history, config = trainer.state.log_history, trainer.skill_config
+    history, config, record = report.log_history, report.skill_config, report.record
     figures = {}
     try:
-        figures["architecture.png"] = plot_architecture(trainer.student.config, trainer.teacher.config)
-        if trainer.layer_similarity is not None:
+        figures["architecture.png"] = plot_architecture(report.student.config, report.teacher.config)
+        if report.layer_similarity is not None:
             figures["layer_similarity.png"] = plot_layer_similarity(
-                trainer.layer_similarity, trainer.layer_tree(), trainer.layer_groups, _first_layer(config)
+                report.layer_similarity, report.layer_tree, report.layer_groups, _first_layer(config)
             )
-        if trainer.record.layer_distances:
+        if record.layer_distances:
             figures["layer_distances.png"] = plot_layer_distances(
-                {"student": trainer.record.layer_distances["cka"]},
-                f"distance to the teacher (1 - CKA), {trainer.record.measured_on}",
-                {"student": trainer.layer_groups},
+                {"student": record.layer_distances["cka"]},
+                f"distance to the teacher (1 - CKA), {record.measured_on}",
+                {"student": report.layer_groups},
             )
         if any("distillation_loss" in line for line in history):
             terms = [f"{term}_loss" for term in _weighted_terms(config)]
-            figures["training.png"] = plot_training(history, terms, cut=trainer.steps and trainer.steps.joint)
+            figures["training.png"] = plot_training(history, terms, cut=report.steps and report.steps.joint)
     except ImportError as error:
         logger.info("The model card has tables in place of figures. %s", error)
     for name in FIGURES:
@@ -314,16 +310,16 @@ def _render(data: ModelCardData, content: StudentContent, training: TrainingCont
 
 
 def _units_content(config: PreTrainedConfig, teacher_config: PreTrainedConfig | None) -> list[UnitsContent]:
-    groups, before = units_of(config), {}
+    groups, teacher_sizes = units_of(config), {}
     if teacher_config is not None:
-        before = {units.gate: units.size for units in units_of(teacher_config)}
+        teacher_sizes = {units.gate: units.size for units in units_of(teacher_config)}
     content = []
     for name, kind in KINDS.items():
         if kind.label is not None:
-            of_kind = [units for units in groups if units.kind == name]
-            whole = [before.get(units.gate, units.whole) for units in of_kind]
+            groups_of_kind = [units for units in groups if units.kind == name]
+            whole = [teacher_sizes.get(units.gate, units.whole) for units in groups_of_kind]
             content.append(
-                UnitsContent(kind.label.capitalize(), kind.places, [units.size for units in of_kind], whole)
+                UnitsContent(kind.label.capitalize(), kind.places, [units.size for units in groups_of_kind], whole)
             )
     return content
 
@@ -335,7 +331,7 @@ def _student_content(
     rate: int = 16_000,
     teacher_config: PreTrainedConfig | None = None,
 ) -> StudentContent:
-    student_id = _valid_id(repo_id)
+    student_id = valid_hub_id(repo_id)
     return StudentContent(
         student_class=_classes(model)[0],
         student_id=student_id,
@@ -350,46 +346,46 @@ def _student_content(
     )
 
 
-def _training_content(trainer, datasets: list[DatasetContent], printed: str | None, figures: list[str]):
-    config, args, steps, state = trainer.skill_config, trainer.args, trainer.steps, trainer.state
-    teacher, default, terms = trainer.teacher.config, type(config)(), _weighted_terms(config)
-    budget = make_budget(config, _sampling_rate(trainer))
+def _training_content(
+    report: RunReport, datasets: list[DatasetContent], printed: str | None, figures: list[str]
+) -> TrainingContent:
+    config, steps, record, teacher = report.skill_config, report.steps, report.record, report.teacher.config
+    default, terms = SkillConfig(), _weighted_terms(config)
     return TrainingContent(
         teacher_type=teacher.model_type,
-        num_teacher_parameters=trainer.num_teacher_parameters,
-        teacher_macs=count_macs(trainer.teacher, EXAMPLE_SECONDS, _sampling_rate(trainer)),
+        num_teacher_parameters=report.num_teacher_parameters,
+        teacher_macs=count_macs(report.teacher, EXAMPLE_SECONDS, report.sampling_rate),
         printed=printed,
-        budget=budget.quantity,
-        sparsity=1 - budget.total(trainer.student) / budget.total(trainer.teacher),
+        budget=report.budget.quantity,
+        sparsity=report.sparsity,
         target_sparsity=config.target_sparsity,
-        groups=trainer.layer_groups,
+        groups=report.layer_groups,
         clustering=None if config.layer_groups else _clustering(config),
-        merges=_merges(trainer.layer_tree(), _first_layer(config)),
+        merges=_merges(report.layer_tree, _first_layer(config)),
         first_layer=_first_layer(config),
-        silhouettes=trainer.record.silhouettes,
-        half_groups=trainer.record.half_groups,
-        cut=trainer.record.cut,
-        measured_on=trainer.record.measured_on,
-        measured=trainer.record.loss_rows(),
+        silhouettes=record.silhouettes,
+        half_groups=record.half_groups,
+        cut=record.cut,
+        measured_on=record.measured_on,
+        measured=record.loss_rows(),
         student_layers=config.student_layers,
         datasets=datasets,
         calibration=(config.calibration_samples, config.calibration_seconds),
         recipe={
             # Of dozens of costs, it's enough to tell where they were measured.
-            name: _plain(json.dumps(value["measured_on"])) if name == "latency_costs" else json.dumps(value)
+            name: code_text(json.dumps(value["measured_on"])) if name == "latency_costs" else json.dumps(value)
             for name, value in config.to_dict().items()
             if value != getattr(default, name)
         },
-        stages=steps and [(steps.joint, args.learning_rate), (steps.final, config.final_learning_rate)],
+        stages=steps and [(steps.joint, report.learning_rate), (steps.final, config.final_learning_rate)],
         gate_learning_rate=steps and config.resolve_gate_learning_rate(steps.joint),
-        num_steps_done=state.global_step,
-        clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        # Of the accelerator, since `accelerate launch` may have set it.
-        precision=PRECISIONS.get(trainer.accelerator.mixed_precision, "float32"),
-        seed=args.seed,
+        num_steps_done=report.num_steps_done,
+        clips_per_step=report.clips_per_step,
+        precision=PRECISIONS.get(report.precision, "float32"),
+        seed=report.seed,
         loss_names=["Distillation loss", *(LOSS_TERMS[term].label for term in terms)],
-        losses=_losses(state.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms)]),
-        curve=_curve(state.log_history),
+        losses=_losses(report.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms)]),
+        curve=_curve(report.log_history),
         figures=figures,
     )
 
@@ -412,7 +408,7 @@ def _snippet(model: PreTrainedModel, name: str | None, rate: int) -> str:
         # Plain names look as they do elsewhere; with `repr`, no name whatsoever is more than a string.
         literal = f'"{name}"' if re.fullmatch(r"[\w./-]+", name, re.ASCII) else repr(name)
     auto_class = _classes(model)[1]
-    return SNIPPET.format(auto_class=auto_class, name=literal, rate=rate, last_lines=TASKS[auto_class][1])
+    return SNIPPET.format(auto_class=auto_class, name=literal, rate=rate, last_lines=TASKS[auto_class].last_lines)
 
 
 def rename_in_snippets(text: str, repo_id: str) -> str:
@@ -427,67 +423,6 @@ def _run(snippet: str) -> str:
     with torch.random.fork_rng(devices=[]):
         exec(compile(snippet, REPOCARD_NAME, "exec"), {"print": functools.partial(print, file=printed)})
     return printed.getvalue().strip()
-
-
-def _valid_id(name) -> str | None:
-    """`name` if it could be an id on the Hub."""
-    name = str(name or "")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name or None
-
-
-def hub_id_of(name) -> str | None:
-    """`name` if it is an id on the Hub; a local path tells others nothing and must not be published."""
-    name = _valid_id(name)
-    return name if name and "/" in name and not Path(name).exists() else None
-
-
-def _datasets(trainer) -> list[DatasetContent]:
-    evaluation = trainer.eval_dataset
-    named = evaluation if isinstance(evaluation, dict) else {"": evaluation}
-    sets = {"Training": trainer.train_dataset} | {f"Held out {name}".strip(): held for name, held in named.items()}
-    return [_dataset(_plain(use), dataset) for use, dataset in sets.items() if dataset is not None]
-
-
-def _dataset(use: str, dataset) -> DatasetContent:
-    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        num_clips = len(dataset) if hasattr(dataset, "__len__") else None
-        return DatasetContent(use=use, name=None, hub_id=None, num_clips=num_clips, hours=None)
-    info = dataset.info
-    name = info.dataset_name
-    if name == getattr(info, "builder_name", None):  # "csv", "generator": how it was read, not what it is
-        name = None
-    hub_id = hub_id_of(name)
-    if name is not None and hub_id is None:
-        name = Path(name).name
-    parts = [info.config_name, dataset.split]
-    details = [str(part) for part in parts if part is not None and not str(part).startswith("default")]
-    # In seconds, as `load_audio_dir` makes it; others count samples or tokens there.
-    length = (dataset.features or {}).get("length")
-    lengths = (
-        dataset["length"]
-        if isinstance(dataset, datasets.Dataset) and getattr(length, "dtype", "").startswith("float")
-        else [None]
-    )
-    return DatasetContent(
-        use=use,
-        name=name and _plain(", ".join([name, *details])),
-        hub_id=hub_id,
-        num_clips=len(dataset) if hasattr(dataset, "__len__") else None,
-        hours=None if None in lengths else sum(lengths) / 3600,
-    )
-
-
-def _plain(text: str) -> str:
-    """`text` for a code span in a table: without the characters that would end one or the other."""
-    return re.sub(r"[\s`|]+", " ", text).strip()
-
-
-def _sampling_rate(trainer) -> int:
-    return getattr(trainer.processing_class, "sampling_rate", 16_000)
 
 
 def _first_layer(skill_config) -> int:
@@ -532,7 +467,7 @@ def _losses(log_history: list[dict], names: list[str]) -> list[tuple[str, int, l
         for key in line:
             if match := re.fullmatch("(eval_(.+_)?)distillation_loss", key):
                 name = (match[2] or "").removesuffix("_")
-                last["Held-out data" + (f", `{_plain(name)}`" if name else "")] = match[1], line
+                last["Held-out data" + (f", `{code_text(name)}`" if name else "")] = match[1], line
     return [
         (what, line["step"], [f"{line[prefix + name]:.4f}" if prefix + name in line else "–" for name in names])
         for what, (prefix, line) in last.items()

@@ -1,10 +1,13 @@
-"""What a model is set to for a while, and set back from: eval mode, and clips that do not see each other."""
+"""How a model is run: in eval mode, with clips that do not depend on each other, or once before it is compiled."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from .data import samples_per_frame
 
 
 @contextmanager
@@ -34,3 +37,13 @@ def padding_ignored(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, setting in zip(configs, settings, strict=True):
             config.masked_group_norm = setting
+
+
+def trace_hidden_states(model: PreTrainedModel) -> None:
+    """
+    Runs `model` once, in eval mode, so that it can be compiled: transformers hooks the layers in the first forward
+    that asks for hidden states, for which a compiler would leave its graph and start another one.
+    """
+    clip = torch.zeros(1, samples_per_frame(model.config), device=model.device, dtype=model.dtype)
+    with torch.no_grad():
+        model.eval()(clip, output_hidden_states=True)

@@ -12,8 +12,8 @@ from string import ascii_uppercase
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram
 
-from .units import KINDS, Units, units_of
 from .losses import LOSS_TERMS
+from .units import KINDS, Units, units_of
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; those that are faint on white are left out.

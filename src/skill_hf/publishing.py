@@ -6,6 +6,7 @@ import logging
 import re
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import copy
 from tempfile import TemporaryDirectory
@@ -109,60 +110,80 @@ def push_model(
         )
 
 
-def push_trained(
-    trainer,
-    *,
-    commit_message: str | None,
-    blocking: bool,
-    token: str | None,
-    revision: str | None,
-    private: bool | None,
-    card_metadata: dict,
-) -> CommitInfo | Future:
+@dataclass(frozen=True)
+class Destination:
     """
-    What `push_to_hub` of [`SkillDistillationTrainer`] does on the first process once the student is saved.
+    Where a run is published.
 
     Args:
-        trainer ([`SkillDistillationTrainer`]):
-            Names the repository, and knows the student, its card and `args.output_dir`.
-        card_metadata (`dict`):
-            For `trainer.create_model_card`.
-        commit_message, blocking, token, revision, private:
-            As in [`SkillDistillationTrainer.push_to_hub`].
+        repo_id (`str`): whole id on the Hub, `namespace/name`.
+        output_dir (`Path`): the directory of the run, which has card and figures, and which errors name.
+        token, revision: as in [`SkillDistillationTrainer.push_to_hub`].
+    """
+
+    repo_id: str
+    output_dir: Path
+    token: bool | str | None
+    revision: str | None
+
+
+def open_repository(
+    repo_id: str,
+    output_dir: str | Path,
+    *,
+    exists: bool,
+    token: bool | str | None,
+    revision: str | None,
+    private: bool | None,
+) -> Destination:
+    """
+    Makes what is missing of a repository and its branch.
+
+    Args:
+        repo_id (`str`): id on the Hub, `name` or `namespace/name`.
+        output_dir (`str` or `Path`): of the run.
+        exists (`bool`): whether the repository is known to exist.
+        token, revision, private: as in [`SkillDistillationTrainer.push_to_hub`].
 
     Raises:
         `OSError`: if the Hub cannot be reached or refuses.
     """
-    args = trainer.args
-    output_dir = Path(args.output_dir)
-    repo_id = trainer.hub_model_id or args.hub_model_id or output_dir.absolute().name
-    token = args.hub_token if token is None else token
-    private = args.hub_private_repo if private is None else private
-    revision = args.hub_revision if revision is None else revision
-    with _explain_failure(output_dir, repo_id):
-        has_new_name = trainer.hub_model_id is None
-        if has_new_name:
-            trainer.hub_model_id = repo_id = create_repository(repo_id, private, token)
+    with _explain_failure(Path(output_dir), repo_id):
+        if not exists:
+            repo_id = create_repository(repo_id, private, token)
         create_branch(repo_id, revision, token)
-    if has_new_name or card_metadata:  # otherwise the card that was just saved is right
-        trainer.create_model_card(**card_metadata)
+    return Destination(repo_id, Path(output_dir), token, revision)
 
-    folder = TemporaryDirectory()  # uploads in the background outlive this call, and what it finds here
-    trainer.save_student(folder.name)
-    more = (REPOCARD_NAME, *model_card.FIGURES, RESULTS_NAME)
-    for name in more:
-        if (output_dir / name).is_file():
-            copy(output_dir / name, folder.name)
+
+def push_run(
+    folder: TemporaryDirectory, destination: Destination, commit_message: str, blocking: bool
+) -> CommitInfo | Future:
+    """
+    Uploads a student, with the card, the figures and the results of its run, in one commit.
+
+    Args:
+        folder (`TemporaryDirectory`): holds the student's files; it is removed after the upload.
+        destination ([`Destination`]): what `open_repository` returned.
+        commit_message (`str`): of the commit.
+        blocking (`bool`): whether to wait for the upload; it reads nothing but `folder` then or later.
+
+    Raises:
+        `OSError`: if the Hub cannot be reached or refuses.
+    """
+    extra_files = (REPOCARD_NAME, *model_card.FIGURES, RESULTS_NAME)
+    for name in extra_files:
+        if (destination.output_dir / name).is_file():
+            copy(destination.output_dir / name, folder.name)
 
     def push() -> CommitInfo:
-        with folder, _explain_failure(output_dir, repo_id):
+        with folder, _explain_failure(destination.output_dir, destination.repo_id):
             return upload(
                 Path(folder.name),
-                repo_id,
-                replaced=more,
-                commit_message=commit_message or "End of training",
-                token=token,
-                revision=revision,
+                destination.repo_id,
+                replaced=extra_files,
+                commit_message=commit_message,
+                token=destination.token,
+                revision=destination.revision,
             )
 
     return push() if blocking else api.run_as_future(push)
@@ -199,11 +220,11 @@ def _explain_failure(output_dir: Path, repo_id: str):
         ) from error
 
 
-def edit_metadata(directory: str | Path, given: dict, tags: str | list[str] | None) -> None:
-    """Writes what is not `None` of `given` into the metadata of the card in `directory`, and adds tags to it."""
+def edit_metadata(directory: str | Path, metadata: dict, tags: str | list[str] | None) -> None:
+    """Writes what is not `None` of `metadata` into that of the card in `directory`, and adds tags to it."""
     path = Path(directory) / REPOCARD_NAME
     card = ModelCard.load(path)
-    for name, value in given.items():
+    for name, value in metadata.items():
         if value is not None:
             card.data[name] = value
     add_tags(card.data, tags)
@@ -277,7 +298,8 @@ def _published_card(repo_id: str, revision: str | None, token: bool | str | None
         return ModelCard.load(api.hf_hub_download(repo_id, REPOCARD_NAME, revision=revision, token=token))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"The metadata of {REPOCARD_NAME} in `{repo_id}` cannot be read; mend it there and push again. ({error})"
+            f"The metadata of {REPOCARD_NAME} in `{repo_id}` cannot be read; fix it on the Hub and push again."
+            f" ({error})"
         ) from error
 
 
@@ -306,7 +328,7 @@ def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:
     weights = {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
     if not weights or filecmp.cmpfiles(source, folder, weights, shallow=False)[0] != sorted(weights):
         return None
-    there, here = (json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")) for path in (source, folder))
-    # Training leaves fields behind that no student has, such as `use_cache`; they don't survive loading.
-    differing = {name for name in here if there.get(name) != here[name]}
+    source_config, config = (json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")) for path in (source, folder))
+    # Training adds fields that no student has, such as `use_cache`; they don't survive loading.
+    differing = {name for name in config if source_config.get(name) != config[name]}
     return source if differing <= {"transformers_version"} else None

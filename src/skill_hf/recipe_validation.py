@@ -4,18 +4,47 @@ import dataclasses
 import logging
 import math
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import pruning
 from .budgets import architecture_of, make_budget
 from .data import samples_per_frame
-from .families import empty_student
-from .gates import OPEN_SHIFT
+from .families import STUDENT_CLASSES, empty_student
+from .gates import OPEN_SHIFT, has_gates
+from .loading import check_encoder
 from .skill_config import SkillConfig, gate_travel
 from .units import KINDS
 
 
 logger = logging.getLogger(__name__)
+
+
+def check_recipe(config: SkillConfig) -> None:
+    """
+    Checks each field of a recipe again, which may have been changed since it was made.
+
+    Raises:
+        `ValueError`: if `config` is no [`SkillConfig`], or a field is out of its range.
+    """
+    if not isinstance(config, SkillConfig):
+        raise ValueError(f"`skill_config` must be a SkillConfig, but is a {type(config).__name__}.")
+    config.validate()
+
+
+def check_student(student: PreTrainedModel, teacher_config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        `ValueError`: if `student`, what training starts from, is no student of the teacher's family, has gates, or
+            cannot be used.
+    """
+    student_class = STUDENT_CLASSES[teacher_config.model_type]
+    is_student = isinstance(student, student_class)
+    if not is_student or has_gates(student):
+        raise ValueError(
+            f"`model` must be a {student_class.__name__} without gates, but is a {type(student).__name__}"
+            f"{' with gates' if is_student else ''}."
+        )
+    check_encoder(student, "`model`")
 
 
 def validate_recipe(
@@ -53,17 +82,17 @@ def validate_recipe(
                 f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
                 f" {getattr(teacher.config, name)}; a student must agree with its teacher."
             )
-    samples, least = round(config.budget_seconds * sampling_rate), samples_per_frame(teacher.config)
-    if config.budget == "macs" and samples < least:
+    samples, min_samples = round(config.budget_seconds * sampling_rate), samples_per_frame(teacher.config)
+    if config.budget == "macs" and samples < min_samples:
         raise ValueError(
-            f"`budget_seconds` is {config.budget_seconds}, {samples} samples, but the teacher needs {least} for one"
-            " frame."
+            f"`budget_seconds` is {config.budget_seconds}, {samples} samples, but the teacher needs {min_samples} for"
+            " one frame."
         )
     if config.budget == "latency":
-        measured, own = config.latency_costs["architecture"], architecture_of(teacher.config, sampling_rate)
+        measured = config.latency_costs["architecture"]
         differing = [
             f"`{name}` is {measured.get(name)!r} there and {value!r} here"
-            for name, value in own.items()
+            for name, value in architecture_of(teacher.config, sampling_rate).items()
             if measured.get(name) != value
         ]
         if differing:
@@ -74,11 +103,11 @@ def validate_recipe(
     gated = empty_student(student.config)
     pruning.add_gates(gated, config.pruning_units, config.width_multiple)
     budget = make_budget(config, sampling_rate)
-    most = 1 - pruning.min_cost(gated, budget.unit_costs(gated)) / budget.total(teacher)
-    if config.target_sparsity > most:
+    max_sparsity = 1 - pruning.min_cost(gated, budget.unit_costs(gated)) / budget.total(teacher)
+    if config.target_sparsity > max_sparsity:
         raise ValueError(
             f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"
-            f" more than {most:.3f} of this teacher's {budget.quantity} can be removed."
+            f" more than {max_sparsity:.3f} of this teacher's {budget.quantity} can be removed."
         )
 
 

@@ -50,7 +50,7 @@ def describe_run(trainer) -> dict:
         "batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
-        "teacher_weights": checksum(trainer.teacher),
+        "teacher_weights": trainer.teachers[0].checksum(),
         "student_weights": trainer.start_checksum,
         "audio": _simple_fields(trainer.processing_class),
         "crops": _simple_fields(trainer.data_collator),
@@ -84,7 +84,7 @@ def _key(dataset, index: int) -> bytes:
     try:
         row = dataset[index]
         return row_key(row) + _content(row.get("audio")) if isinstance(row, Mapping) else b""
-    except Exception:  # a row that cannot be read is found elsewhere, where it is named
+    except Exception:  # a row that cannot be read is named elsewhere
         return b""
 
 

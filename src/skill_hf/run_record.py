@@ -1,4 +1,4 @@
-"""What a run finds out about itself on its way: for the log, the model card, the figures and all_results.json."""
+"""`RunRecord`: what a run measures, for the log, the model card, the figures and all_results.json."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ class RunRecord:
     Args:
         silhouettes (`dict[int, float]`): mean silhouette of each number of groups of the teacher's layers.
         half_groups (`list[list[list[int]]]`): groups that either half of the calibration set gives by itself.
-        cut (`dict`, *optional*): `left`, the cost that the gates of stage 1 left by themselves; `wanted`, the cost
-            that was asked for; `shift`, what was added to all `log_alpha` to choose units, 0 if that was not needed.
+        cut (`dict`, *optional*): `left`, the cost that the gates of stage 1 left by themselves; `wanted`, the target;
+            `shift`, what was added to all `log_alpha` to choose units, 0 if that was not needed.
         measured_on (`str`): what `losses` were measured on, such as "32 held-out clips".
         losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`.
         layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state.
@@ -81,20 +81,20 @@ class RunRecord:
         return self.advice_on_cut() + self.advice_on_student()
 
     def advice_on_cut(self) -> list[str]:
-        found, rise = [], self.loss_rise()
-        if rise is not None and rise > MAX_LOSS_RISE:
-            found.append(
-                f"The loss rose by {rise:.2f} over the cut (up to {MAX_LOSS_RISE} is usual): stage 1 ended before its"
-                " gates had closed. Raise `max_steps`, or `gate_learning_rate`, or lower `target_sparsity`."
-            )
-        return found
+        rise = self.loss_rise()
+        if rise is None or rise <= MAX_LOSS_RISE:
+            return []
+        return [
+            f"The loss rose by {rise:.2f} over the cut (up to {MAX_LOSS_RISE} is usual): stage 1 ended before its"
+            " gates had closed. Raise `max_steps`, or `gate_learning_rate`, or lower `target_sparsity`."
+        ]
 
     def advice_on_student(self) -> list[str]:
-        found, end = [], self.losses.get("end")
-        if end is not None and end["cosine_similarity"] < MIN_COSINE_SIMILARITY:
-            found.append(
-                f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the"
-                f" teacher's (below {MIN_COSINE_SIMILARITY} it is of little use): train for more steps or lower"
-                " `target_sparsity`."
-            )
-        return found
+        end = self.losses.get("end")
+        if end is None or end["cosine_similarity"] >= MIN_COSINE_SIMILARITY:
+            return []
+        return [
+            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the"
+            f" teacher's (below {MIN_COSINE_SIMILARITY} it is of little use): train for more steps or lower"
+            " `target_sparsity`."
+        ]

@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_lengt
 
 from .argument_validation import check_arguments, one_line, refuse
 from .early_stopping import early_stoppers
+from .optimization import OWN_GROUPS
 
 
 # Steps of a stage at which its learning-rate schedule is tried.
@@ -121,9 +122,10 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
     except Exception as error:  # each optimizer has its own library
         settings = f" with `optim_args` {args.optim_args!r}" if args.optim_args else ""
         refuse(name, value, f"{settings.strip() or 'it'} cannot be made: {one_line(error)}")
-    own = sorted(kwargs.keys() & {"params", "model", "optimizer_dict"})
-    if own or is_optimizer_factory(cls):
-        refuse(name, value, f"it groups parameters itself{f' (`{own[0]}`)' if own else ''} and gates need their own")
+    grouping = sorted(kwargs.keys() & OWN_GROUPS)
+    if grouping or is_optimizer_factory(cls):
+        reason = f" (`{grouping[0]}`)" if grouping else ""
+        refuse(name, value, f"it groups parameters itself{reason} and gates need their own group")
     try:
         optimizer = cls([{"params": [parameter], "weight_decay": args.weight_decay}], **kwargs | {"lr": rate})
         if not callable(getattr(optimizer, "eval", None)):

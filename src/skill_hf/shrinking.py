@@ -1,9 +1,9 @@
 """
 Shrinking while training: from time to time stage 1 cuts the units that are closed for good out of the student, its
-gates and the state of the optimizer, and goes on with what is left.
+gates and the state of the optimizer, and continues with the smaller student.
 
-All of that happens in place, between two steps of the Trainer's loop, and hangs on nothing but the gates: the loop is
-not left, no data is read again, and a run that resumes from a checkpoint before or behind it takes the same way.
+All of that happens in place, between two steps of the Trainer's loop, and depends on nothing but the gates: the loop
+continues, no data is read again, and a run that resumes from a checkpoint before or after it does the same.
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from . import pruning
+from .optimization import OWN_GROUPS
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torc
     Raises:
         `ValueError`: if the optimizer keeps anything but single numbers and tensors of the parameter's shape.
     """
-    if kwargs.keys() & {"params", "model", "optimizer_dict"}:
+    if kwargs.keys() & OWN_GROUPS:
         return  # refused when it is made for real
     parameter = nn.Parameter(torch.zeros(TRIED_SHAPE, device=device))
     parameter.grad = torch.zeros_like(parameter)
@@ -84,7 +85,7 @@ def cut_optimizer_state(
     optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], student: nn.Module, cut: pruning.Cut
 ) -> None:
     """
-    Puts the parameters that are left, and what is left of their state, in the place of those before.
+    Replaces the parameters of an optimizer by those that remain, with what remains of their state.
 
     Args:
         optimizer (`torch.optim.Optimizer`): of parameters of the student and others, which stay as they are.
@@ -102,16 +103,16 @@ def cut_optimizer_state(
                 for key, value in state.items()
             }
     for group in optimizer.param_groups:
-        left = [successors.get(parameter, parameter) for parameter in group["params"]]
-        group["params"] = [parameter for parameter in left if parameter is not None]
+        remaining = [successors.get(parameter, parameter) for parameter in group["params"]]
+        group["params"] = [parameter for parameter in remaining if parameter is not None]
 
 
 def shrink(trainer) -> None:
-    """Cuts what is closed for good out of all that `trainer` holds of the student, in place, between two steps."""
+    """Cuts what is closed for good out of the student, its distiller and its optimizer, between two steps."""
     trainer.finite_watch.check()
     student, budget, step = trainer.student, trainer.budget, trainer.state.global_step
     before, size = dict(student.named_parameters()), pruning.num_parameters(student)
-    cut = pruning.shrink(student, trainer.wanted_cost, trainer.distiller.costs)
+    cut = pruning.shrink(student, trainer.target_cost, trainer.distiller.costs)
     if cut is None:
         return
     if trainer.args.torch_compile:
@@ -121,7 +122,7 @@ def shrink(trainer) -> None:
     cut_optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer), before, student, cut)
     for module in trainer.model_wrapped.modules():
         if isinstance(module, DistributedDataParallel):
-            # The loop holds this very wrapper, so it begins anew in place, with its reducer on the new parameters.
+            # The loop holds this very wrapper, so it is initialised again in place, its reducer on the new parameters.
             handler = trainer.accelerator.ddp_handler
             kwargs = {} if handler is None else handler.to_kwargs()
             module.__init__(module.module, device_ids=module.device_ids, output_device=module.output_device, **kwargs)

@@ -252,17 +252,8 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
     trainer.save_model(_internal_call=True)  # it is published below, with what is measured until then
     trainer.save_state()
 
-    teacher, budget = model_args.teacher_name_or_path, skill_config.budget
-    results = {
-        "teacher": Path(teacher).name if Path(teacher).exists() else teacher,  # published: no path of this machine
-        "teacher_parameters": trainer.num_teacher_parameters,
-        f"teacher_{budget}": trainer.teacher_cost,
-        "budget": budget,
-        "target_sparsity": skill_config.target_sparsity,
-        "layer_groups": trainer.layer_groups,
-        "record": trainer.record.to_dict(),
-        "seconds": clock.seconds,
-    }
+    budget = skill_config.budget
+    results = trainer.report().results() | {"seconds": clock.seconds}
     if trainer.eval_dataset is not None:
         with clock.measure("evaluation"):
             results |= trainer.evaluate()

@@ -1,0 +1,137 @@
+"""What a run finds out before it trains: whether its audio can be read, and which layers of the teacher are alike."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from .clustering import cluster_layers, silhouettes
+from .data import SpeechCollator, calibration_waveforms, check_clips
+from .losses import term_weights
+from .similarity import layer_similarity
+from .skill_config import SkillConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Held-out clips that are tried before training.
+EVAL_CLIPS_TRIED = 32
+
+
+@dataclass
+class Calibration:
+    """
+    Groups of a teacher's layers, and how far they depend on the audio.
+
+    Args:
+        groups (`list[list[int]]`): hidden-state indices of each group.
+        similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): of the layers; `None` with groups set by hand.
+        half_groups (`list[list[list[int]]]`): groups that either half of the clips gives by itself.
+        silhouettes (`dict[int, float]`): mean silhouette of each number of groups.
+    """
+
+    groups: list[list[int]]
+    similarity: np.ndarray | None
+    half_groups: list[list[list[int]]]
+    silhouettes: dict[int, float]
+
+
+def calibrate(
+    teacher: PreTrainedModel,
+    train_dataset,
+    config: SkillConfig,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    progress: bool,
+    reading: dict,
+) -> Calibration:
+    """
+    Reads the calibration clips, measures the similarity of the layers on them and groups the layers.
+
+    Args:
+        teacher (`PreTrainedModel`): the encoder whose layers are grouped.
+        train_dataset: rows with `audio` or `input_values`.
+        config ([`SkillConfig`]): the recipe.
+        accelerator (`Accelerator`): one process decides, since groups could depend on the last digit of a similarity.
+        seed (`int`): of the choice of clips and of their crops.
+        progress (`bool`): whether to show a progress bar.
+        reading (`dict`): how clips are read, for [`~skill_hf.data.calibration_waveforms`].
+
+    Raises:
+        `ValueError`: if there is no audio, most of it cannot be read, or the groups do not fit the recipe.
+    """
+    waveforms = calibration_waveforms(
+        train_dataset, config.calibration_samples, config.calibration_seconds, seed=seed, **reading
+    )
+    if config.layer_groups is not None:
+        for _ in waveforms:  # nothing to measure, but audio that cannot be read should show now
+            pass
+        return Calibration(config.layer_groups, None, [], {})
+    matrices = [None]
+    if accelerator.is_main_process:
+        matrices = [_similarities(teacher, waveforms, config, seed, progress)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(matrices)
+    similarity, *halves = matrices[0]
+    first_layer = 0 if config.include_embeddings else 1
+    groups, *half_groups = [
+        [[row + first_layer for row in group] for group in cluster_layers(matrix, config)]
+        for matrix in (similarity, *halves)
+    ]
+    calibration = Calibration(groups, similarity, half_groups, silhouettes(similarity, config))
+    config.validate_projection_groups(len(groups))
+    _tell(calibration)
+    return calibration
+
+
+def _similarities(
+    teacher: PreTrainedModel, waveforms: Iterable, config: SkillConfig, seed: int, progress: bool
+) -> list[np.ndarray]:
+    """Of all clips, then of either half."""
+    return layer_similarity(
+        teacher,
+        waveforms,
+        similarity=config.similarity,
+        include_embeddings=config.include_embeddings,
+        seed=seed,
+        **{f"{term}_weight": weight for term, weight in term_weights(config).items()},
+        progress=progress,
+        num_parts=2,
+    )
+
+
+def _tell(calibration: Calibration) -> None:
+    scores = ", ".join(f"{count}: {score:.3f}" for count, score in calibration.silhouettes.items())
+    logger.info("Groups of hidden states: %s; silhouette by number of groups: %s", calibration.groups, scores)
+    if any(groups != calibration.groups for groups in calibration.half_groups):
+        logger.warning(
+            "The groups depend on the audio: all of the calibration set gives %s, its halves %s. Raise"
+            " `calibration_samples`, or set `num_clusters` or `layer_groups`.",
+            calibration.groups,
+            " and ".join(map(str, calibration.half_groups)),
+        )
+
+
+def check_eval_clips(eval_dataset, collator, feature_extractor) -> None:
+    """
+    Tries some clips of each evaluation set: one that cannot be read should show now, not at the first evaluation. A
+    collator of the user's own reads what it likes, and nothing is tried.
+
+    Raises:
+        [`~skill_hf.audio.AudioError`]: if most of them cannot be read.
+    """
+    if not isinstance(collator, SpeechCollator) or eval_dataset is None:
+        return
+    for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        check_clips(
+            dataset,
+            EVAL_CLIPS_TRIED,
+            feature_extractor,
+            min_samples=collator.min_samples,
+            protocols=collator.protocols,
+        )

@@ -1,0 +1,41 @@
+"""The cut between the two stages: which units go, if the gates have not come to the target by themselves."""
+
+import logging
+
+from transformers import PreTrainedModel
+
+from . import pruning
+from .budgets import UnitCosts
+
+
+logger = logging.getLogger(__name__)
+
+# A cut whose cost is off by more than this share of the teacher's has its gates shifted to the target first.
+COST_TOLERANCE = 0.005
+
+
+def fit_to_cost(student: PreTrainedModel, target_cost: int, costs: UnitCosts, teacher_cost: int) -> dict:
+    """
+    Shifts the gates of a student, if necessary, so that the cut leaves `target_cost`.
+
+    Args:
+        student (`PreTrainedModel`): with gates.
+        target_cost, teacher_cost (`int`): in what `costs` count.
+        costs ([`~skill_hf.budgets.UnitCosts`]): of the student's units.
+
+    Returns:
+        `dict`: see `cut` of [`~skill_hf.run_record.RunRecord`].
+    """
+    cost, shift = pruning.cost_after_pruning(student, costs), 0.0
+    if abs(cost - target_cost) > COST_TOLERANCE * teacher_cost:
+        shift = pruning.fit_gates(student, target_cost, costs)
+        logger.warning(
+            "At the end of stage 1 the gates leave %s %s, the target is %s; a shift of all log_alpha by %.3f chooses"
+            " the units to cut. With more steps, or a %s `gate_learning_rate`, stage 1 gets closer by itself.",
+            f"{cost:,}",
+            costs.quantity,
+            f"{target_cost:,}",
+            shift,
+            "larger" if cost > target_cost else "smaller",
+        )
+    return {"left": cost, "wanted": target_cost, "shift": shift}

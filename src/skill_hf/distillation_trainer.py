@@ -1,0 +1,361 @@
+"""`DistillationTrainer`: what transformers' `Trainer` does in its loop, done for a student and its teachers."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .audio import AudioError
+from .budgets import make_budget
+from .data import SpeechCollator, disable_audio_decoding, samples_per_frame
+from .distillation import SkillDistiller
+from .divergence import FiniteWatch
+from .gates import noise_seed
+from .loss_sums import LossSums
+from .losses import DISTILLATION_LOSSES, sparsity_at, term_weights
+from .model_modes import padding_ignored
+from .optimization import make_optimizer
+from .pruning import num_parameters
+from .skill_config import SkillConfig, StageSteps
+from .teacher import Teacher
+from .unreadable_clips import UnreadableClips
+
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(Trainer):
+    """
+    Batches, loss, optimizer, evaluation and logs of a distillation in two stages. The loop itself is that of
+    [`~transformers.Trainer`]; when to cluster, to cut and to stop is the business of [`SkillDistillationTrainer`].
+
+    Args:
+        teachers (`list[Teacher]`): what the student learns from; one, for now.
+        student (`PreTrainedModel`): what is trained.
+        skill_config ([`SkillConfig`]): the recipe.
+        data_collator (*optional*): [`~skill_hf.data.SpeechCollator`] by default, another one in evaluation.
+        args, train_dataset, eval_dataset, processing_class, kwargs:
+            As in [`~transformers.Trainer`].
+    """
+
+    # `compute_loss` divides by the frames of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    # What evaluation gives, by any of which `metric_for_best_model` may choose; a subclass that gives more adds them.
+    evaluation_metrics = ("loss", *DISTILLATION_LOSSES)
+
+    def __init__(
+        self,
+        teachers: list[Teacher],
+        student: PreTrainedModel,
+        skill_config: SkillConfig,
+        args: TrainingArguments,
+        train_dataset,
+        eval_dataset,
+        processing_class,
+        data_collator: Callable | None,
+        **kwargs,
+    ):
+        self.teachers, self.student, self.skill_config = teachers, student, skill_config
+        self.budget = make_budget(skill_config, processing_class.sampling_rate)
+        self.teacher_cost = self.budget.total(teachers[0].model)
+        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            # One process that reads for all would have to join crops of different lengths.
+            args.accelerator_config.dispatch_batches = False
+        self.eval_data_collator = data_collator
+        if data_collator is None:
+            settings = {"min_samples": samples_per_frame(student.config), "seed": args.seed}
+            data_collator = SpeechCollator(processing_class, **settings)
+            self.eval_data_collator = SpeechCollator(processing_class, crop="none", **settings)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: disable_audio_decoding(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = disable_audio_decoding(eval_dataset)
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=disable_audio_decoding(train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.can_return_loss = True  # evaluation has a loss though the rows have no labels
+        self.model_accepts_loss_kwargs = True
+        self.label_names = []
+        self._signature_columns = ["audio", "input_values", "attention_mask", self.args.length_column_name]
+        for teacher in teachers:
+            teacher.model.to(self.args.device)
+
+        self.distiller: SkillDistiller | None = None
+        self.stage = 0  # 0: not begun, 1: distil and prune, 2: distil after the cut, 3: done
+        self.steps: StageSteps | None = None
+        self.layer_groups: list[list[int]] | None = None
+        self.finite_watch = FiniteWatch(self)
+        self.unreadable_clips = UnreadableClips(self)
+        self._micro_batch = 0
+        self._length_order: torch.Generator | None = None
+        self._train_losses = self._eval_losses = LossSums(self.args.device)
+
+    # ---- The teacher ----
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The encoder that the student learns from."""
+        return self.teachers[0].model
+
+    @property
+    def num_teacher_parameters(self) -> int:
+        return self.teachers[0].num_parameters
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        if not self.accelerator.native_amp:  # DeepSpeed has half precision without autocast
+            return None
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    @property
+    def encoders(self) -> list[PreTrainedModel]:
+        """What runs in a step: the student, and the copy of each teacher that gives its targets."""
+        return [self.student, *(teacher.fast_copy(self._autocast_dtype) for teacher in self.teachers)]
+
+    def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
+        """Mean hidden state of the teacher in each group, `(groups, batch, frames, hidden_size)`, without gradient."""
+        with self.accelerator.autocast():
+            return self.teachers[0].targets(self.layer_groups, input_values, attention_mask, self._autocast_dtype)
+
+    # ---- What is trained ----
+
+    @property
+    def distiller_settings(self) -> dict:
+        config = self.skill_config
+        return {
+            "teacher_cost": self.teacher_cost,
+            "loss_weights": term_weights(config),
+            "projection_groups": config.projection_groups,
+            "student_layers": config.student_layers,
+        }
+
+    def _make_distiller(self, projections: nn.ModuleList | None = None) -> SkillDistiller:
+        costs = self.budget.unit_costs(self.student)
+        distiller = SkillDistiller(
+            self.student, self.layer_groups, costs, projections=projections, **self.distiller_settings
+        )
+        return distiller.to(self.args.device)
+
+    # ---- The data ----
+
+    @property
+    def reading(self) -> dict:
+        """How clips are read, for [`~skill_hf.data.calibration_waveforms`]."""
+        return {
+            "feature_extractor": self.processing_class,
+            "min_samples": samples_per_frame(self.student.config),
+            "protocols": getattr(self.data_collator, "protocols", ()),
+        }
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_persistent_workers:
+            # Only a loader's first pass starts workers, for which it would draw from the global generator: another
+            # pass after resuming.
+            loader.generator = torch.Generator()
+            if hasattr(loader, "base_dataloader"):  # that accelerate wraps
+                loader.base_dataloader.generator = loader.generator
+        return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # Its order would come from the global generator, which is in another state after resuming.
+            sampler.generator = self._length_order = torch.Generator()
+        return sampler
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._held_out():
+            return super().get_eval_dataloader(disable_audio_decoding(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset):
+        with self._held_out():
+            return super().get_test_dataloader(disable_audio_decoding(test_dataset))
+
+    @contextmanager
+    def _held_out(self) -> Iterator[None]:
+        """What loads data within this context reads whole clips, and all of them."""
+        collator, args = self.data_collator, self.args
+        self.data_collator, self.args = self.eval_data_collator, copy.copy(args)
+        # Loaders with persistent workers are kept, by a name that another dataset can have.
+        self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
+        try:
+            yield
+        finally:
+            self.data_collator, self.args = collator, args
+
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        # Each pass over the data has its own crops and order, and those of stage 2 are none of stage 1.
+        number = 2 * epoch + (self.stage == 2)
+        if isinstance(self.data_collator, SpeechCollator):
+            if self.args.dataloader_persistent_workers:
+                # Workers that outlive an epoch keep their copy of the collator.
+                shared = torch.as_tensor(self.data_collator.epoch).share_memory_()
+                self.data_collator.epoch = shared.fill_(number)
+            else:
+                self.data_collator.epoch = number
+        if self._length_order is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            self._length_order.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        if self.unreadable_clips.num_skipped:
+            logger.warning("Clips left out of training batches so far: %d.", self.unreadable_clips.num_skipped)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Valid frames of all micro-batches of all processes: what the sums of the loss are divided by."""
+        self._micro_batch = 0  # the first of an optimizer step comes next
+        if not batch_samples:  # a stream that has come to its end
+            return None
+        lengths = torch.cat([_lengths(batch) for batch in batch_samples])
+        # A batch that could not be read is one clip without a valid sample: no frames.
+        frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum().to(device)
+        return self.accelerator.gather(frames).sum() if self.accelerator.num_processes > 1 else frames
+
+    # ---- Optimizer and schedule of a stage ----
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = make_optimizer(
+                model,
+                cls,
+                kwargs,
+                decayed=set(self.get_decay_parameter_names(model)),
+                weight_decay=self.args.weight_decay,
+                learning_rate=self.args.learning_rate,
+                gate_learning_rate=self.skill_config.resolve_gate_learning_rate(self.steps.joint),
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        return super().create_scheduler(self.steps.final if self.stage == 2 else self.steps.joint, optimizer)
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        raise ValueError("`create_optimizer_and_scheduler` cannot be called: each stage of `train()` makes its own.")
+
+    def hyperparameter_search(self, *args, **kwargs):
+        raise ValueError("`hyperparameter_search` cannot be called: a trainer trains once; make one for each trial.")
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # one that the checkpoint's run did not have
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        if self.stage != 2:
+            return position
+        # Steps count on through both stages, but each reads the data from its beginning: a stream could otherwise
+        # start stage 2 only after reading all of stage 1 again.
+        epochs, updates = divmod(max(self.state.global_step - self.steps.joint, 0), num_update_steps_per_epoch)
+        return epochs, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
+
+    # ---- A step ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
+        noise = (self.args.seed, self.state.global_step)
+        if not self.skill_config.shared_gate_noise:
+            noise += (self.accelerator.process_index, self._micro_batch)
+            self._micro_batch += model.training
+        if num_items_in_batch is not None:
+            # Gradients are averaged over processes, but frames were counted over all of them.
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        penalty_scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        outputs = model(
+            **inputs,
+            targets=self.teacher_targets(**inputs),
+            target_sparsity=self._target_sparsity(),
+            # A function of these numbers alone, so that it is the same after resuming.
+            gate_seed=noise_seed(*noise),
+            num_frames=num_items_in_batch,
+            penalty_scale=penalty_scale,
+        )
+        if model.training:
+            terms, finite = outputs, self.finite_watch.note_terms(outputs)
+            # Each micro-batch holds its share of the step's loss: a step's is their sum, and weighs 1 in all.
+            # A step without a valid frame is not one of zero loss.
+            counts = 1.0 if num_items_in_batch is None else (num_items_in_batch > 0).float()
+            if self.accelerator.mixed_precision == "fp16":  # nor is one that overflows, which is skipped
+                terms = {name: torch.where(finite, value.detach(), 0.0) for name, value in outputs.items()}
+                counts = counts * finite
+            self._train_losses.add(terms, counts, weight=penalty_scale * counts)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _target_sparsity(self) -> float:
+        target = self.skill_config.target_sparsity
+        if self.stage != 1:
+            return target
+        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finite_watch.note_gradient(grad_norm)
+        return grad_norm
+
+    # ---- Evaluation ----
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        self._eval_losses.add(outputs, outputs["num_frames"], weight=outputs["num_frames"])
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_losses = LossSums(self.args.device)
+        # Its loader draws a number: training must not depend on whether anything was evaluated.
+        with padding_ignored(*self.encoders), torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        means = self._eval_losses.means(self.accelerator)
+        if self._eval_losses.losses and not means:
+            raise AudioError("No clip of the evaluation set can be read; the warnings above say why.")
+        if means:
+            output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in DISTILLATION_LOSSES})
+            # The Trainer averages over batches, whatever they hold.
+            output.metrics[f"{metric_key_prefix}_loss"] = means["distillation_loss"]
+        return output
+
+    # ---- Logs ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.is_in_train:
+            self.finite_watch.check()
+            self.unreadable_clips.check()
+            logs = logs | self._train_losses.means(self.accelerator) | self._state_of_pruning()
+            self._train_losses = LossSums(self.args.device)
+        super().log(logs, start_time)
+
+    def _state_of_pruning(self) -> dict[str, float]:
+        gates = self.distiller.has_gates
+        return {
+            "sparsity": self.distiller.sparsity().item(),
+            "target_sparsity": self._target_sparsity(),
+            "lambda_1": self.distiller.lambda_1.item() if gates else 0.0,
+            "lambda_2": self.distiller.lambda_2.item() if gates else 0.0,
+            "num_parameters": num_parameters(self.student),
+            "stage": self.stage,
+        }
+
+
+def _lengths(batch: dict) -> torch.Tensor:
+    """Valid samples of each clip."""
+    if batch.get("attention_mask") is not None:
+        return batch["attention_mask"].sum(-1)
+    clips, samples = batch["input_values"].shape
+    return torch.full((clips,), samples, device=batch["input_values"].device)

@@ -1,0 +1,48 @@
+"""The optimizer of a stage: weights, norms and gates in groups of their own."""
+
+import torch
+from torch import nn
+
+
+GATE_PARAMETERS = ("log_alpha", "lambda_1", "lambda_2")
+# Arguments of optimizers that group the parameters by themselves.
+OWN_GROUPS = {"params", "model", "optimizer_dict"}
+
+
+def make_optimizer(
+    model: nn.Module,
+    cls: type[torch.optim.Optimizer],
+    kwargs: dict,
+    *,
+    decayed: set[str],
+    weight_decay: float,
+    learning_rate: float,
+    gate_learning_rate: float,
+) -> torch.optim.Optimizer:
+    """
+    An optimizer over all of `model` that is trained.
+
+    Args:
+        model (`nn.Module`): a distiller.
+        cls, kwargs: class and arguments of the optimizer.
+        decayed (`set[str]`): names of parameters that weight decay applies to; gates are none of them.
+        weight_decay, learning_rate (`float`): of this stage, whatever `kwargs` say.
+        gate_learning_rate (`float`): of gates and Lagrange multipliers.
+
+    Raises:
+        `ValueError`: if the optimizer groups parameters by itself.
+    """
+    for name in sorted(kwargs.keys() & OWN_GROUPS):
+        raise ValueError(f"The optimizer {cls.__name__} sets its own `{name}`; gates need their own group.")
+    # The order matters: the learning rate that is logged is that of the first group.
+    groups = {
+        "decayed": {"params": [], "weight_decay": weight_decay},
+        "not_decayed": {"params": [], "weight_decay": 0.0},
+        "gates": {"params": [], "weight_decay": 0.0, "lr": gate_learning_rate},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_gate = name.endswith(GATE_PARAMETERS)
+            group = "gates" if is_gate else "decayed" if name in decayed else "not_decayed"
+            groups[group]["params"].append(parameter)
+    return cls([group for group in groups.values() if group["params"]], **kwargs | {"lr": learning_rate})

@@ -1,0 +1,104 @@
+"""`PublishingTrainer`: how a trainer writes the model card of its student and publishes it."""
+
+from concurrent.futures import Future
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo
+
+from . import publishing
+from .distillation import SkillDistiller
+from .distillation_trainer import DistillationTrainer
+from .gates import has_gates
+from .model_card import write_model_card
+
+
+class PublishingTrainer(DistillationTrainer):
+    """
+    What transformers' `Trainer` does with the Hub, done for a student alone. A subclass saves the student
+    (`save_student`) and tells of the run (`report`).
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in [`~transformers.Trainer.init_hf_repo`]; a failure is an `OSError` of one line."""
+        with publishing.explain_refusal(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the student to `args.output_dir` and uploads it to `args.hub_model_id`, in one commit: what
+        [`~Trainer.save_model`] writes, the figures and all_results.json if they are there. Checkpoints and whatever
+        else lies in `args.output_dir` stay where they are.
+
+        Args:
+            commit_message, blocking, token, private, kwargs (*optional*):
+                As in [`~transformers.Trainer.push_to_hub`].
+            revision (`str`, *optional*):
+                The branch to push to, made if it does not exist; by default `args.hub_revision`, or else `main`.
+
+        Returns:
+            `CommitInfo` with `blocking`, otherwise a `Future` of it; `None` on all processes but the first.
+
+        Raises:
+            `ValueError`: if the student is being trained or still has its gates.
+            `OSError`: if the Hub cannot be reached or refuses; the student has been saved by then.
+        """
+        if isinstance(self.model, SkillDistiller) or has_gates(self.student):
+            raise ValueError("The student is not finished: let `train()` end (or resume it) before publishing it.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        args, is_named = self.args, self.hub_model_id is not None
+        destination = publishing.open_repository(
+            self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
+            args.output_dir,
+            exists=is_named,
+            token=args.hub_token if token is None else token,
+            revision=args.hub_revision if revision is None else revision,
+            private=args.hub_private_repo if private is None else private,
+        )
+        self.hub_model_id = destination.repo_id
+        if not is_named or kwargs:  # otherwise the card that was just saved is right
+            self.create_model_card(**kwargs)
+        folder = TemporaryDirectory()  # uploads in the background outlive this call
+        self.save_student(folder.name)
+        return publishing.push_run(folder, destination, commit_message or "End of training", blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """A checkpoint holds gates and projections and is nothing to publish; `push_to_hub` publishes the student."""
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the model card, `README.md`, into `args.output_dir`.
+
+        Args:
+            language, license, tags, finetuned_from, dataset_tags (*optional*):
+                As in [`~transformers.Trainer.create_model_card`], for the card's metadata; `tags` are added.
+            model_name, tasks, dataset, dataset_args (*optional*):
+                Of no effect: the text of the card comes from the run.
+        """
+        if not self.is_world_process_zero():
+            return
+        write_model_card(self.args.output_dir, self.report())
+        metadata = {"language": language, "license": license, "base_model": finetuned_from, "datasets": dataset_tags}
+        publishing.edit_metadata(self.args.output_dir, metadata, tags)

@@ -1,0 +1,79 @@
+"""What a run measures of its student before the cut, after it and at the end, for its record."""
+
+import logging
+from functools import cached_property
+
+import torch
+
+from .analysis import layer_distances
+from .data import calibration_waveforms, sample_rows
+from .loss_sums import LossSums
+from .model_modes import padding_ignored
+
+
+logger = logging.getLogger(__name__)
+
+# Clips that the student is measured on.
+CLIPS_MEASURED = 32
+
+
+class StudentMeasurements:
+    """
+    Measures the student of `trainer` on some clips and writes down what it finds in `trainer.record`; on the first
+    process alone, and not where the parameters are divided among processes.
+
+    Args:
+        trainer ([`SkillDistillationTrainer`]): whose student is measured.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    @cached_property
+    def rows(self) -> list:
+        """Rows of some clips: held out, if there are any, else of the training set."""
+        heldout = self.trainer.eval_dataset
+        heldout = next(iter(heldout.values()), None) if isinstance(heldout, dict) else heldout
+        source = self.trainer.train_dataset if heldout is None else heldout
+        rows = sample_rows(source, CLIPS_MEASURED, self.trainer.args.seed)
+        self.trainer.record.measured_on = f"{len(rows)} {'training' if heldout is None else 'held-out'} clips"
+        return rows
+
+    @property
+    def _is_possible(self) -> bool:
+        trainer = self.trainer
+        return trainer.is_world_process_zero() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+    @torch.no_grad()
+    def loss(self, moment: str) -> None:
+        """Records the loss of the student as it is, in eval mode; `moment` is one of `run_record.MOMENTS`."""
+        if not self._is_possible:
+            return
+        trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
+        sums = LossSums(trainer.args.device)
+        trainer.distiller.eval()
+        for start in range(0, len(self.rows), size):
+            batch = trainer._prepare_inputs(trainer.eval_data_collator(self.rows[start : start + size]))
+            with padding_ignored(*trainer.encoders), trainer.accelerator.autocast():
+                _, outputs = trainer.compute_loss(trainer.distiller, batch, return_outputs=True)
+            sums.add(outputs, outputs["num_frames"], weight=outputs["num_frames"])
+        means = sums.means()
+        if means:  # otherwise not one of the clips can be read
+            trainer.record.losses[moment] = {
+                "distillation_loss": means["distillation_loss"],
+                "cosine_similarity": -means["cosine_loss"],
+            }
+
+    def distances(self) -> None:
+        """Records how far the student is from the teacher at every layer."""
+        if not self._is_possible:
+            return
+        trainer, seconds = self.trainer, self.trainer.skill_config.calibration_seconds
+        clips = calibration_waveforms(self.rows, len(self.rows), seconds, trainer.args.seed, **trainer.reading)
+        progress = not trainer.args.disable_tqdm
+        try:
+            distances = layer_distances(trainer.teacher, trainer.student, clips, progress=progress)
+        except ValueError as error:  # hidden states that do not vary have no distance
+            logger.warning("Distances between student and teacher were not measured: %s", error)
+            return
+        trainer.record.layer_distances = {measure: values.tolist() for measure, values in distances.items()}
