@@ -30,6 +30,15 @@ def test_name_of_a_loaded_model(source, name, hub_id):
     assert (teacher.name, teacher.hub_id, teacher.directory) == (name, hub_id, None)
 
 
+@pytest.mark.parametrize(
+    "source", [None, 5, 0, b"teacher", ["teacher"], {}, torch.nn.Linear(2, 2), float("nan"), True]
+)
+def test_what_is_no_teacher_is_refused_in_one_line(source):
+    with pytest.raises(ValueError, match="teacher") as error:
+        Teacher(source)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("as_path", [True, False])
 def test_a_directory_is_found_again_from_another_one(tmp_path, monkeypatch, as_path):
     tiny_teacher().save_pretrained(tmp_path / "here" / "teacher")

@@ -46,9 +46,9 @@ class Teacher:
     """
 
     def __init__(self, source: str | os.PathLike | PreTrainedModel):
+        self.model = load_teacher(source)
         self.name = _name_of(source)
         self.directory = local_directory(self.name)
-        self.model = load_teacher(source)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._fast_copies: dict[torch.dtype | None, PreTrainedModel] = {}
 
