@@ -417,7 +417,7 @@ def test_a_card_about_other_weights_is_not_taken_along(hub, client, published):
 def test_a_card_on_the_hub_that_cannot_be_read(hub, client, published):
     hub.create("me/torn")
     hub.commit("me/torn", "main", {"README.md": b"---\nmodel-index: 3\n---\n# Mine\n"})
-    with pytest.raises(ValueError, match="README.md in `me/torn` cannot be read; mend it"):
+    with pytest.raises(ValueError, match="README.md in `me/torn` cannot be read; fix it on the Hub"):
         client(push_loaded, WavLMForSkillStudent, published, "me/torn")
     assert set(hub.files("me/torn")) == {"README.md"} | HUB
 
