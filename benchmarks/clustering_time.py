@@ -10,7 +10,7 @@ from stopwatch import take_turns
 from transformers import WavLMModel
 
 from skill_hf import layer_similarity
-from skill_hf.teacher import fast_teacher
+from skill_hf.distillation.teacher import fast_teacher
 
 
 BATCH_SIZE = 8

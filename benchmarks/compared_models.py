@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, WavLMConfig, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
-from skill_hf.analysis import count_macs
-from skill_hf.families import build_student
+from skill_hf.compression.macs import count_macs
+from skill_hf.models.families import build_student
 
 
 # What the config of WavLM Base+ sets; its shape is the default one of `WavLMConfig`.

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import WavLMModel
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.distillation import identity_map
+from skill_hf.distillation.distiller import identity_map
 
 
 # Largest difference between its outputs and ours, relative to the largest value, with the same weights.

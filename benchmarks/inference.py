@@ -16,7 +16,7 @@ from operators import profile_call, profile_session
 from stopwatch import seconds_of, take_turns
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.analysis import count_macs
+from skill_hf.compression.macs import count_macs
 from skill_hf.export import export_onnx, quantize_onnx
 
 

@@ -51,7 +51,7 @@ from training_step import (  # noqa: E402
     measure_training,
 )
 
-from skill_hf.similarity import SIMILARITY_MEASURES  # noqa: E402
+from skill_hf.grouping.similarity import SIMILARITY_MEASURES  # noqa: E402
 
 
 logger = logging.getLogger("benchmarks")

@@ -26,8 +26,8 @@ import transformers
 from transformers import TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
+from skill_hf.compression.gates import BETA, MAGIC, HardConcreteGate
 from skill_hf.data import load_audio_dir
-from skill_hf.gates import BETA, MAGIC, HardConcreteGate
 from skill_hf.latency import device_name
 
 

@@ -209,7 +209,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Runs everything; what is in the file, which is written after each run."""
     torch.set_num_threads(args.threads)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("skill_hf.shrinking").setLevel(logging.INFO)
+    logging.getLogger("skill_hf.distillation.shrinking").setLevel(logging.INFO)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,

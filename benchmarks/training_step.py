@@ -27,9 +27,9 @@ from torch import nn
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, WavLMModel
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
-from skill_hf.analysis import count_macs
+from skill_hf.compression.macs import count_macs
 from skill_hf.data import SpeechCollator
-from skill_hf.families import build_student
+from skill_hf.models.families import build_student
 
 
 NUM_GROUPS = 4

@@ -11,11 +11,12 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments
 
-from skill_hf import loading
-from skill_hf.checkpointing import last_complete_checkpoint
 from skill_hf.cli.settings import Count, Positive, Share, parse, require, run_script
-from skill_hf.data import AudioError, load_speech_dataset, read_audio, samples_per_frame
+from skill_hf.data import AudioError, load_speech_dataset, read_audio
+from skill_hf.distillation.checkpointing import last_complete_checkpoint
 from skill_hf.files import keep_sources, read_json, try_directory
+from skill_hf.models import loading
+from skill_hf.models.properties import receptive_field
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def read_clips(
     Raises:
         [`AudioError`]: if no clip can be read.
     """
-    rate, min_samples = feature_extractor.sampling_rate, samples_per_frame(config)
+    rate, min_samples = feature_extractor.sampling_rate, receptive_field(config)
 
     def read(rows: dict[str, list]) -> dict[str, list]:
         good = {name: [] for name in (*rows, "input_values", "length")}

@@ -49,9 +49,10 @@ from tqdm.auto import tqdm
 
 from skill_hf.cli.settings import Count, Range, Seconds, checked_device, parse, run_script
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
-from skill_hf.encoders import PretrainedEncoder, feature_extractor_for, is_out_of_memory, make_batches
+from skill_hf.data.batches import make_batches
+from skill_hf.encoders import PretrainedEncoder, feature_extractor_for, is_out_of_memory
 from skill_hf.files import read_json, try_directory, write_json
-from skill_hf.loading import load_model
+from skill_hf.models.loading import load_model
 from skill_hf.superb.features import cast_states
 
 

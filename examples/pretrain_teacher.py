@@ -39,10 +39,10 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.wavlm.modeling_wavlm import _compute_mask_indices
 from transformers.trainer_utils import set_seed
 
-from skill_hf.checkpointing import last_complete_checkpoint
 from skill_hf.cli.settings import Count, NotNegative, Seconds, Seed, Share, Whole, parse, require, run_script
+from skill_hf.distillation.checkpointing import last_complete_checkpoint
 from skill_hf.files import keep_sources, try_directory
-from skill_hf.loading import load_model
+from skill_hf.models.loading import load_model
 
 
 logger = logging.getLogger(__name__)

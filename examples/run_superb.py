@@ -78,7 +78,7 @@ from skill_hf.cli.settings import Count, Positive, Range, Seconds, parse, run_sc
 from skill_hf.data import load_speech_dataset
 from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_for
 from skill_hf.files import keep_sources, read_json, try_directory, write_json
-from skill_hf.loading import load_model
+from skill_hf.models.loading import load_model
 from skill_hf.superb import METRICS, MeasuredTask, results_page
 from skill_hf.superb.evaluation import evaluate_task, prepare_examples
 from skill_hf.superb.query_by_example import evaluate_query_by_example

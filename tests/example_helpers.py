@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_teacher
 from transformers import Wav2Vec2FeatureExtractor
 
-from skill_hf.families import build_student
+from skill_hf.models.families import build_student
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

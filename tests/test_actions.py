@@ -13,7 +13,7 @@ import pytest
 from test_modeling_wavlm_skill_student import pruned_student
 
 import skill_hf
-from skill_hf import modeling_wavlm_skill_student
+from skill_hf.models import modeling_wavlm_skill_student
 
 
 # Loads the student of the directory in argv and tells, as JSON, what its actions do. `{before}` runs first.
@@ -98,7 +98,7 @@ def test_copy_beside_the_package(published, tmp_path):
         result, (warning,) = seen[moment]
         assert result == ["stock", "me/student", True]
         assert "another version" in warning and "`import skill_hf`, load the student again" in warning
-    assert seen["loaded_after_import"] == "skill_hf.modeling_wavlm_skill_student"
+    assert seen["loaded_after_import"] == "skill_hf.models.modeling_wavlm_skill_student"
 
 
 def test_package_fills_the_table_of_its_own_file():
@@ -110,7 +110,7 @@ def test_package_fills_the_table_of_its_own_file():
 
 def test_actions_of_the_package_get_their_arguments(monkeypatch):
     student, calls = pruned_student("base"), []
-    monkeypatch.setattr("skill_hf.publishing.push_model", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("skill_hf.publishing.hub.push_model", lambda *args, **kwargs: calls.append((args, kwargs)))
     student.push_to_hub("me/student", private=True)
     assert calls == [((student, "me/student"), {"private": True})]
     student.add_gates(["ffn_dims"], 8)

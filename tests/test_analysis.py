@@ -6,8 +6,9 @@ from conftest import tiny_config, tiny_teacher
 from transformers import BatchFeature, WavLMConfig, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig, WavLMSkillStudentForCTC
-from skill_hf.analysis import count_macs, layer_distances
-from skill_hf.families import build_student
+from skill_hf.analysis import layer_distances
+from skill_hf.compression.macs import count_macs
+from skill_hf.models.families import build_student
 
 
 LENGTHS = [4000, 4000, 4000, 6400, 4000, 5000, 5000]

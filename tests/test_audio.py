@@ -16,10 +16,10 @@ import soundfile
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from skill_hf.audio import MAX_RATE, MIN_RATE, AudioError, audio_seconds, open_clip, read_audio
-from skill_hf.audio_decoding import _mp3_frame_bytes, open_stored
 from skill_hf.data import SpeechCollator, calibration_waveforms
-from skill_hf.similarity import checked_input_values
+from skill_hf.data.audio import MAX_RATE, MIN_RATE, AudioError, audio_seconds, open_clip, read_audio
+from skill_hf.data.audio_decoding import _mp3_frame_bytes, open_stored
+from skill_hf.data.batches import checked_input_values
 
 
 RATE = 16_000

@@ -13,8 +13,8 @@ from conftest import tiny_teacher
 from transformers import WavLMConfig, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
-from skill_hf.analysis import count_macs
-from skill_hf.families import build_student
+from skill_hf.compression.macs import count_macs
+from skill_hf.models.families import build_student
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

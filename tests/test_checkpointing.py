@@ -16,7 +16,7 @@ from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.checkpointing import (
+from skill_hf.distillation.checkpointing import (
     MANIFEST_NAME,
     CheckpointError,
     check_checkpoint,
@@ -24,9 +24,9 @@ from skill_hf.checkpointing import (
     rotate,
     write_manifest,
 )
-from skill_hf.families import build_student
-from skill_hf.run_identity import describe_data, describe_run
-from skill_hf.skill_training_args import SkillTrainingArguments
+from skill_hf.distillation.run_identity import describe_data, describe_run
+from skill_hf.models.families import build_student
+from skill_hf.recipe.skill_training_args import SkillTrainingArguments
 
 
 RECIPE = {"layer_groups": [[0, 1], [2, 3]], "num_clusters": None, "final_steps": 2}

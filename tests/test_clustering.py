@@ -5,9 +5,9 @@ from scipy.cluster.hierarchy import cophenet, dendrogram, is_monotonic, is_valid
 from scipy.spatial.distance import squareform
 from transformers import WavLMConfig, WavLMModel
 
-from skill_hf.clustering import cluster_layers, layer_tree, silhouette
-from skill_hf.similarity import layer_similarity
-from skill_hf.skill_config import LINKAGES, SkillConfig
+from skill_hf.grouping.clustering import cluster_layers, layer_tree, silhouette
+from skill_hf.grouping.similarity import layer_similarity
+from skill_hf.recipe.skill_config import LINKAGES, SkillConfig
 
 
 def random_similarity(num_layers, seed):

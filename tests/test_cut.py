@@ -1,10 +1,10 @@
 import pytest
 from conftest import tiny_teacher
 
-from skill_hf.budgets import ParameterBudget
-from skill_hf.cut import COST_TOLERANCE, fit_to_cost
-from skill_hf.families import build_student
-from skill_hf.pruning import add_gates, cost_after_pruning
+from skill_hf.compression.budgets import ParameterBudget
+from skill_hf.compression.cut import COST_TOLERANCE, fit_to_cost
+from skill_hf.compression.pruning import add_gates, cost_after_pruning
+from skill_hf.models.families import build_student
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_teacher
 from torch import nn
 
-from skill_hf.families import build_student
-from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentDropout, fast_dropout
+from skill_hf.models.families import build_student
+from skill_hf.models.modeling_wavlm_skill_student import WavLMSkillStudentDropout, fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])

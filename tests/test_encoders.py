@@ -16,8 +16,9 @@ from transformers import (
     WavLMConfig,
 )
 
-from skill_hf.encoders import FilterBank, PretrainedEncoder, ignores_padding, make_batches
-from skill_hf.families import build_student
+from skill_hf.data.batches import make_batches
+from skill_hf.encoders import FilterBank, PretrainedEncoder, ignores_padding
+from skill_hf.models.families import build_student
 
 
 LENGTHS = (6000, 9000, 401, 9000, 12_000)

@@ -32,7 +32,7 @@ from skill_hf.export import (
     export_program,
     quantize_onnx,
 )
-from skill_hf.families import build_student
+from skill_hf.models.families import build_student
 
 
 # Layer 0 keeps the relative positions of all, but no heads; layer 1 has no feed-forward block.

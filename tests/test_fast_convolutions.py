@@ -9,10 +9,10 @@ from torch import nn
 from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
 
 from skill_hf import WavLMSkillStudentConfig
-from skill_hf.families import build_student
-from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
-from skill_hf.pruning import seed_gates
-from skill_hf.teacher import fast_teacher, load_teacher
+from skill_hf.compression.pruning import seed_gates
+from skill_hf.distillation.teacher import fast_teacher, load_teacher
+from skill_hf.models.families import build_student
+from skill_hf.models.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
 
 
 def run(module, inputs, grad, **kwargs):

@@ -11,10 +11,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.nn.utils import parametrize
 
-import skill_hf.modeling_wavlm_skill_student as modeling
+import skill_hf.models.modeling_wavlm_skill_student as modeling
 from skill_hf import WavLMSkillStudentConfig, WavLMSkillStudentForCTC
-from skill_hf.families import build_student
-from skill_hf.teacher import load_teacher
+from skill_hf.distillation.teacher import load_teacher
+from skill_hf.models.families import build_student
 
 
 def test_fused_student_gives_the_same_hidden_states(layout):

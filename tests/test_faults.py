@@ -22,10 +22,12 @@ from test_shrinking import CloseGates
 from test_skill_trainer import Kill, KillAt, StopAt, make_trainer, run_in_processes
 from transformers import TrainerCallback
 
-from skill_hf import checkpointing, pruning, storage
+from skill_hf import storage
 from skill_hf.cli import distill
-from skill_hf.divergence import MOST_SKIPPED, NonFiniteError
-from skill_hf.interruption import Terminated
+from skill_hf.compression import pruning
+from skill_hf.distillation import checkpointing
+from skill_hf.distillation.divergence import MOST_SKIPPED, NonFiniteError
+from skill_hf.distillation.interruption import Terminated
 from skill_hf.losses import TRAINING_LOSSES
 
 
@@ -210,7 +212,7 @@ def test_another_session_resumes_too(tmp_path, clips, reference):
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, clips, monkeypatch):
-    monkeypatch.setattr("skill_hf.interruption.SECOND_AFTER", 0.0)
+    monkeypatch.setattr("skill_hf.distillation.interruption.SECOND_AFTER", 0.0)
     trainer = make(tmp_path, clips, SignalAt(3, signal.SIGINT, signal.SIGINT, pause=0.05))
     with pytest.raises(KeyboardInterrupt, match=f"step 2.*`{tmp_path}/checkpoint-2`"):
         trainer.train()

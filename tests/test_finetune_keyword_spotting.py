@@ -24,9 +24,9 @@ from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, BertConfig, WavLMModel, pipeline
 
-from skill_hf.families import build_student
-from skill_hf.pruning import fit_gates
-from skill_hf.teacher import load_teacher
+from skill_hf.compression.pruning import fit_gates
+from skill_hf.distillation.teacher import load_teacher
+from skill_hf.models.families import build_student
 
 
 KEYWORDS = DEMO / "keywords"

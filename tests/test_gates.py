@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from skill_hf.gates import Gating, HardConcreteGate, KeptLayerNorm, gate_inputs, noise_seed, sample
+from skill_hf.compression.gates import Gating, HardConcreteGate, KeptLayerNorm, gate_inputs, noise_seed, sample
 
 
 def gate_with(log_alpha, min_open=0) -> HardConcreteGate:

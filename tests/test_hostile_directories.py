@@ -40,16 +40,16 @@ from skill_hf import (
     WavLMSkillStudentConfig,
     layer_similarity,
 )
+from skill_hf.distillation.teacher import load_teacher
 from skill_hf.encoders import PretrainedEncoder
-from skill_hf.families import build_student, load_student
-from skill_hf.loading import (
+from skill_hf.models.families import build_student, load_student
+from skill_hf.models.loading import (
     check_feature_extractor,
     load_config,
     load_feature_extractor,
     load_model,
     plain_feature_extractor,
 )
-from skill_hf.teacher import load_teacher
 
 
 # Bytes that a refusal may take at most, and seconds of a processor.

@@ -8,197 +8,74 @@ from pathlib import Path
 import pytest
 
 import skill_hf
+import skill_hf.data
 from skill_hf.cli.main import COMMANDS
 from skill_hf.metrics import METRICS
 
 
 PACKAGE = Path(__file__).parents[1] / "src" / "skill_hf"
 
-# Module -> what it may import of this package. Lower layers stand first; a new module needs a line of its own.
-LAYERS = {
-    "version": set(),
-    "fields": set(),
+# Folder, or module beside the folders -> those that it may import, which stand on lower floors.
+FLOORS = {
+    "data": set(),
     "files": set(),
-    "configuration_wavlm_skill_student": set(),
-    "units": {"configuration_wavlm_skill_student"},
-    "skill_config": {"fields", "files", "units"},
-    "gates": set(),
     "losses": set(),
-    "audio_decoding": set(),
-    "remote_files": set(),
-    "audio": {"audio_decoding", "remote_files"},
-    "speech_datasets": {"audio", "remote_files"},
-    "data": {"audio", "speech_datasets"},
-    "loading": {"configuration_wavlm_skill_student", "files", "gates"},
-    "encoders": {"data", "loading"},
-    "model_modes": {"data"},
-    "similarity": {"data", "loading", "losses", "model_modes", "skill_config"},
-    "plots": {"losses", "units"},
-    "argument_validation": set(),
-    "early_stopping": set(),
-    "skill_training_args": {"argument_validation", "skill_config"},
-    "optimization": set(),
-    "run_validation": {"argument_validation", "early_stopping", "optimization"},
-    # Files that `evaluate.load` takes one by one: they stand alone.
-    "metrics/accuracy": set(),
-    "metrics/diarization_error_rate": set(),
-    "metrics/equal_error_rate": set(),
-    "metrics/error_rate": set(),
-    "metrics/slot_filling": set(),
-    "metrics/term_weighted_value": set(),
-    "metrics/__init__": {
-        "metrics/accuracy",
-        "metrics/diarization_error_rate",
-        "metrics/equal_error_rate",
-        "metrics/error_rate",
-        "metrics/slot_filling",
-        "metrics/term_weighted_value",
-    },
-    "superb/scores": set(),
-    "superb/heads": set(),
-    "superb/features": {"audio", "encoders", "files"},
-    "superb/tasks": {"metrics/__init__", "superb/heads"},
-    "superb/diarization": {"metrics/__init__", "superb/heads", "superb/tasks"},
-    "superb/slot_filling": {"metrics/__init__", "superb/tasks"},
-    "superb/query_by_example": {"encoders", "metrics/__init__", "superb/features", "superb/tasks"},
-    "superb/registry": {"superb/diarization", "superb/slot_filling", "superb/tasks"},
-    "superb/evaluation": {"checkpointing", "encoders", "files", "superb/features", "superb/tasks"},
-    "superb/__init__": {"superb/scores"},
-    # Published with every student, so it imports nothing that isn't published beside it.
-    "modeling_wavlm_skill_student": {"configuration_wavlm_skill_student"},
-    "families": {"loading", "modeling_wavlm_skill_student"},
-    "analysis": {"data", "gates", "model_modes", "similarity"},
+    "metrics": set(),
     "storage": set(),
-    "checkpointing": {"files", "skill_config", "storage"},
-    "run_identity": {"data"},
-    "divergence": {"checkpointing", "losses"},
-    "interruption": {"checkpointing"},
-    "clustering": {"skill_config"},
-    "export": {"data", "files", "gates", "modeling_wavlm_skill_student"},
-    "budgets": {"analysis", "gates", "units"},
-    "latency": {"budgets", "data", "families", "units", "version"},
-    "run_record": set(),
-    "run_report": {"budgets", "run_record", "skill_config"},
-    "dataset_description": {"loading"},
-    "model_card": {
-        "analysis",
-        "dataset_description",
-        "loading",
-        "losses",
-        "plots",
-        "run_report",
-        "skill_config",
-        "units",
-        "version",
-    },
-    "pruning": {"budgets", "gates", "units"},
-    "publishing": {"gates", "loading", "model_card", "skill_config", "version"},
-    "recipe_validation": {"budgets", "data", "families", "gates", "loading", "pruning", "skill_config", "units"},
-    "shrinking": {"optimization", "pruning"},
-    "loss_sums": {"losses"},
-    "cut": {"budgets", "pruning"},
-    "teacher": {"families", "files", "loading", "losses", "modeling_wavlm_skill_student", "run_identity"},
-    "calibration": {"clustering", "data", "losses", "similarity", "skill_config"},
-    "student_measurements": {"analysis", "data", "loss_sums", "model_modes"},
-    "unreadable_clips": {"checkpointing", "data"},
-    "distillation": {"budgets", "gates", "losses", "pruning"},
-    # What transformers' loop calls, then the Hub, then the run.
-    "distillation_trainer": {
-        "audio",
-        "budgets",
+    "version": set(),
+    "models": {"files"},
+    "compression": {"models"},
+    "recipe": {"compression", "files"},
+    "encoders": {"models"},
+    "export": {"files", "models"},
+    "latency": {"compression", "models", "version"},
+    # Its class names are in adapters of PEFT.
+    "modeling_wavlm_skill_student": {"models"},
+    "grouping": {"data", "losses", "models", "recipe"},
+    "publishing": {"compression", "losses", "models", "recipe", "version"},
+    "analysis": {"compression", "grouping"},
+    "distillation": {
+        "compression",
         "data",
-        "distillation",
-        "divergence",
-        "gates",
-        "loss_sums",
-        "losses",
-        "model_modes",
-        "optimization",
-        "pruning",
-        "skill_config",
-        "teacher",
-        "unreadable_clips",
-    },
-    "publishing_trainer": {"distillation", "distillation_trainer", "gates", "model_card", "publishing"},
-    "skill_trainer": {
-        "argument_validation",
-        "calibration",
-        "checkpointing",
-        "clustering",
-        "cut",
-        "data",
-        "distillation",
-        "divergence",
-        "early_stopping",
-        "families",
         "files",
-        "gates",
-        "interruption",
-        "loading",
-        "loss_sums",
-        "model_card",
-        "model_modes",
-        "pruning",
-        "publishing_trainer",
-        "recipe_validation",
-        "run_identity",
-        "run_record",
-        "run_report",
-        "run_validation",
-        "shrinking",
-        "skill_config",
-        "skill_training_args",
+        "grouping",
+        "losses",
+        "models",
+        "publishing",
+        "recipe",
         "storage",
-        "student_measurements",
-        "teacher",
     },
-    # The top floor: nothing imports it.
-    "cli/__init__": set(),
-    "cli/settings": {"encoders"},
-    "cli/distill": {
-        "cli/settings",
+    "superb": {"data", "distillation", "encoders", "files", "metrics"},
+    "cli": {
+        "compression",
         "data",
-        "divergence",
-        "families",
-        "interruption",
-        "skill_config",
-        "skill_trainer",
-        "skill_training_args",
-    },
-    "cli/export": {
-        "cli/settings",
-        "configuration_wavlm_skill_student",
-        "data",
+        "distillation",
         "encoders",
         "export",
         "files",
-        "loading",
-        "modeling_wavlm_skill_student",
-    },
-    "cli/info": {"analysis", "cli/settings", "families", "loading", "model_card", "units"},
-    "cli/main": {"cli/distill", "cli/export", "cli/info", "version"},
-    "__init__": {
-        "clustering",
-        "configuration_wavlm_skill_student",
-        "modeling_wavlm_skill_student",
-        "pruning",
+        "models",
         "publishing",
-        "similarity",
-        "skill_config",
-        "skill_trainer",
-        "skill_training_args",
+        "recipe",
         "version",
     },
+    # Hands out public names and registers students; nothing imports it.
+    "__init__": {"compression", "distillation", "grouping", "models", "publishing", "recipe", "version"},
 }
+MOST_FLOORS = 7
+MODULES = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 
 # Travel with every student and stay as they are, while the package's modules may move.
-PUBLISHED = ("configuration_wavlm_skill_student", "modeling_wavlm_skill_student")
+PUBLISHED = ("models/configuration_wavlm_skill_student", "models/modeling_wavlm_skill_student")
 # Modules that import by a computed name, which `imported_modules` cannot read, and the tables that they take it from.
 COMPUTED = {
-    "__init__": {*skill_hf._LAZY.values(), *(module for module, _ in skill_hf._ACTIONS.values())},
-    "metrics/__init__": {f"metrics/{name}" for name in METRICS},
-    "cli/main": {f"cli/{name}" for name in COMMANDS},
+    "__init__": [*skill_hf._LAZY.values(), *(module for module, _ in skill_hf._ACTIONS.values())],
+    "metrics/__init__": [f"metrics.{name}" for name in METRICS],
+    "data/__init__": [f"data.{name}" for name in skill_hf.data._PLACES.values()],
+    "cli/main": [f"cli.{name}" for name in COMMANDS],
 }
+MOST_LINES = 500
+# Published with every student, so few files are better than short ones.
+LONGER = ("models/modeling_wavlm_skill_student",)
 
 
 def module_of(names: list[str]) -> str:
@@ -239,11 +116,11 @@ def absolute(path: Path, name: str) -> list[str]:
 
 
 def is_module_name(text: str) -> bool:
-    """Whether a string is a name such as `skill_hf.pruning` or `.pruning`, and nothing else."""
+    """Whether a string is a name such as `skill_hf.compression.pruning` or `.pruning`, and nothing else."""
     if re.fullmatch(r"skill_hf(\.\w+)+", text):
         return True
     # A relative name must be one of a module that exists, or every suffix of a file would be one.
-    return bool(re.fullmatch(r"\.{1,3}[a-z]\w*(\.\w+)*", text)) and text.lstrip(".").replace(".", "/") in LAYERS
+    return bool(re.fullmatch(r"\.{1,3}[a-z]\w*(\.\w+)*", text)) and text.lstrip(".").replace(".", "/") in MODULES
 
 
 def computed_imports(path: Path) -> list[str]:
@@ -257,29 +134,47 @@ def computed_imports(path: Path) -> list[str]:
     return [ast.unparse(call) for call in importing if not isinstance(call.args[0], ast.Constant)]
 
 
-def test_every_module_has_a_layer():
-    assert {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")} == set(LAYERS)
+def all_imported(module: str) -> set[str]:
+    """Late imports and those by a computed name counted."""
+    computed = {name.replace(".", "/") for name in COMPUTED.get(module, ())}
+    assert computed <= set(MODULES)
+    return imported_modules(PACKAGE / f"{module}.py") | computed
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_module_imports_only_what_its_layer_permits(module):
-    assert imported_modules(PACKAGE / f"{module}.py") <= LAYERS[module]
+def folder_of(module: str) -> str:
+    return module.partition("/")[0]
 
 
-def test_layers_have_no_cycle():
-    assert set(TopologicalSorter(LAYERS).static_order()) == set(LAYERS)
-    assert not any("__init__" in permitted for permitted in LAYERS.values())
+def test_every_folder_has_a_floor():
+    assert {folder_of(module) for module in MODULES} == set(FLOORS)
 
 
-def test_modules_have_no_cycle_late_imports_counted():
-    graph = {module: imported_modules(PACKAGE / f"{module}.py") for module in LAYERS}
-    for module, imported in COMPUTED.items():
-        assert imported <= LAYERS[module]
-        graph[module] |= imported
-    assert set(TopologicalSorter(graph).static_order()) == set(LAYERS)
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_floor_permits(module):
+    folder = folder_of(module)
+    assert {folder_of(imported) for imported in all_imported(module)} - {folder} <= FLOORS[folder]
 
 
-@pytest.mark.parametrize("module", LAYERS)
+def test_files_are_short():
+    lengths = {module: len((PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()) for module in MODULES}
+    assert {module for module, length in lengths.items() if length > MOST_LINES} == set(LONGER)
+
+
+def test_floors():
+    heights = {}
+    for folder in TopologicalSorter(FLOORS).static_order():
+        heights[folder] = 1 + max((heights[lower] for lower in FLOORS[folder]), default=0)
+    heights.pop("__init__")
+    assert max(heights.values()) == MOST_FLOORS
+
+
+def test_modules_have_no_cycle():
+    graph = {module: all_imported(module) - {module} for module in MODULES}
+    assert set(TopologicalSorter(graph).static_order()) == set(MODULES)
+    assert not any("__init__" in imported for imported in graph.values())
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_names_of_imported_modules_are_computed_from_known_tables_only(module):
     assert bool(computed_imports(PACKAGE / f"{module}.py")) == (module in COMPUTED)
 
@@ -294,24 +189,24 @@ def test_published_files_name_no_module_of_the_package(module):
 @pytest.mark.parametrize(
     "file, line, modules",
     [
-        ("gates.py", "from .data import AudioError, read_audio", {"data"}),
-        ("gates.py", "from . import data, losses", {"data", "losses"}),
-        ("gates.py", "from .superb import heads, METRICS", {"superb/heads", "superb/__init__"}),
-        ("gates.py", "import skill_hf.superb.heads as x, skill_hf, torch", {"superb/heads", "__init__"}),
-        ("gates.py", "from skill_hf.metrics import load_metric", {"metrics/__init__"}),
-        ("superb/heads.py", "from ..data import read_audio", {"data"}),
+        ("losses.py", "from .data import AudioError, read_audio", {"data/__init__"}),
+        ("losses.py", "from . import data, losses", {"data/__init__", "losses"}),
+        ("losses.py", "from .superb import heads, METRICS", {"superb/heads", "superb/__init__"}),
+        ("losses.py", "import skill_hf.superb.heads as x, skill_hf, torch", {"superb/heads", "__init__"}),
+        ("losses.py", "from skill_hf.metrics import load_metric", {"metrics/__init__"}),
+        ("superb/heads.py", "from ..data.audio import read_audio", {"data/audio"}),
         ("superb/heads.py", "from .tasks import Task", {"superb/tasks"}),
-        ("superb/heads.py", "from .. import data", {"data"}),
+        ("superb/heads.py", "from .. import data", {"data/__init__"}),
         ("superb/heads.py", "def f():\n    from ..metrics import load_metric", {"metrics/__init__"}),
         ("superb/__init__.py", "from .scores import METRICS", {"superb/scores"}),
         ("superb/__init__.py", "from . import scores", {"superb/scores"}),
         ("superb/__init__.py", "from ..encoders import FilterBank", {"encoders"}),
         ("__init__.py", "from .version import __version__", {"version"}),
-        ("gates.py", "importlib.import_module('skill_hf.pruning')", {"pruning"}),
-        ("gates.py", "importlib.import_module('.pruning', 'skill_hf')", {"pruning"}),
-        ("gates.py", "MODULES = {'a': 'skill_hf.superb.heads'}", {"superb/heads"}),
-        ("superb/heads.py", "__import__('..data', level=2)", {"data"}),
-        ("gates.py", "'See skill_hf.pruning for more.'; SUFFIX = '.json'; NAME = 'pruning'", set()),
+        ("losses.py", "importlib.import_module('skill_hf.compression.pruning')", {"compression/pruning"}),
+        ("losses.py", "importlib.import_module('.files', 'skill_hf')", {"files"}),
+        ("losses.py", "MODULES = {'a': 'skill_hf.superb.heads'}", {"superb/heads"}),
+        ("superb/heads.py", "__import__('..files', level=2)", {"files"}),
+        ("losses.py", "'See skill_hf.compression.pruning for more.'; SUFFIX = '.json'; NAME = 'pruning'", set()),
     ],
 )
 def test_all_forms_of_imports_are_understood(tmp_path, monkeypatch, file, line, modules):

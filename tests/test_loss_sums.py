@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from skill_hf.loss_sums import LossSums
+from skill_hf.distillation.loss_sums import LossSums
 from skill_hf.losses import TRAINING_LOSSES
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from skill_hf import SkillConfig, layer_similarity
+from skill_hf.grouping.similarity import DistillationSimilarity
 from skill_hf.losses import LOSS_TERMS, distillation_sums, group_means, lagrangian, sparsity_at, term_weights
-from skill_hf.similarity import DistillationSimilarity
 
 
 def test_group_means():

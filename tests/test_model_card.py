@@ -17,11 +17,13 @@ from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import Wav2Vec2FeatureExtractor
 
 import skill_hf
-from skill_hf import SkillConfig, model_card
-from skill_hf.analysis import count_macs
-from skill_hf.clustering import layer_tree
-from skill_hf.families import build_student
-from skill_hf.model_card import (
+from skill_hf import SkillConfig
+from skill_hf.compression.macs import count_macs
+from skill_hf.compression.pruning import fit_gates
+from skill_hf.grouping.clustering import layer_tree
+from skill_hf.models.families import build_student
+from skill_hf.publishing import model_card
+from skill_hf.publishing.model_card import (
     FIGURES,
     TASKS,
     DatasetContent,
@@ -32,10 +34,9 @@ from skill_hf.model_card import (
     teacher_license,
     write_model_card,
 )
-from skill_hf.pruning import fit_gates
-from skill_hf.run_record import RunRecord
-from skill_hf.run_report import RunReport
-from skill_hf.skill_config import StageSteps
+from skill_hf.publishing.run_record import RunRecord
+from skill_hf.publishing.run_report import RunReport
+from skill_hf.recipe.skill_config import StageSteps
 
 
 STAGE_1 = {"stage": 1, "step": 20, "distillation_loss": -0.25, "l1_loss": 0.5, "l2_loss": 7.0, "cosine_loss": -0.75}

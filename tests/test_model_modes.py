@@ -2,8 +2,8 @@ import pytest
 from conftest import tiny_teacher
 from torch import nn
 
-from skill_hf.families import build_student
-from skill_hf.model_modes import eval_mode, padding_ignored
+from skill_hf.models.families import build_student
+from skill_hf.models.model_modes import eval_mode, padding_ignored
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -20,8 +20,8 @@ from skill_hf import (
     WavLMSkillStudentForSequenceClassification,
     WavLMSkillStudentForXVector,
 )
-from skill_hf.budgets import ParameterBudget
-from skill_hf.pruning import shrink
+from skill_hf.compression.budgets import ParameterBudget
+from skill_hf.compression.pruning import shrink
 
 
 HEADS = (

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertModel, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
-from skill_hf.families import build_student
+from skill_hf.models.families import build_student
 
 
 def assert_same_hidden_states(model, other, inputs, atol=1e-5):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from skill_hf.optimization import OWN_GROUPS, make_optimizer
+from skill_hf.distillation.optimization import OWN_GROUPS, make_optimizer
 
 
 class Distiller(nn.Module):

@@ -92,8 +92,8 @@ def test_import_is_quick_beside_torch_and_the_trainer():
 def test_import_loads_only_the_student():
     loaded = run_python("import sys, skill_hf\nprint(*sorted(m for m in sys.modules if m.startswith('skill_hf.')))")
     assert loaded.split() == [
-        "skill_hf.configuration_wavlm_skill_student",
-        "skill_hf.modeling_wavlm_skill_student",
+        "skill_hf.models.configuration_wavlm_skill_student",
+        "skill_hf.models.modeling_wavlm_skill_student",
         "skill_hf.version",
     ]
 
@@ -123,7 +123,7 @@ def test_wheel_holds_the_package_and_its_metadata(tmp_path):
     assert printed == f"skill-hf {skill_hf.__version__}\n"
 
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "skill_hf").rglob("*.py")}
-    assert sources | {"skill_hf/py.typed", "skill_hf/templates/model_card.md"} <= files
+    assert sources | {"skill_hf/py.typed", "skill_hf/publishing/templates/model_card.md"} <= files
     assert {name.split("/")[0] for name in files} == {"skill_hf", f"skill_hf-{skill_hf.__version__}.dist-info"}
     assert any(name.endswith("/LICENSE") for name in files)
     assert metadata["Name"] == "skill-hf"

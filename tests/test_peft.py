@@ -77,7 +77,7 @@ def test_adapter_directory_names_its_student(tmp_path):
     model = get_peft_model(WavLMForSkillStudent.from_pretrained(tmp_path / "student"), lora())
     model.save_pretrained(tmp_path / "adapter")
     # peft imports a package that it doesn't know only if it is told to.
-    allowed = ["skill_hf.modeling_wavlm_skill_student"]
+    allowed = ["skill_hf.models.modeling_wavlm_skill_student"]
     loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=allowed)
     assert type(loaded.base_model.model) is WavLMForSkillStudent
     assert adapted_layers(loaded) == adapted_layers(model)

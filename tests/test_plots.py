@@ -5,8 +5,15 @@ import pytest
 from conftest import tiny_config
 
 from skill_hf import SkillConfig, WavLMSkillStudentConfig
-from skill_hf.clustering import cluster_layers, layer_tree
-from skill_hf.plots import COLOURS, DARK, plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
+from skill_hf.grouping.clustering import cluster_layers, layer_tree
+from skill_hf.publishing.plots import (
+    COLOURS,
+    DARK,
+    plot_architecture,
+    plot_layer_distances,
+    plot_layer_similarity,
+    plot_training,
+)
 
 
 pytest.importorskip("matplotlib")

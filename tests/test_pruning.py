@@ -8,17 +8,17 @@ from conftest import padded_batch, tiny_teacher
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.analysis import count_macs
-from skill_hf.budgets import MacBudget, ParameterBudget
-from skill_hf.families import build_student
-from skill_hf.pruning import (
+from skill_hf.compression.budgets import MacBudget, ParameterBudget
+from skill_hf.compression.macs import count_macs
+from skill_hf.compression.pruning import (
     cost_after_pruning,
     expected_cost,
     fit_gates,
     min_cost,
     seed_gates,
 )
-from skill_hf.units import KINDS, Factor
+from skill_hf.compression.units import KINDS, Factor
+from skill_hf.models.families import build_student
 
 
 ALL_UNITS = list(KINDS)

@@ -19,13 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from test_skill_trainer import StopAt, make_trainer
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor
 
-from skill_hf import (
-    WavLMForSkillStudent,
-    WavLMSkillStudentForCTC,
-    WavLMSkillStudentForSequenceClassification,
-    publishing,
-)
-from skill_hf.families import build_student
+from skill_hf import WavLMForSkillStudent, WavLMSkillStudentForCTC, WavLMSkillStudentForSequenceClassification
+from skill_hf.models.families import build_student
+from skill_hf.publishing import hub as publishing
 
 
 # Files of any student, and what tells of the run that made it.
@@ -476,7 +472,7 @@ def test_arguments_of_push_to_hub_arrive(hub, client, published):
 
 def test_student_from_nowhere_has_no_source(tmp_path):
     """An empty `name_or_path` is not the present directory."""
-    from skill_hf.publishing import _unchanged_source
+    from skill_hf.publishing.hub import _unchanged_source
 
     model = build_student(tiny_teacher())
     assert model.config.name_or_path == ""

@@ -7,8 +7,8 @@ from conftest import tiny_teacher
 from transformers import TrainingArguments
 
 from skill_hf import SkillConfig, SkillDistillationTrainer
-from skill_hf.recipe_validation import warn_of_slow_gates
-from skill_hf.skill_config import gate_travel
+from skill_hf.distillation.recipe_validation import warn_of_slow_gates
+from skill_hf.recipe.skill_config import gate_travel
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,15 @@ import pytest
 import soundfile
 from transformers import Wav2Vec2FeatureExtractor
 
-from skill_hf import remote_files
-from skill_hf.data import AudioError, SpeechCollator, calibration_waveforms, load_speech_dataset, read_audio
-from skill_hf.remote_files import RemoteFileError, check_protocols
+from skill_hf.data import (
+    AudioError,
+    SpeechCollator,
+    calibration_waveforms,
+    load_speech_dataset,
+    read_audio,
+    remote_files,
+)
+from skill_hf.data.remote_files import RemoteFileError, check_protocols
 
 
 PLAIN = Wav2Vec2FeatureExtractor(do_normalize=False)

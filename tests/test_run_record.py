@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from skill_hf.run_record import MAX_LOSS_RISE, MIN_COSINE_SIMILARITY, MOMENTS, RunRecord
+from skill_hf.publishing.run_record import MAX_LOSS_RISE, MIN_COSINE_SIMILARITY, MOMENTS, RunRecord
 
 
 def record(before=-0.8, after=-0.7, cosine=0.9, shift=0.0) -> RunRecord:

@@ -4,11 +4,11 @@ import pytest
 from conftest import tiny_teacher
 
 from skill_hf import SkillConfig
-from skill_hf.analysis import count_macs
-from skill_hf.families import build_student
-from skill_hf.pruning import add_gates, fit_gates, prune
-from skill_hf.run_record import RunRecord
-from skill_hf.run_report import RunReport
+from skill_hf.compression.macs import count_macs
+from skill_hf.compression.pruning import add_gates, fit_gates, prune
+from skill_hf.models.families import build_student
+from skill_hf.publishing.run_record import RunRecord
+from skill_hf.publishing.run_report import RunReport
 
 
 @pytest.fixture(scope="module")

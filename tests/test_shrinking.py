@@ -12,11 +12,11 @@ from test_skill_trainer import Kill, KillAt, make_trainer, run_in_processes
 from transformers import TrainerCallback
 
 from skill_hf import SkillConfig, WavLMForSkillStudent
-from skill_hf.budgets import ParameterBudget
-from skill_hf.families import build_student
-from skill_hf.gates import OPEN_SHIFT
-from skill_hf.pruning import CLOSED_PROBABILITY, cost_after_pruning, expected_cost, num_parameters, shrink
-from skill_hf.shrinking import check_optimizer, cut_optimizer_state
+from skill_hf.compression.budgets import ParameterBudget
+from skill_hf.compression.gates import OPEN_SHIFT
+from skill_hf.compression.pruning import CLOSED_PROBABILITY, cost_after_pruning, expected_cost, num_parameters, shrink
+from skill_hf.distillation.shrinking import check_optimizer, cut_optimizer_state
+from skill_hf.models.families import build_student
 
 
 # Gates of a tiny student that lose all of their units, beside half of the units of every other one.
@@ -275,7 +275,7 @@ def test_killed_and_resumed_is_bitwise_the_same(layout, killed_at, tmp_path, cli
     The student shrinks in steps 2 and 6 and is cut in step 8. Checkpoints of steps 3 and 6: one between both, which
     the second shrinking still lies before, and one that was written right behind it.
     """
-    caplog.set_level(logging.INFO, "skill_hf.shrinking")
+    caplog.set_level(logging.INFO, "skill_hf.distillation.shrinking")
     record = Record()
     reference = make_shrinking(tmp_path / "whole", clips, record, layout=layout)
     reference.train()

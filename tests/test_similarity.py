@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
-from skill_hf.similarity import (
+from skill_hf.grouping.similarity import (
     SIMILARITY_MEASURES,
     DistillationSimilarity,
     FrameCosine,
@@ -12,7 +12,7 @@ from skill_hf.similarity import (
     MutualKNN,
     layer_similarity,
 )
-from skill_hf.skill_config import SIMILARITIES
+from skill_hf.recipe.skill_config import SIMILARITIES
 
 
 TINY = {

@@ -8,7 +8,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from skill_hf import SkillConfig
-from skill_hf.skill_config import FIELD_KINDS, GATE_TRAVEL, gate_travel
+from skill_hf.recipe.skill_config import FIELD_KINDS, GATE_TRAVEL, gate_travel
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,11 @@ from transformers import (
     WavLMModel,
 )
 
-from skill_hf import (
-    SkillConfig,
-    SkillDistillationTrainer,
-    SkillTrainingArguments,
-    WavLMForSkillStudent,
-    unreadable_clips,
-)
-from skill_hf.analysis import count_macs
-from skill_hf.families import build_student
-from skill_hf.pruning import add_gates, fit_gates, prune
+from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
+from skill_hf.compression.macs import count_macs
+from skill_hf.compression.pruning import add_gates, fit_gates, prune
+from skill_hf.distillation import unreadable_clips
+from skill_hf.models.families import build_student
 
 
 RECIPE = {"num_clusters": 2, "gate_learning_rate": 0.1, "calibration_samples": 6, "calibration_seconds": 2.0}
@@ -320,7 +315,7 @@ def test_killed_within_the_cut(uninterrupted, tmp_path, monkeypatch):
         raise Kill
 
     trainer = make_trainer(tmp_path, clips)
-    monkeypatch.setattr("skill_hf.pruning.prune", kill)
+    monkeypatch.setattr("skill_hf.compression.pruning.prune", kill)
     with pytest.raises(Kill):
         trainer.train()
     monkeypatch.undo()

@@ -64,7 +64,7 @@ def test_what_is_named_like_audio_but_is_none_is_named(tmp_path, caplog, monkeyp
     monkeypatch.chdir(tmp_path)  # names of sockets are short
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind("socket.opus")
-        monkeypatch.setattr("skill_hf.speech_datasets.MAX_NAMED", 10)
+        monkeypatch.setattr("skill_hf.data.speech_datasets.MAX_NAMED", 10)
         start = time.monotonic()
         dataset = load_audio_dir(tmp_path)
     assert names(dataset, tmp_path) == ["folder.WAV/inner.wav", "good.wav"]

@@ -5,9 +5,9 @@ import torch
 from conftest import padded_batch, tiny_teacher
 from transformers import Wav2Vec2FeatureExtractor, WavLMModel
 
+from skill_hf.distillation.run_identity import checksum
+from skill_hf.distillation.teacher import Teacher
 from skill_hf.losses import group_means
-from skill_hf.run_identity import checksum
-from skill_hf.teacher import Teacher
 
 
 def named(name: str = "", commit: str | None = None) -> WavLMModel:

@@ -21,11 +21,12 @@ import torch
 from conftest import tiny_teacher
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, Wav2Vec2FeatureExtractor
 
-from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, run_validation
-from skill_hf.argument_validation import CHOICES, FLAGS, NUMBERS, REFUSED, REFUSED_OF_TRAINER, check_arguments
+from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
+from skill_hf.compression.pruning import add_gates, fit_gates, prune
 from skill_hf.data import SpeechCollator
-from skill_hf.families import build_student
-from skill_hf.pruning import add_gates, fit_gates, prune
+from skill_hf.distillation import run_validation
+from skill_hf.models.families import build_student
+from skill_hf.recipe.argument_validation import CHOICES, FLAGS, NUMBERS, REFUSED, REFUSED_OF_TRAINER, check_arguments
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
@@ -678,7 +679,7 @@ def test_found_out_before_calibration(tmp_path, monkeypatch, kwargs, match):
     def fail(*args, **kwargs):
         raise AssertionError("calibration has begun")
 
-    monkeypatch.setattr("skill_hf.calibration.calibration_waveforms", fail)
+    monkeypatch.setattr("skill_hf.grouping.calibration.calibration_waveforms", fail)
     with pytest.raises(ValueError, match=match) as error:
         make_trainer(tmp_path, **kwargs).train()
     assert_one_line(error.value)

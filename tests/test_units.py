@@ -11,14 +11,22 @@ from test_modeling_wavlm_skill_student import assert_same_hidden_states
 from test_pruning import num_macs, num_parameters
 from torch import nn
 
-from skill_hf import SkillConfig, WavLMForSkillStudent, WavLMSkillStudentConfig, units
-from skill_hf.budgets import LatencyBudget, MacBudget, ParameterBudget
-from skill_hf.families import build_student, student_config
-from skill_hf.model_card import student_card
-from skill_hf.modeling_wavlm_skill_student import WavLMSkillStudentAttention
-from skill_hf.plots import plot_architecture
-from skill_hf.pruning import cost_after_pruning, expected_cost, fit_gates, min_cost, num_expected_parameters, shrink
-from skill_hf.units import KINDS, Kind, Units, sizes_of, units_of
+from skill_hf import SkillConfig, WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf.compression import units
+from skill_hf.compression.budgets import LatencyBudget, MacBudget, ParameterBudget
+from skill_hf.compression.pruning import (
+    cost_after_pruning,
+    expected_cost,
+    fit_gates,
+    min_cost,
+    num_expected_parameters,
+    shrink,
+)
+from skill_hf.compression.units import KINDS, Kind, Units, sizes_of, units_of
+from skill_hf.models.families import build_student, student_config
+from skill_hf.models.modeling_wavlm_skill_student import WavLMSkillStudentAttention
+from skill_hf.publishing.model_card import student_card
+from skill_hf.publishing.plots import plot_architecture
 
 
 BUDGETS = (ParameterBudget(), MacBudget(0.7, 8_000), LatencyBudget(PICOSECONDS))

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer
 from skill_hf.analysis import layer_distances
+from skill_hf.compression.pruning import fit_gates
 from skill_hf.data import calibration_waveforms
-from skill_hf.families import build_student
-from skill_hf.plots import plot_layer_distances
-from skill_hf.pruning import fit_gates
+from skill_hf.models.families import build_student
+from skill_hf.publishing.plots import plot_layer_distances
 
 
 logger = logging.getLogger("skill_hf.demo_comparison")

@@ -36,7 +36,7 @@ from speech_folders import read_metadata, read_speech  # noqa: E402
 
 from skill_hf.cli.settings import Count, Range, Seed, parse, require, run_script  # noqa: E402
 from skill_hf.files import try_file, write_json  # noqa: E402
-from skill_hf.loading import load_model  # noqa: E402
+from skill_hf.models.loading import load_model  # noqa: E402
 
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")

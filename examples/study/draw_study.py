@@ -58,9 +58,9 @@ from study_results import (  # noqa: E402
 
 from skill_hf import SkillConfig, cluster_layers  # noqa: E402
 from skill_hf.cli.settings import parse, require, run_script  # noqa: E402
-from skill_hf.clustering import layer_tree, silhouette  # noqa: E402
 from skill_hf.files import try_directory, try_file  # noqa: E402
-from skill_hf.plots import COLOURS, DARK, LIGHT, MARKERS, _label, _new_figure, _runs, plot_layer_similarity  # noqa: E402
+from skill_hf.grouping.clustering import layer_tree, silhouette  # noqa: E402
+from skill_hf.publishing.plots import COLOURS, DARK, LIGHT, MARKERS, _label, _new_figure, _runs, plot_layer_similarity  # noqa: E402
 
 
 HERE = Path(__file__).resolve().parent

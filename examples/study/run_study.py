@@ -55,11 +55,12 @@ from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArgumen
 from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.cli.settings import MAX_COUNT, Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
+from skill_hf.data.batches import equal_length_batches  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_for  # noqa: E402
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
+from skill_hf.grouping.similarity import SIMILARITY_MEASURES  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
-from skill_hf.loading import load_model  # noqa: E402
-from skill_hf.similarity import SIMILARITY_MEASURES, equal_length_batches  # noqa: E402
+from skill_hf.models.loading import load_model  # noqa: E402
 
 
 logger = logging.getLogger("run_study")

@@ -19,8 +19,8 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
-from .modeling_wavlm_skill_student import (
+from .models.configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from .models.modeling_wavlm_skill_student import (
     ACTIONS,
     WavLMForSkillStudent,
     WavLMSkillStudentForAudioFrameClassification,
@@ -32,11 +32,11 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .clustering import cluster_layers
-    from .similarity import layer_similarity
-    from .skill_config import SkillConfig
-    from .skill_trainer import SkillDistillationTrainer
-    from .skill_training_args import SkillTrainingArguments
+    from .distillation.skill_trainer import SkillDistillationTrainer
+    from .grouping.clustering import cluster_layers
+    from .grouping.similarity import layer_similarity
+    from .recipe.skill_config import SkillConfig
+    from .recipe.skill_training_args import SkillTrainingArguments
 
 __all__ = [
     "SkillConfig",
@@ -55,20 +55,20 @@ __all__ = [
 
 # Those who only load a student don't wait for the Trainer, `datasets` and pandas.
 _LAZY = {
-    "SkillConfig": "skill_config",
-    "SkillDistillationTrainer": "skill_trainer",
-    "SkillTrainingArguments": "skill_training_args",
-    "cluster_layers": "clustering",
-    "layer_similarity": "similarity",
+    "SkillConfig": "recipe.skill_config",
+    "SkillDistillationTrainer": "distillation.skill_trainer",
+    "SkillTrainingArguments": "recipe.skill_training_args",
+    "cluster_layers": "grouping.clustering",
+    "layer_similarity": "grouping.similarity",
 }
 
 # What students do by this package; see `ACTIONS` in their file.
 _ACTIONS = {
-    "add_gates": ("pruning", "add_gates"),
-    "named_gates": ("pruning", "named_gates"),
-    "num_expected_parameters": ("pruning", "num_expected_parameters"),
-    "prune": ("pruning", "prune"),
-    "push_to_hub": ("publishing", "push_model"),
+    "add_gates": ("compression.pruning", "add_gates"),
+    "named_gates": ("compression.pruning", "named_gates"),
+    "num_expected_parameters": ("compression.pruning", "num_expected_parameters"),
+    "prune": ("compression.pruning", "prune"),
+    "push_to_hub": ("publishing.hub", "push_model"),
 }
 
 

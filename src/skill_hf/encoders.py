@@ -3,9 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,20 +12,18 @@ from scipy.signal import savgol_filter
 from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
-from .data import samples_per_frame
-from .loading import load_feature_extractor, refuse_adapter
-
-
-Name = TypeVar("Name")
+from .models.loading import load_feature_extractor, refuse_adapter
+from .models.properties import receptive_field
 
 
 # In others, such as Conformers, convolutions between the layers see padding, whatever the norm.
-MASKED_FAMILIES = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm", "wavlm_skill_student")
+MASKED_FAMILIES = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
 
 
 def ignores_padding(config) -> bool:
     """Whether the network gives a clip the same hidden states alone and padded in a batch, with an attention mask."""
-    if config.model_type not in MASKED_FAMILIES or getattr(config, "conv_pos_batch_norm", False):
+    family = config.model_type.removesuffix("_skill_student")
+    if family not in MASKED_FAMILIES or getattr(config, "conv_pos_batch_norm", False):
         return False
     return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)
 
@@ -49,29 +45,6 @@ def feature_extractor_for(model: str, config) -> Wav2Vec2FeatureExtractor:
     if ignores_padding(config):
         feature_extractor.return_attention_mask = True
     return feature_extractor
-
-
-def make_batches(
-    clips: Iterator[tuple[Name, np.ndarray]], most_samples: int, buffer_clips: int, equal_lengths: bool
-) -> Iterator[list[tuple[Name, np.ndarray]]]:
-    """
-    Groups clips of similar length.
-
-    Args:
-        clips (`Iterator[tuple[Name, np.ndarray]]`): names of any kind, and waveforms.
-        most_samples (`int`): samples of a batch with its padding; a longer clip stands alone.
-        buffer_clips (`int`): clips that are read ahead and sorted.
-        equal_lengths (`bool`): whether all clips of a batch must have one length.
-    """
-    while buffer := list(islice(clips, buffer_clips)):
-        batch = []
-        for clip in sorted(buffer, key=lambda clip: len(clip[1])):  # so that the newest is the longest
-            length = len(clip[1])
-            if batch and (length * (len(batch) + 1) > most_samples or equal_lengths and length > len(batch[0][1])):
-                yield batch
-                batch = []
-            batch.append(clip)
-        yield batch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -108,7 +81,7 @@ class PretrainedEncoder:
         self.equal_lengths = not ignores_padding(model.config)
         self.num_layers, self.hidden_size = len(self.layers), model.config.hidden_size
         self.sampling_rate = feature_extractor.sampling_rate
-        self.min_samples = samples_per_frame(model.config)
+        self.min_samples = receptive_field(model.config)
         self.frame_seconds = math.prod(model.config.conv_stride) / self.sampling_rate
 
     def prepare(self, samples: np.ndarray) -> np.ndarray:

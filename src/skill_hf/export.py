@@ -29,10 +29,9 @@ from torch import nn
 from transformers import PreTrainedModel, WavLMForXVector
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
-from .data import samples_per_frame
 from .files import try_file
-from .gates import has_gates
-from .modeling_wavlm_skill_student import fold_weight_norm
+from .models.modeling_wavlm_skill_student import fold_weight_norm
+from .models.properties import has_gates, receptive_field
 
 
 OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")
@@ -341,7 +340,7 @@ def _noise(model: PreTrainedModel, batch: int, spare_frames: int) -> dict[str, t
     if isinstance(model, WavLMForXVector):
         least += sum((size - 1) * step for size, step in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
     stride = math.prod(config.conv_stride)
-    samples = samples_per_frame(config) + (least + spare_frames - 1) * stride + spare_frames % stride
+    samples = receptive_field(config) + (least + spare_frames - 1) * stride + spare_frames % stride
     attention_mask = torch.ones(batch, samples, dtype=torch.long)
     attention_mask[-1, samples - spare_frames // 2 * stride :] = 0
     noise = torch.randn(batch, samples, generator=torch.Generator().manual_seed(spare_frames))

@@ -1,6 +1,6 @@
 """
 How long each unit of a student takes on a device: random architectures are measured part by part, and the costs of
-[`~skill_hf.budgets.LatencyBudget`] are fitted to that by least squares.
+[`~skill_hf.compression.budgets.LatencyBudget`] are fitted to that by least squares.
 """
 
 import copy
@@ -18,10 +18,10 @@ from scipy.optimize import nnls
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .budgets import LatencyBudget, architecture_of
-from .data import samples_per_frame
-from .families import STUDENT_CLASSES, student_config
-from .units import COSTS_OF_CONVOLUTIONS, KINDS, sizes_of, units_of
+from .compression.budgets import LatencyBudget, architecture_of
+from .compression.units import COSTS_OF_CONVOLUTIONS, KINDS, sizes_of, units_of
+from .models.families import STUDENT_CLASSES, student_config
+from .models.properties import receptive_field
 from .version import __version__
 
 
@@ -51,7 +51,7 @@ def fit_latency(
     depends on shapes alone. Each takes turns with the unpruned one, so that a device that slows down for a while, for
     heat or for other work, does not count as a slow architecture.
 
-    The model of costs is that of [`~skill_hf.budgets.UnitCosts`], linear in the numbers of units and in the products
+    The model of costs is that of [`UnitCosts`], linear in the numbers of units and in the products
     of the channels of neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths
     of all sorts are drawn, and architectures that the fit hasn't seen tell how far it is off.
 
@@ -110,7 +110,7 @@ def fit_latency(
             raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
         if value < minimum:
             raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
-    samples, least = round(seconds * sampling_rate), samples_per_frame(config)
+    samples, least = round(seconds * sampling_rate), receptive_field(config)
     if samples < least:
         raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
     if dtype not in DTYPES:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from short_distillation import command_line, on_folder, results_of, write_inputs
 from transformers import AutoModel, BertConfig, HubertConfig, WavLMConfig
 
-from skill_hf.analysis import count_macs
 from skill_hf.cli import distill
+from skill_hf.compression.macs import count_macs
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

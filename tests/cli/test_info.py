@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.analysis import count_macs
 from skill_hf.cli import info
-from skill_hf.loading import empty_model
+from skill_hf.compression.macs import count_macs
+from skill_hf.models.loading import empty_model
 
 
 ROOT = Path(__file__).resolve().parents[2]

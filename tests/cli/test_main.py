@@ -95,8 +95,8 @@ def test_help_imports_no_command():
     assert result.stderr.split() == [
         "skill_hf.cli",
         "skill_hf.cli.main",
-        "skill_hf.configuration_wavlm_skill_student",
-        "skill_hf.modeling_wavlm_skill_student",
+        "skill_hf.models.configuration_wavlm_skill_student",
+        "skill_hf.models.modeling_wavlm_skill_student",
         "skill_hf.version",
     ]
 

@@ -24,13 +24,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, TrainerCallback, set_seed
 
-from ..data import AudioError, load_audio_dir, load_speech_dataset
-from ..divergence import NonFiniteError
-from ..families import load_student
-from ..interruption import Terminated
-from ..skill_config import SkillConfig
-from ..skill_trainer import SkillDistillationTrainer
-from ..skill_training_args import SkillTrainingArguments
+from ..data.audio import AudioError
+from ..data.speech_datasets import load_audio_dir, load_speech_dataset
+from ..distillation.divergence import NonFiniteError
+from ..distillation.interruption import Terminated
+from ..distillation.skill_trainer import SkillDistillationTrainer
+from ..models.families import load_student
+from ..recipe.skill_config import SkillConfig
+from ..recipe.skill_training_args import SkillTrainingArguments
 from .settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, require, run_script
 
 

@@ -12,13 +12,14 @@ import torch
 import transformers
 from transformers import AutoProcessor, PreTrainedModel, WavLMModel
 
-from ..configuration_wavlm_skill_student import WavLMSkillStudentConfig
-from ..data import calibration_waveforms, load_audio_dir
+from ..data.collator import calibration_waveforms
+from ..data.speech_datasets import load_audio_dir
 from ..encoders import feature_extractor_for
 from ..export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
 from ..files import keep_sources, try_directory, write_json
-from ..loading import load_config, load_model
-from ..modeling_wavlm_skill_student import WavLMForSkillStudent
+from ..models.configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from ..models.loading import load_config, load_model
+from ..models.modeling_wavlm_skill_student import WavLMForSkillStudent
 from .settings import MAX_SECONDS, Count, Range, parse, run_script
 
 

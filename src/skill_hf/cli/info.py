@@ -21,10 +21,12 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..analysis import count_macs
-from ..families import STUDENT_CLASSES
-from ..loading import (
+from ..compression.macs import count_macs
+from ..compression.units import KINDS, sizes_of
+from ..models.families import STUDENT_CLASSES
+from ..models.loading import (
     empty_model,
+    hub_id_of,
     load_config,
     load_feature_extractor,
     load_weights,
@@ -32,8 +34,7 @@ from ..loading import (
     one_error,
     weight_files,
 )
-from ..model_card import HUB_TIMEOUT, hub_id_of
-from ..units import KINDS, sizes_of
+from ..publishing.model_card import HUB_TIMEOUT
 from .settings import Range, checked, run_script
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .analysis import count_macs
-from .gates import HardConcreteGate, has_gates
+from ..models.properties import has_gates
+from .gates import HardConcreteGate
+from .macs import count_macs
 from .units import COSTS_OF_CONVOLUTIONS, KINDS, Factor, Units, factors_of, parts_of, units_of
 
 

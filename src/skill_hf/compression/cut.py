@@ -21,10 +21,10 @@ def fit_to_cost(student: PreTrainedModel, target_cost: int, costs: UnitCosts, te
     Args:
         student (`PreTrainedModel`): with gates.
         target_cost, teacher_cost (`int`): in what `costs` count.
-        costs ([`~skill_hf.budgets.UnitCosts`]): of the student's units.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): of the student's units.
 
     Returns:
-        `dict`: see `cut` of [`~skill_hf.run_record.RunRecord`].
+        `dict`: see `cut` of [`~skill_hf.publishing.run_record.RunRecord`].
     """
     cost, shift = pruning.cost_after_pruning(student, costs), 0.0
     if abs(cost - target_cost) > COST_TOLERANCE * teacher_cost:

@@ -35,7 +35,7 @@ class HardConcreteGate(nn.Module):
             then `min_open` is one such multiple, if it is anything.
 
     Attributes:
-        shift (`float`): what [`~skill_hf.pruning.fit_gates`] adds to `log_alpha` where units are chosen, and nowhere
+        shift (`float`): what [`fit_gates`] adds to `log_alpha` where units are chosen, and nowhere
             else: a negative shift closes more units, but does not scale down the ones that stay.
     """
 
@@ -211,8 +211,3 @@ class Gating:
         values = sample(torch.cat([gate.log_alpha for gate in self.gates]), generator)
         for gate, value in zip(self.gates, values.split([gate.size for gate in self.gates]), strict=True):
             gate.value = value
-
-
-def has_gates(model: nn.Module) -> bool:
-    """Whether `model`, with or without a head, is a student with gates. Any other model has none."""
-    return getattr(getattr(model, "base_model", model), "gating", None) is not None

@@ -2,7 +2,7 @@
 From gates to a smaller model: where each prunable unit's gate acts, the exact expected cost, and the cut.
 
 The gated model in eval mode and the pruned model give the same outputs. Two places where the peers break this:
-LayerNorm over gated channels (see [`~skill_hf.gates.KeptLayerNorm`]), and the relative position embedding, which here
+LayerNorm over gated channels (see [`KeptLayerNorm`]), and the relative position embedding, which here
 belongs to no head and stays when layer 0 loses its attention.
 """
 
@@ -16,17 +16,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..models.properties import has_gates
 from .budgets import Left, ParameterBudget, UnitCosts
-from .gates import (
-    GateHook,
-    Gating,
-    HardConcreteGate,
-    KeptLayerNorm,
-    as_columns,
-    gate_inputs,
-    has_gates,
-    spread,
-)
+from .gates import GateHook, Gating, HardConcreteGate, KeptLayerNorm, as_columns, gate_inputs, spread
 from .units import DEFAULT_KINDS, KINDS, Units, factors_of, module_at, parts_of, units_of
 
 
@@ -41,13 +33,13 @@ FIT_TOLERANCE = 0.002
 
 def add_gates(student, units: Iterable[str] | None = None, width_multiple: int = 1) -> None:
     """
-    Puts a [`~skill_hf.gates.HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws
+    Puts a [`HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws
     the gates at random, once per forward; in eval mode their deterministic values count.
 
     Args:
         student (`WavLMForSkillStudent`): may be pruned already; what was cut stays cut.
         units (`Iterable[str]`, *optional*):
-            Kinds of units, any of [`~skill_hf.units.KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`,
+            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`,
             `attention_blocks`, `ffn_blocks`. The first three by default.
         width_multiple (`int`, *optional*, defaults to 1):
             What `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of,
@@ -160,12 +152,12 @@ def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
     further one. Returns the common shift.
 
     The shift chooses units and does nothing else: `log_alpha` stays, and units that are kept keep the larger of their
-    values before and after it (see [`~skill_hf.gates.HardConcreteGate`]).
+    values before and after it (see [`~skill_hf.compression.gates.HardConcreteGate`]).
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
         wanted (`int`): what is to be left.
-        costs ([`~skill_hf.budgets.UnitCosts`], *optional*): in which it is counted; parameters by default.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`], *optional*): in which it is counted; parameters by default.
 
     Raises:
         `ValueError`: if even closing every gate leaves more than `wanted`.
@@ -242,7 +234,7 @@ def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     Args:
         student (`WavLMForSkillStudent`): with gates.
         wanted (`int`): cost that `prune` shall leave in the end; no less is left now.
-        costs ([`~skill_hf.budgets.UnitCosts`]): in which it is counted.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): in which it is counted.
 
     Returns:
         [`Cut`] to be applied to whatever else belongs to the parameters; `None` if nothing was cut.

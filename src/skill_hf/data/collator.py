@@ -15,30 +15,13 @@ import numpy as np
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from .audio import AudioError, Clip, check_seconds, crop_samples, open_clip, read_audio, samples_in
+from .audio import AudioError, Clip, check_seconds, crop_samples, open_clip, samples_in
 from .speech_datasets import (
-    AUDIO_EXTENSIONS,
     MAX_BAD_SHARE,
     disable_audio_decoding,
-    load_audio_dir,
-    load_speech_dataset,
     warn_left_out,
 )
 
-
-__all__ = [
-    "AUDIO_EXTENSIONS",
-    "MAX_BAD_SHARE",
-    "MIN_SAMPLES",
-    "AudioError",
-    "SpeechCollator",
-    "calibration_waveforms",
-    "disable_audio_decoding",
-    "load_audio_dir",
-    "load_speech_dataset",
-    "read_audio",
-    "samples_per_frame",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +29,6 @@ logger = logging.getLogger(__name__)
 MIN_SAMPLES = 400
 
 _MOST_WORKERS = 255
-
-
-def samples_per_frame(config) -> int:
-    """Least number of samples from which the convolutions make one frame (400 in all published models)."""
-    samples = 1
-    kernels = getattr(config, "conv_kernel", ())
-    strides = getattr(config, "conv_stride", ())
-    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples
 
 
 @dataclass

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PreTrainedConfig, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import storage
-from .files import MAX_OWN_BYTES, keep_sources, parse_json, try_directory
-from .skill_config import SKILL_CONFIG_NAME
+from .. import storage
+from ..files import MAX_OWN_BYTES, keep_sources, parse_json, try_directory
+from ..recipe.skill_config import SKILL_CONFIG_NAME
 
 
 logger = logging.getLogger(__name__)

@@ -13,18 +13,20 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .audio import AudioError
-from .budgets import make_budget
-from .data import SpeechCollator, disable_audio_decoding, samples_per_frame
-from .distillation import SkillDistiller
+from ..compression.budgets import make_budget
+from ..compression.gates import noise_seed
+from ..compression.pruning import num_parameters
+from ..data.audio import AudioError
+from ..data.collator import SpeechCollator
+from ..data.speech_datasets import disable_audio_decoding
+from ..losses import DISTILLATION_LOSSES, sparsity_at, term_weights
+from ..models.model_modes import padding_ignored
+from ..models.properties import receptive_field
+from ..recipe.skill_config import SkillConfig, StageSteps
+from .distiller import SkillDistiller
 from .divergence import FiniteWatch
-from .gates import noise_seed
 from .loss_sums import LossSums
-from .losses import DISTILLATION_LOSSES, sparsity_at, term_weights
-from .model_modes import padding_ignored
 from .optimization import make_optimizer
-from .pruning import num_parameters
-from .skill_config import SkillConfig, StageSteps
 from .teacher import Teacher
 from .unreadable_clips import UnreadableClips
 
@@ -41,7 +43,7 @@ class DistillationTrainer(Trainer):
         teachers (`list[Teacher]`): what the student learns from; one, for now.
         student (`PreTrainedModel`): what is trained.
         skill_config ([`SkillConfig`]): the recipe.
-        data_collator (*optional*): [`~skill_hf.data.SpeechCollator`] by default, another one in evaluation.
+        data_collator (*optional*): [`~skill_hf.data.collator.SpeechCollator`] by default, another one in evaluation.
         args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -72,7 +74,7 @@ class DistillationTrainer(Trainer):
             args.accelerator_config.dispatch_batches = False
         self.eval_data_collator = data_collator
         if data_collator is None:
-            settings = {"min_samples": samples_per_frame(student.config), "seed": args.seed}
+            settings = {"min_samples": receptive_field(student.config), "seed": args.seed}
             data_collator = SpeechCollator(processing_class, **settings)
             self.eval_data_collator = SpeechCollator(processing_class, crop="none", **settings)
         if isinstance(eval_dataset, dict):
@@ -155,10 +157,10 @@ class DistillationTrainer(Trainer):
 
     @property
     def reading(self) -> dict:
-        """How clips are read, for [`~skill_hf.data.calibration_waveforms`]."""
+        """How clips are read, for [`~skill_hf.data.collator.calibration_waveforms`]."""
         return {
             "feature_extractor": self.processing_class,
-            "min_samples": samples_per_frame(self.student.config),
+            "min_samples": receptive_field(self.student.config),
             "protocols": getattr(self.data_collator, "protocols", ()),
         }
 

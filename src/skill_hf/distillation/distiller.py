@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .budgets import UnitCosts
-from .gates import has_gates
-from .losses import attended, distillation_sums, group_means, lagrangian
-from .pruning import expected_cost, seed_gates
+from ..compression.budgets import UnitCosts
+from ..compression.pruning import expected_cost, seed_gates
+from ..losses import attended, distillation_sums, group_means, lagrangian
+from ..models.properties import has_gates
 
 
 class SkillDistiller(nn.Module):
@@ -19,7 +19,7 @@ class SkillDistiller(nn.Module):
     Args:
         student (`PreTrainedModel`): with gates in the first stage, pruned in the second.
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
-        costs ([`~skill_hf.budgets.UnitCosts`]): of the student's units, in what the budget counts.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): of the student's units, in what the budget counts.
         teacher_cost (`int`): the teacher's cost in the same, which sparsity refers to.
         loss_weights (`dict[str, float]`): of each of [`~skill_hf.losses.LOSS_TERMS`].
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..losses import TRAINING_LOSSES
 from .checkpointing import last_checkpoint_to
-from .losses import TRAINING_LOSSES
 
 
 # A gradient scaler halves its scale in each step that it skips: from 2**16 it gets to 2**-4. What is not finite then

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from .losses import TRAINING_LOSSES
+from ..losses import TRAINING_LOSSES
 
 
 class LossSums:

@@ -6,11 +6,11 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo
 
-from . import publishing
-from .distillation import SkillDistiller
+from ..models.properties import has_gates
+from ..publishing import hub as publishing
+from ..publishing.model_card import write_model_card
 from .distillation_trainer import DistillationTrainer
-from .gates import has_gates
-from .model_card import write_model_card
+from .distiller import SkillDistiller
 
 
 class PublishingTrainer(DistillationTrainer):

@@ -6,14 +6,14 @@ import math
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import pruning
-from .budgets import architecture_of, make_budget
-from .data import samples_per_frame
-from .families import STUDENT_CLASSES, empty_student
-from .gates import OPEN_SHIFT, has_gates
-from .loading import check_encoder
-from .skill_config import SkillConfig, gate_travel
-from .units import KINDS
+from ..compression import pruning
+from ..compression.budgets import architecture_of, make_budget
+from ..compression.gates import OPEN_SHIFT
+from ..compression.units import KINDS
+from ..models.families import STUDENT_CLASSES, empty_student
+from ..models.loading import check_encoder
+from ..models.properties import has_gates, receptive_field
+from ..recipe.skill_config import SkillConfig, gate_travel
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def validate_recipe(
                 f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
                 f" {getattr(teacher.config, name)}; a student must agree with its teacher."
             )
-    samples, min_samples = round(config.budget_seconds * sampling_rate), samples_per_frame(teacher.config)
+    samples, min_samples = round(config.budget_seconds * sampling_rate), receptive_field(teacher.config)
     if config.budget == "macs" and samples < min_samples:
         raise ValueError(
             f"`budget_seconds` is {config.budget_seconds}, {samples} samples, but the teacher needs {min_samples} for"

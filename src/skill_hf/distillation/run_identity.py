@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from .data import row_key
+from ..data.collator import row_key
 
 
 # Others change what is written or shown, or how fast it goes, and may change when a run resumes.

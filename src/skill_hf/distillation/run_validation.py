@@ -10,7 +10,7 @@ from transformers import SchedulerType, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
-from .argument_validation import check_arguments, one_line, refuse
+from ..recipe.argument_validation import check_arguments, one_line, refuse
 from .early_stopping import early_stoppers
 from .optimization import OWN_GROUPS
 

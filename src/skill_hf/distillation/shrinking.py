@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from . import pruning
+from ..compression import pruning
 from .optimization import OWN_GROUPS
 
 
@@ -91,7 +91,7 @@ def cut_optimizer_state(
         optimizer (`torch.optim.Optimizer`): of parameters of the student and others, which stay as they are.
         before (`dict[str, nn.Parameter]`): named parameters of the student before `cut`.
         student (`nn.Module`): after it.
-        cut ([`~skill_hf.pruning.Cut`]): what `shrink` returned.
+        cut ([`~skill_hf.compression.pruning.Cut`]): what `shrink` returned.
     """
     after = dict(student.named_parameters())
     successors = {parameter: after.get(cut.name_of(name)) for name, parameter in before.items()}

@@ -12,9 +12,22 @@ import torch
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from . import pruning, storage
-from .argument_validation import check_arguments, check_devices, check_trainer_arguments
-from .calibration import calibrate, check_eval_clips
+from .. import storage
+from ..compression import pruning
+from ..compression.cut import fit_to_cost
+from ..files import keep_sources, local_directory
+from ..grouping.calibration import calibrate, check_eval_clips
+from ..grouping.clustering import layer_tree
+from ..models.families import build_student
+from ..models.loading import check_feature_extractor, plain_feature_extractor
+from ..models.model_modes import trace_hidden_states
+from ..models.properties import has_gates
+from ..publishing.model_card import write_model_card
+from ..publishing.run_record import RunRecord
+from ..publishing.run_report import RunReport
+from ..recipe.argument_validation import check_arguments, check_devices, check_trainer_arguments
+from ..recipe.skill_config import SkillConfig
+from ..recipe.skill_training_args import SkillTrainingArguments
 from .checkpointing import (
     SKILL_STATE_NAME,
     TRAINER_STATE_NAME,
@@ -26,28 +39,16 @@ from .checkpointing import (
     write_skill_state,
     written_whole,
 )
-from .clustering import layer_tree
-from .cut import fit_to_cost
-from .distillation import SkillDistiller
+from .distiller import SkillDistiller
 from .divergence import refuse_non_finite
 from .early_stopping import restore_patience, stopped_early, without_early_stopping
-from .families import build_student
-from .files import keep_sources, local_directory
-from .gates import has_gates
 from .interruption import Interruption
-from .loading import check_feature_extractor, plain_feature_extractor
 from .loss_sums import LossSums
-from .model_card import write_model_card
-from .model_modes import trace_hidden_states
 from .publishing_trainer import PublishingTrainer
 from .recipe_validation import check_recipe, check_student, validate_recipe, warn_of_slow_gates
 from .run_identity import checksum, describe_run
-from .run_record import RunRecord
-from .run_report import RunReport
 from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
-from .skill_config import SkillConfig
-from .skill_training_args import SkillTrainingArguments
 from .student_measurements import StudentMeasurements
 from .teacher import Teacher
 
@@ -63,7 +64,7 @@ class SkillDistillationTrainer(PublishingTrainer):
     prunes a copy of it at once (stage 1), cuts the tensors, and distils once more (stage 2). Steps count on through
     both stages, and so do checkpoints: a run that was killed in either ends with the same weights after
     `train(resume_from_checkpoint=True)`. The loop of [`~transformers.Trainer`] is left as it is. With `shrink_steps`
-    in the recipe, stage 1 cuts on its way what is closed for good (see [`~skill_hf.shrinking.ShrinkCallback`]).
+    in the recipe, stage 1 cuts on its way what is closed for good (see [`ShrinkCallback`]).
 
     Args:
         teacher (`str` or `PreTrainedModel`):
@@ -81,7 +82,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             The feature extractor; the teacher's own by default. With the student a `Wav2Vec2FeatureExtractor` of the
             same fields is saved, whatever the class.
         data_collator (*optional*):
-            [`~skill_hf.data.SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
+            [`SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
             them in evaluation.
         kwargs:
             Anything else that [`~transformers.Trainer`] takes, but `model_init`, `optimizers`, `compute_metrics`,
@@ -216,10 +217,10 @@ class SkillDistillationTrainer(PublishingTrainer):
 
         Raises:
             `ValueError`: if `args.output_dir` holds another run, or the teacher; if the checkpoint is not whole, or of
-                another recipe or run; if `train()` was finished. A [`~skill_hf.divergence.NonFiniteError`] if the run
+                another recipe or run; if `train()` was finished. A [`NonFiniteError`] if the run
                 diverges.
             [`~skill_hf.storage.StorageError`]: if another run uses `args.output_dir`, or the disk is full.
-            `KeyboardInterrupt`, [`~skill_hf.interruption.Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is
+            `KeyboardInterrupt`, [`Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is
                 written.
         """
         if self.stage == 3:

@@ -5,10 +5,10 @@ from functools import cached_property
 
 import torch
 
-from .analysis import layer_distances
-from .data import calibration_waveforms, sample_rows
+from ..data.collator import calibration_waveforms, sample_rows
+from ..grouping.layer_distances import layer_distances
+from ..models.model_modes import padding_ignored
 from .loss_sums import LossSums
-from .model_modes import padding_ignored
 
 
 logger = logging.getLogger(__name__)

@@ -2,8 +2,9 @@
 
 import torch
 
+from ..data.audio import AudioError
+from ..data.speech_datasets import MAX_BAD_SHARE
 from .checkpointing import how_to_resume
-from .data import MAX_BAD_SHARE, AudioError
 
 
 # Clips of training after which the share of those that cannot be read is judged.

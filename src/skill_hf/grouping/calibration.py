@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
+from ..data.collator import SpeechCollator, calibration_waveforms, check_clips
+from ..losses import term_weights
+from ..recipe.skill_config import SkillConfig
 from .clustering import cluster_layers, silhouettes
-from .data import SpeechCollator, calibration_waveforms, check_clips
-from .losses import term_weights
 from .similarity import layer_similarity
-from .skill_config import SkillConfig
 
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def calibrate(
         accelerator (`Accelerator`): one process decides, since groups could depend on the last digit of a similarity.
         seed (`int`): of the choice of clips and of their crops.
         progress (`bool`): whether to show a progress bar.
-        reading (`dict`): how clips are read, for [`~skill_hf.data.calibration_waveforms`].
+        reading (`dict`): how clips are read, for [`~skill_hf.data.collator.calibration_waveforms`].
 
     Raises:
         `ValueError`: if there is no audio, most of it cannot be read, or the groups do not fit the recipe.
@@ -123,7 +123,7 @@ def check_eval_clips(eval_dataset, collator, feature_extractor) -> None:
     collator of the user's own reads what it likes, and nothing is tried.
 
     Raises:
-        [`~skill_hf.audio.AudioError`]: if most of them cannot be read.
+        [`~skill_hf.data.audio.AudioError`]: if most of them cannot be read.
     """
     if not isinstance(collator, SpeechCollator) or eval_dataset is None:
         return

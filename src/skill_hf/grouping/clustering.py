@@ -6,7 +6,7 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from .skill_config import LINKAGES, SkillConfig
+from ..recipe.skill_config import LINKAGES, SkillConfig
 
 
 def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> list[list[int]]:

@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,11 +12,12 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import AudioError, disable_audio_decoding, open_row, samples_per_frame
-from .loading import load_feature_extractor, load_model, refuse_adapter
-from .losses import LOSS_TERMS, term_weights
-from .model_modes import eval_mode
-from .skill_config import SIMILARITIES
+from ..data.batches import checked_input_values, equal_length_batches
+from ..losses import LOSS_TERMS, term_weights
+from ..models.loading import load_feature_extractor, load_model, refuse_adapter
+from ..models.model_modes import eval_mode
+from ..models.properties import receptive_field
+from ..recipe.skill_config import SIMILARITIES
 
 
 class SimilarityAccumulator(ABC):
@@ -431,7 +430,7 @@ def layer_similarity(
         if feature_extractor is None:
             raise ValueError(f"`{source}` has no preprocessor_config.json; pass `feature_extractor`.")
 
-    waveforms = checked_input_values(audio, feature_extractor, samples_per_frame(teacher.config))
+    waveforms = checked_input_values(audio, feature_extractor, receptive_field(teacher.config))
     num_waveforms = len(audio) if hasattr(audio, "__len__") else None
     num_clips = 0
     with (
@@ -458,42 +457,3 @@ def layer_similarity(
         total.absorb(part)
     matrix = total.compute()
     return [matrix, *matrices] if num_parts else matrix
-
-
-def checked_input_values(
-    audio: Iterable, feature_extractor, min_samples: int, protocols: Sequence[str] = ()
-) -> Iterator[torch.Tensor]:
-    """Checks each waveform or row and yields it as the 1-D float32 input of the model."""
-    rate = 16_000 if feature_extractor is None else feature_extractor.sampling_rate
-    for index, row in enumerate(disable_audio_decoding(audio)):
-        if not isinstance(row, Mapping):
-            shape = _shape(row)
-            if shape is not None and len(shape) != 1:
-                raise AudioError(
-                    f"`audio` must hold 1-D waveforms of one channel each, but item {index} ({type(row).__name__}) has"
-                    f" shape {shape}."
-                )
-            row = {"audio": row}
-        try:
-            with open_row(row, rate, protocols) as (clip, raw):
-                values = clip.read(rate, min_samples=min_samples)
-        except AudioError as error:
-            raise AudioError(f"Waveform {index}: {error}") from error
-        if raw and feature_extractor is not None:
-            values = feature_extractor(values, sampling_rate=rate, return_tensors="np").input_values[0]
-        yield torch.as_tensor(values)
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """`None` if there is none, as of ragged lists: what reads them says it more clearly."""
-    try:
-        return tuple(np.shape(value))
-    except Exception:
-        return None
-
-
-def equal_length_batches(waveforms: Iterable[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches `(B, samples)` of neighbouring waveforms of the same length, in order."""
-    for _, run in itertools.groupby(waveforms, key=len):
-        while batch := list(itertools.islice(run, batch_size)):
-            yield torch.stack(batch)

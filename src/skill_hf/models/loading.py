@@ -36,9 +36,9 @@ from transformers.utils import (
     cached_file,
 )
 
+from ..files import parse_json
 from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
-from .files import parse_json
-from .gates import has_gates
+from .properties import has_gates
 
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .data import samples_per_frame
+from .properties import receptive_field
 
 
 @contextmanager
@@ -44,6 +44,6 @@ def trace_hidden_states(model: PreTrainedModel) -> None:
     Runs `model` once, in eval mode, so that it can be compiled: transformers hooks the layers in the first forward
     that asks for hidden states, for which a compiler would leave its graph and start another one.
     """
-    clip = torch.zeros(1, samples_per_frame(model.config), device=model.device, dtype=model.dtype)
+    clip = torch.zeros(1, receptive_field(model.config), device=model.device, dtype=model.dtype)
     with torch.no_grad():
         model.eval()(clip, output_hidden_states=True)

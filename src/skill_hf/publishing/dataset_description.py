@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 
-from .loading import hub_id_of
+from ..models.loading import hub_id_of
 
 
 @dataclass

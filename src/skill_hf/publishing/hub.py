@@ -18,11 +18,11 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
+from ..models.loading import load_feature_extractor
+from ..models.properties import has_gates
+from ..recipe.skill_config import SKILL_CONFIG_NAME
+from ..version import __version__
 from . import model_card
-from .gates import has_gates
-from .loading import load_feature_extractor
-from .skill_config import SKILL_CONFIG_NAME
-from .version import __version__
 
 
 logger = logging.getLogger(__name__)

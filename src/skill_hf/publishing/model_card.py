@@ -20,15 +20,15 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from .analysis import count_macs
+from ..compression.macs import count_macs
+from ..compression.units import KINDS, units_of
+from ..losses import LOSS_TERMS, term_weights
+from ..models.loading import hub_id_of, valid_hub_id
+from ..recipe.skill_config import SkillConfig
+from ..version import __version__
 from .dataset_description import DatasetContent, code_text, describe_datasets
-from .loading import hub_id_of, valid_hub_id
-from .losses import LOSS_TERMS, term_weights
 from .plots import plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
 from .run_report import RunReport
-from .skill_config import SkillConfig
-from .units import KINDS, units_of
-from .version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def write_model_card(directory: str | Path, report: RunReport) -> None:
     Args:
         directory (`str` or `Path`):
             Where the student is saved.
-        report ([`~skill_hf.run_report.RunReport`]):
+        report ([`~skill_hf.publishing.run_report.RunReport`]):
             The run. What is not known of it yet is left out.
 
     Raises:
@@ -274,7 +274,7 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
 
     Args:
         directory (`str` or `Path`): where the figures (`FIGURES`) go.
-        report ([`~skill_hf.run_report.RunReport`]): the run.
+        report ([`~skill_hf.publishing.run_report.RunReport`]): the run.
 
     Returns:
         `list[str]`: names of the files that were written; none without matplotlib.

@@ -12,8 +12,8 @@ from string import ascii_uppercase
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram
 
-from .losses import LOSS_TERMS
-from .units import KINDS, Units, units_of
+from ..compression.units import KINDS, Units, units_of
+from ..losses import LOSS_TERMS
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; those that are faint on white are left out.
@@ -33,7 +33,7 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
 
     Args:
         similarity (`numpy.ndarray` of shape `(N, N)`): symmetric, with ones on its diagonal.
-        tree (`numpy.ndarray` of shape `(N - 1, 4)`): linkage matrix, from [`~skill_hf.clustering.layer_tree`].
+        tree (`numpy.ndarray` of shape `(N - 1, 4)`): linkage matrix, from [`layer_tree`].
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
         first_layer (`int`, *optional*, defaults to 0): hidden-state index of the first row.
 

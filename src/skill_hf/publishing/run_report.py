@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from .budgets import Budget, make_budget
+from ..compression.budgets import Budget, make_budget
+from ..recipe.skill_config import SkillConfig, StageSteps
 from .run_record import RunRecord
-from .skill_config import SkillConfig, StageSteps
 
 
 @dataclass
@@ -21,13 +21,13 @@ class RunReport:
         student, teacher (`PreTrainedModel`): the encoders.
         teacher_name (`str` or `PathLike`, *optional*): Hub id or local directory of the teacher.
         skill_config ([`SkillConfig`]): the recipe.
-        record ([`~skill_hf.run_record.RunRecord`]): what the run has measured.
+        record ([`~skill_hf.publishing.run_record.RunRecord`]): what the run has measured.
         hub_model_id (`str`, *optional*): of the student's repository on the Hub.
         layer_groups (`list[list[int]]`, *optional*): hidden-state indices of each group.
         layer_similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): what was clustered.
         layer_tree (`numpy.ndarray` of shape `(N - 1, 4)`, *optional*): the tree of the clustering, scipy's linkage
             matrix.
-        steps ([`~skill_hf.skill_config.StageSteps`], *optional*): of both stages.
+        steps ([`~skill_hf.recipe.skill_config.StageSteps`], *optional*): of both stages.
         num_steps_done (`int`): optimizer steps so far.
         log_history (`list[dict]`): logged lines.
         learning_rate (`float`): peak of the first stage.

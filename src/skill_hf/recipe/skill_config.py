@@ -8,9 +8,9 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..compression.units import COSTS_OF_CONVOLUTIONS, COSTS_OF_LAYERS, DEFAULT_KINDS, KINDS
+from ..files import parse_json
 from . import fields
-from .files import parse_json
-from .units import COSTS_OF_CONVOLUTIONS, COSTS_OF_LAYERS, DEFAULT_KINDS, KINDS
 
 
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")

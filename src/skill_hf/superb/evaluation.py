@@ -14,7 +14,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from ..checkpointing import last_complete_checkpoint
+from ..distillation.checkpointing import last_complete_checkpoint
 from ..encoders import FilterBank, PretrainedEncoder
 from ..files import read_json, try_directory, write_json
 from .features import CachedHiddenStates, cache_hidden_states, check_settings

@@ -14,8 +14,9 @@ import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from ..audio import AudioError, check_seconds, read_audio, samples_in
-from ..encoders import FilterBank, PretrainedEncoder, is_out_of_memory, make_batches
+from ..data.audio import AudioError, check_seconds, read_audio, samples_in
+from ..data.batches import make_batches
+from ..encoders import FilterBank, PretrainedEncoder, is_out_of_memory
 from ..files import read_json, try_directory, write_json
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..encoders import FilterBank, PretrainedEncoder, make_batches
+from ..data.batches import make_batches
+from ..encoders import FilterBank, PretrainedEncoder
 from ..metrics import load_metric
 from .features import CachedHiddenStates, cache_hidden_states
 from .tasks import check_column, label_rows

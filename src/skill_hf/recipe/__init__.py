@@ -1,0 +1,1 @@
+"""What the user decides, with the type and the range of each setting."""
