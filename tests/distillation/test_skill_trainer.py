@@ -644,7 +644,7 @@ def test_a_short_run_has_lines_to_show(tmp_path, steps, logging_steps):
 # Gloo's threads abort a process that ends while they still hold its tensors.
 PROCESS = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from {module} import {function}
 trainer, result = {function}({output!r}, {number})
 torch.save(result, f"{output}/rank-{{trainer.accelerator.process_index}}.pt")
@@ -661,7 +661,7 @@ def run_in_processes(train, directory: Path, number: int) -> list:
     directory.mkdir()
     path = directory / "run.py"
     names = {"module": train.__module__, "function": train.__name__}
-    path.write_text(PROCESS.format(tests=str(Path(__file__).parent), output=str(directory), number=number, **names))
+    path.write_text(PROCESS.format(paths=sys.path, output=str(directory), number=number, **names))
     # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # NCCL takes one GPU for each process

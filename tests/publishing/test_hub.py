@@ -264,7 +264,7 @@ model.push_to_hub("stock")
 
 @pytest.mark.slow
 def test_round_trip_without_skill_hf(hub, published, tmp_path):
-    tests, outputs = str(Path(__file__).parent), str(published.parent / "outputs.pt")
+    tests, outputs = str(Path(__file__).parents[1]), str(published.parent / "outputs.pt")
     script = LOAD_WITHOUT_SKILL_HF.format(tests=tests, outputs=outputs)
     environment = {**os.environ, **hub.environment(tmp_path, token="hf_me")}
     command = [sys.executable, "-c", script]
