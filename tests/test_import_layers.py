@@ -28,7 +28,7 @@ FLOORS = {
     "recipe": {"compression", "files"},
     "encoders": {"models"},
     "export": {"files", "models"},
-    "latency": {"compression", "models", "version"},
+    "latency": {"compression", "models", "recipe", "version"},
     # Its class names are in adapters of PEFT.
     "modeling_wavlm_skill_student": {"models"},
     "grouping": {"data", "losses", "models", "recipe"},

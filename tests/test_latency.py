@@ -18,10 +18,11 @@ from transformers import AutoModel, BertConfig
 
 from skill_hf import SkillConfig
 from skill_hf.cli import distill
-from skill_hf.compression.budgets import LatencyBudget, architecture_of
+from skill_hf.compression.budgets import LatencyBudget
 from skill_hf.compression.pruning import cost_after_pruning, expected_cost, fit_gates, min_cost
 from skill_hf.latency import draw_architecture, fit_costs, fit_latency, measure_parts
 from skill_hf.models.families import STUDENT_CLASSES, build_student, student_config
+from skill_hf.recipe.latency_costs import architecture_of
 
 
 import calibrate_latency  # noqa: E402  # isort: skip

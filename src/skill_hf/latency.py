@@ -18,10 +18,11 @@ from scipy.optimize import nnls
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .compression.budgets import LatencyBudget, architecture_of
+from .compression.budgets import LatencyBudget
 from .compression.units import COSTS_OF_CONVOLUTIONS, KINDS, sizes_of, units_of
 from .models.families import STUDENT_CLASSES, student_config
 from .models.properties import receptive_field
+from .recipe.latency_costs import architecture_of
 from .version import __version__
 
 

@@ -16,11 +16,11 @@ from skill_hf.compression import units
 from skill_hf.compression.budgets import LatencyBudget, MacBudget, ParameterBudget
 from skill_hf.compression.pruning import (
     cost_after_pruning,
+    cut_closed_units,
     expected_cost,
     fit_gates,
     min_cost,
     num_expected_parameters,
-    shrink,
 )
 from skill_hf.compression.units import KINDS, Kind, Units, sizes_of, units_of
 from skill_hf.models.families import build_student, student_config
@@ -232,7 +232,7 @@ def test_added_kind_meets_a_target_and_shrinks(added, layout):
         gate.log_alpha.data = torch.where(gate.log_alpha < 0, -40.0, 40.0)
         gate.shift = 0.0
     gated, left = copy.deepcopy(student), cost_after_pruning(student, costs)
-    assert shrink(student, 0, costs) is not None
+    assert cut_closed_units(student, 0, costs) is not None
     assert cost_after_pruning(student, ParameterBudget().unit_costs(student)) == left
     assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
     student.prune()

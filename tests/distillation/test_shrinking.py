@@ -14,7 +14,13 @@ from transformers import TrainerCallback
 from skill_hf import SkillConfig, WavLMForSkillStudent
 from skill_hf.compression.budgets import ParameterBudget
 from skill_hf.compression.gates import OPEN_SHIFT
-from skill_hf.compression.pruning import CLOSED_PROBABILITY, cost_after_pruning, expected_cost, num_parameters, shrink
+from skill_hf.compression.pruning import (
+    CLOSED_PROBABILITY,
+    cost_after_pruning,
+    cut_closed_units,
+    expected_cost,
+    num_parameters,
+)
 from skill_hf.distillation.shrinking import check_optimizer, cut_optimizer_state
 from skill_hf.models.families import build_student
 
@@ -54,7 +60,7 @@ def test_shrunk_equals_gated(layout):
     state = torch.get_rng_state()
     before = {name: cost_after_pruning(student, costs.unit_costs(student)) for name, (costs, _) in BUDGETS.items()}
     expected = {name: expected_cost(student, costs.unit_costs(student)) for name, (costs, _) in BUDGETS.items()}
-    assert shrink(student, 0, parameter_costs(student)) is not None
+    assert cut_closed_units(student, 0, parameter_costs(student)) is not None
     assert torch.equal(torch.get_rng_state(), state)
     assert num_parameters(student) < 0.5 * num_parameters(gated)
     assert student.config.remaining_heads == [[], [], [1, 3]]
@@ -69,7 +75,7 @@ def test_shrunk_equals_gated(layout):
     assert student.training
     assert_same_hidden_states(gated.eval(), student.eval(), padded_batch(), atol=1e-5)
     # Another cut finds nothing; the last one leaves what it would have left.
-    assert shrink(student, 0, parameter_costs(student)) is None
+    assert cut_closed_units(student, 0, parameter_costs(student)) is None
     student.prune()
     gated.prune()
     expected, actual = gated.state_dict(), student.state_dict()
@@ -81,7 +87,7 @@ def test_shrunk_equals_gated(layout):
 def test_a_shrunk_student_is_made_like_one_from_its_config(layout):
     """In the same order: that of the optimizer's state, and of the draws from one seed."""
     student = half_closed_student(layout)
-    shrink(student, 0, parameter_costs(student))
+    cut_closed_units(student, 0, parameter_costs(student))
     fresh = WavLMForSkillStudent(copy.deepcopy(student.config))
     fresh.add_gates(ALL_UNITS)
     shapes = [[(name, value.shape) for name, value in of.named_parameters()] for of in (student, fresh)]
@@ -94,7 +100,7 @@ def test_a_shrunk_student_trains():
     student = half_closed_student().train()
     student.freeze_feature_encoder()
     student.config.apply_spec_augment = False
-    shrink(student, 0, parameter_costs(student))
+    cut_closed_units(student, 0, parameter_costs(student))
     student(**padded_batch()).last_hidden_state.square().mean().backward()
     for name, parameter in student.named_parameters():
         assert parameter.requires_grad != name.startswith("feature_extractor"), name
@@ -115,7 +121,7 @@ def test_moments_follow_their_weights(layout):
             optimizer.state[parameter]["exp_avg"] = parameter.detach().clone()
             optimizer.state[parameter]["exp_avg_sq"] = 2 * parameter.detach()
     weights = {name: parameter.detach().clone() for name, parameter in before.items()}
-    cut = shrink(student, 0, parameter_costs(student))
+    cut = cut_closed_units(student, 0, parameter_costs(student))
     cut_optimizer_state(optimizer, before, student, cut)
 
     after = dict(student.named_parameters())
@@ -169,7 +175,7 @@ def test_what_is_closed_for_good():
     gates["encoder.layers.1.feed_forward.dim_gate"].log_alpha.data.fill_(unlikely)
     # No features without a channel.
     gates["feature_extractor.conv_layers.2.channel_gate"].log_alpha.data.fill_(-40.0)
-    shrink(student, 0, parameter_costs(student))
+    cut_closed_units(student, 0, parameter_costs(student))
     assert student.config.intermediate_sizes == [117, 1, 120]
     assert list(student.config.conv_dim) == [16, 16, 1, 16, 16, 16, 16]
 
@@ -181,9 +187,9 @@ def test_no_less_is_left_than_the_target_asks_for():
     ffn_dim = cost_of(costs, "encoder.layers.1.feed_forward.dim_gate")
     gate.log_alpha.data = torch.linspace(-60, -20, 48)
     assert cost_after_pruning(student, costs) == whole - 48 * ffn_dim
-    assert shrink(student, whole, costs) is None
+    assert cut_closed_units(student, whole, costs) is None
     assert num_parameters(student) == whole
-    shrink(student, whole - 10 * ffn_dim - 1, costs)
+    cut_closed_units(student, whole - 10 * ffn_dim - 1, costs)
     assert num_parameters(student) == whole - 10 * ffn_dim
     # The likeliest stay.
     left = dict(student.named_gates())["encoder.layers.1.feed_forward.dim_gate"].log_alpha
@@ -207,7 +213,7 @@ def test_widths_stay_multiples(layout):
             gate.log_alpha.data[:3] = -40.0
     before = {name: gate.num_open() for name, gate in student.named_gates()}
     expected = student(**padded_batch()).last_hidden_state
-    assert shrink(student, 0, parameter_costs(student)) is not None
+    assert cut_closed_units(student, 0, parameter_costs(student)) is not None
     assert {name: gate.num_open() for name, gate in student.named_gates()} == before
     torch.testing.assert_close(student(**padded_batch()).last_hidden_state, expected, atol=1e-5, rtol=0)
     assert all(gate.size % 8 == 0 for name, gate in student.named_gates() if not name.endswith("head_gate"))

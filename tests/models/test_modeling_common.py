@@ -21,7 +21,7 @@ from skill_hf import (
     WavLMSkillStudentForXVector,
 )
 from skill_hf.compression.budgets import ParameterBudget
-from skill_hf.compression.pruning import shrink
+from skill_hf.compression.pruning import cut_closed_units
 
 
 HEADS = (
@@ -360,7 +360,7 @@ def shrink_and_prune(model):
     close_at_random(model.base_model)
     for _, gate in model.wavlm.named_gates():
         gate.log_alpha.data -= 8.0 * (gate.log_alpha.data < 0)
-    assert shrink(model.wavlm, 1, ParameterBudget().unit_costs(model.wavlm)) is not None
+    assert cut_closed_units(model.wavlm, 1, ParameterBudget().unit_costs(model.wavlm)) is not None
     model.wavlm.prune()
 
 

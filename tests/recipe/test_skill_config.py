@@ -217,3 +217,10 @@ def test_every_field_comes_from_a_command_line():
     assert recipe.pruning_units == ["ffn_dims", "ffn_blocks"]
     assert (recipe.num_clusters, recipe.contiguous, recipe.final_steps) == (2, True, 3)
     assert (recipe.budget, recipe.budget_seconds) == ("macs", 2.5)
+
+
+def test_the_help_of_each_field_is_what_the_docstring_says():
+    described = " ".join((SkillConfig.__doc__ or "").replace("`", "").replace("[", "").replace("]", "").split())
+    for field in dataclasses.fields(SkillConfig):
+        text = field.metadata["help"].replace("[", "").replace("]", "")
+        assert text.endswith(".") and text.removesuffix(".").split("skill_hf.")[0] in described, field.name

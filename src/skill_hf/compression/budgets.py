@@ -146,30 +146,6 @@ class MacBudget(Budget):
                 yield _factors_within(units), products(student.config, frames)
 
 
-# What time depends on besides the numbers of units.
-ARCHITECTURE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "conv_kernel",
-    "conv_stride",
-    "conv_bias",
-    "feat_extract_norm",
-    "feat_extract_activation",
-    "do_stable_layer_norm",
-    "hidden_act",
-    "num_conv_pos_embeddings",
-    "num_conv_pos_embedding_groups",
-    "add_adapter",
-)
-
-
-def architecture_of(config: PreTrainedConfig, sampling_rate: int = 16_000) -> dict:
-    """What a teacher must have in common with the one whose latency was measured, for audio of `sampling_rate`."""
-    values = {name: getattr(config, name) for name in ARCHITECTURE} | {"sampling_rate": sampling_rate}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
 @dataclass(frozen=True)
 class LatencyBudget(Budget):
     """

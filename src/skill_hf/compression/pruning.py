@@ -220,7 +220,7 @@ def prune(student) -> None:
 
 
 @torch.no_grad()
-def shrink(student, wanted: int, costs: UnitCosts) -> "Cut | None":
+def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     """
     Cuts the units that are closed for good, in place, and keeps the gates of the others with their values.
 

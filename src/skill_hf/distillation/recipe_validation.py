@@ -7,12 +7,13 @@ import math
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compression import pruning
-from ..compression.budgets import architecture_of, make_budget
+from ..compression.budgets import make_budget
 from ..compression.gates import OPEN_SHIFT
 from ..compression.units import KINDS
 from ..models.families import STUDENT_CLASSES, empty_student
 from ..models.loading import check_encoder
 from ..models.properties import has_gates, receptive_field
+from ..recipe.latency_costs import architecture_of
 from ..recipe.skill_config import SkillConfig, gate_travel
 
 

@@ -112,7 +112,7 @@ def shrink(trainer) -> None:
     trainer.finite_watch.check()
     student, budget, step = trainer.student, trainer.budget, trainer.state.global_step
     before, size = dict(student.named_parameters()), pruning.num_parameters(student)
-    cut = pruning.shrink(student, trainer.target_cost, trainer.distiller.costs)
+    cut = pruning.cut_closed_units(student, trainer.target_cost, trainer.distiller.costs)
     if cut is None:
         return
     if trainer.args.torch_compile:

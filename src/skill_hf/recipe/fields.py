@@ -3,11 +3,14 @@ Types and ranges of settings, each checked in one place. A kind is a function of
 the value as Python's own type, or raises a `ValueError` that names setting, value and range.
 """
 
+import dataclasses
 import json
 import math
 import numbers
+import re
 import reprlib
 from collections.abc import Callable, Collection, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -108,3 +111,16 @@ def index_groups(name: str, value: Any) -> list[list[int]]:
 def refuse(name: str, wanted: str, value: Any) -> None:
     """Raises the `ValueError` of all kinds. A value may be of any length."""
     raise ValueError(f"`{name}` must be {wanted}, but is {reprlib.repr(value)}.")
+
+
+def help_from_docstring(cls: type) -> type:
+    """
+    Decorates a dataclass whose docstring describes its fields, as `name (type): text`: the text becomes the `help` of
+    each field, which [`~transformers.HfArgumentParser`] shows, so that both are written once.
+    """
+    texts = dict(re.findall(r"^ {4,8}(\w+) \(`.*\):\s+(.+(?:\n {9,}.+)*)", cls.__doc__ or "", re.MULTILINE))
+    for entry in dataclasses.fields(cls):
+        if entry.name in texts:
+            text = " ".join(texts[entry.name].split())
+            entry.metadata = MappingProxyType({"help": re.sub(r"\[?`~?([^`]*)`\]?", r"\1", text)})
+    return cls

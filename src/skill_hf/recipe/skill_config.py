@@ -2,25 +2,19 @@
 
 import dataclasses
 import json
-import math
-import reprlib
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..compression.units import COSTS_OF_CONVOLUTIONS, COSTS_OF_LAYERS, DEFAULT_KINDS, KINDS
+from ..compression.units import DEFAULT_KINDS, KINDS
 from ..files import parse_json
 from . import fields
+from .latency_costs import check_latency_costs
 
 
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
 STUDENT_LAYERS = ("group", "last")
 BUDGETS = ("parameters", "macs", "latency")
-# What `latency_costs` must hold; a cost is a number, of convolutions one for each.
-COSTS = (*COSTS_OF_CONVOLUTIONS, "projection", *COSTS_OF_LAYERS, "fixed")
-LATENCY_ENTRIES = {"picoseconds": COSTS, "architecture": ("conv_kernel",), "measured_on": ("batch_size", "seconds")}
-
 SKILL_CONFIG_NAME = "skill_config.json"
 
 # The published recipe trains for 50 000 + 25 000 steps (DPHuBERT, arXiv 2305.17651, section 3.1).
@@ -32,12 +26,7 @@ FULL_GATE_LEARNING_RATE = 0.02
 GATE_TRAVEL = 12.0
 
 
-def _help(default, text: str):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
+@fields.help_from_docstring
 @dataclass
 class SkillConfig:
     r"""
@@ -63,8 +52,9 @@ class SkillConfig:
         include_embeddings (`bool`, *optional*, defaults to `True`):
             Whether hidden state 0, the input of the first layer, is grouped too.
         layer_groups (`list[list[int]]`, *optional*):
-            Groups of hidden-state indices set by hand, which switches clustering off. `[[0],[4],[8],[12]]` are
-            DPHuBERT's layers of a Base model, except that its layer 0 is taken before the positional convolution.
+            Groups of hidden-state indices set by hand (on a command line as JSON), which switches clustering off.
+            `[[0],[4],[8],[12]]` are DPHuBERT's layers of a Base model, except that its layer 0 is taken before the
+            positional convolution.
         projection_groups (`list[list[int]]`, *optional*):
             Indices of groups that share one projection; by default each group has its own. DPHuBERT's recipe is
             `layer_groups=[[0],[4],[8],[12]]` with `projection_groups=[[0],[1,2,3]]`.
@@ -104,7 +94,8 @@ class SkillConfig:
         sparsity_warmup_steps (`int`, *optional*):
             Steps over which the target rises from 0; by default a tenth of the first stage, at most 5000.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
-            What may be removed; `attention_blocks` and `ffn_blocks` as well.
+            What may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks` and
+            `ffn_blocks`.
         width_multiple (`int`, *optional*, defaults to 1):
             What the cut rounds the channels of convolutions and the units of feed-forward blocks to a multiple of;
             with 8 or 16 matrix products of half precision run on the tensor cores of GPUs.
@@ -115,7 +106,7 @@ class SkillConfig:
             Whether all micro-batches and processes of a step draw the same noise of the gates. An update is then that
             of one large batch, to rounding; noise of their own has less variance and gives better students.
         shrink_steps (`int`, *optional*, defaults to 0):
-            Every so many optimizer steps the first stage cuts the units that are closed for good and goes on with a
+            Every so many optimizer steps the first stage cuts the units that are closed for good and continues with a
             smaller student, which takes less time and memory; 0 for never. Needs an optimizer whose state has the
             shapes of the parameters, such as AdamW, and no FSDP or DeepSpeed.
         final_steps (`int`, *optional*):
@@ -137,60 +128,33 @@ class SkillConfig:
     ```
     """
 
-    similarity: str = _help("cka", "Measure of how alike two layers are: cka, cosine, distillation or mutual_knn.")
-    linkage: str = _help("average", "Distance between two groups: average, single, complete, weighted or ward.")
-    num_clusters: int | None = _help(None, "Number of groups to cut the tree into.")
-    distance_threshold: float | None = _help(
-        None, "Height (1 - similarity) to cut the tree at; without it and num_clusters the largest silhouette decides."
-    )
-    contiguous: bool = _help(False, "Whether groups must be runs of neighbouring layers.")
-    include_embeddings: bool = _help(True, "Whether hidden state 0, the input of the first layer, is grouped too.")
-    layer_groups: list[list[int]] | str | None = _help(
-        None, "Groups of hidden-state indices set by hand, as JSON: [[0],[4],[8],[12]] are DPHuBERT's layers."
-    )
-    projection_groups: list[list[int]] | str | None = _help(
-        None, "Indices of groups that share one projection, as JSON: [[0],[1,2,3]]; by default each its own."
-    )
-    student_layers: str = _help("group", "What predicts a group: group (mean of the same layers) or last (layer).")
-    calibration_samples: int = _help(256, "Number of training clips from which similarity is computed.")
-    calibration_seconds: float = _help(10.0, "Length in seconds that a calibration clip is cropped to.")
-    l1_weight: float = _help(1.0, "Weight of the mean absolute error.")
-    l2_weight: float = _help(0.0, "Weight of the mean squared error.")
-    cosine_weight: float = _help(1.0, "Weight of the negative cosine similarity.")
-    target_sparsity: float = _help(
-        0.75, "Share of the teacher's parameters, or of what budget names, to remove, between 0 and 1."
-    )
-    budget: str = _help(
-        "parameters", "What the target is a share of: parameters, macs (multiply-accumulates) or latency (time)."
-    )
-    budget_seconds: float = _help(10.0, "Length in seconds of the clip that macs are counted for.")
-    latency_costs: dict | str | None = _help(
-        None, "JSON file of examples/calibrate_latency.py: what each unit costs in time. Goes with latency as budget."
-    )
-    sparsity_warmup_steps: int | None = _help(
-        None, "Steps over which the target rises from 0; by default a tenth of the first stage, at most 5000."
-    )
-    pruning_units: list[str] = _help(
-        list(DEFAULT_KINDS),
-        f"What may be removed: {', '.join(KINDS)}.",
-    )
-    width_multiple: int = _help(
-        1, "What the cut rounds widths of convolutions and feed-forward blocks to a multiple of, such as 8 or 16."
-    )
-    gate_learning_rate: float | None = _help(
-        None, "Peak learning rate of gates and Lagrange multipliers; by default 0.02, and more in short runs."
-    )
-    shared_gate_noise: bool = _help(
-        False, "Whether all micro-batches and processes of a step draw the same noise of the gates."
-    )
-    shrink_steps: int = _help(
-        0, "Every so many steps the first stage cuts the units that are closed for good; 0 for never."
-    )
-    final_steps: int | None = _help(None, "Steps of the second stage, after the cut; a third of all steps by default.")
-    final_learning_rate: float = _help(1e-4, "Peak learning rate of the second stage.")
-    final_warmup_steps: int | None = _help(
-        None, "Learning-rate warm-up of the second stage; by default a fifth of it, at most 5000."
-    )
+    similarity: str = "cka"
+    linkage: str = "average"
+    num_clusters: int | None = None
+    distance_threshold: float | None = None
+    contiguous: bool = False
+    include_embeddings: bool = True
+    layer_groups: list[list[int]] | str | None = None
+    projection_groups: list[list[int]] | str | None = None
+    student_layers: str = "group"
+    calibration_samples: int = 256
+    calibration_seconds: float = 10.0
+    l1_weight: float = 1.0
+    l2_weight: float = 0.0
+    cosine_weight: float = 1.0
+    target_sparsity: float = 0.75
+    budget: str = "parameters"
+    budget_seconds: float = 10.0
+    latency_costs: dict | str | None = None
+    sparsity_warmup_steps: int | None = None
+    pruning_units: list[str] = field(default_factory=lambda: list(DEFAULT_KINDS))
+    width_multiple: int = 1
+    gate_learning_rate: float | None = None
+    shared_gate_noise: bool = False
+    shrink_steps: int = 0
+    final_steps: int | None = None
+    final_learning_rate: float = 1e-4
+    final_warmup_steps: int | None = None
 
     def __post_init__(self):
         self.validate()
@@ -327,47 +291,6 @@ def _fit_warmup(name: str, steps: int | None, stage: int, full_stage: int) -> in
     return steps
 
 
-def _latency_costs(name: str, value) -> dict:
-    """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
-    try:
-        # As it will be read back from skill_config.json: a tuple is a list.
-        value = parse_json(value) if isinstance(value, str) else json.loads(json.dumps(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"
-            f" ({textwrap.shorten(str(error), 150, placeholder=' ...')})."
-        ) from None
-
-    def refuse(name: str, what: str, found):
-        raise ValueError(
-            f"`{name}` in `latency_costs` must be {what}, but is {reprlib.repr(found)}. Take what"
-            " examples/calibrate_latency.py has written, as it is."
-        )
-
-    for group, entries in LATENCY_ENTRIES.items():
-        found = value.get(group) if isinstance(value, dict) else None
-        if not isinstance(found, dict) or not set(found) >= set(entries):
-            refuse(group, f"a dict with {', '.join(entries)}", found)
-    for name in ("batch_size", "seconds"):
-        number = value["measured_on"][name]
-        if type(number) not in (int, float) or not 0 < number < math.inf:
-            refuse(name, "a number above 0", number)
-    convolutions = value["architecture"]["conv_kernel"]
-    if not isinstance(convolutions, list):
-        refuse("conv_kernel", "a list", convolutions)
-    for name in LATENCY_ENTRIES["picoseconds"]:
-        costs = value["picoseconds"][name]
-        of_convolutions = name in COSTS_OF_CONVOLUTIONS
-        listed = costs if of_convolutions else [costs]
-        if not isinstance(listed, list) or (of_convolutions and len(listed) != len(convolutions)):
-            refuse(name, f"a list with a cost of each of {len(convolutions)} convolutions", costs)
-        if not all(type(cost) is int and cost >= 0 for cost in listed):
-            refuse(name, "whole and at least 0", costs)
-    if not any(cost if type(cost) is int else any(cost) for cost in value["picoseconds"].values()):
-        refuse("picoseconds", "above 0 somewhere", value["picoseconds"])
-    return value
-
-
 # The one type and range of each field of `SkillConfig`.
 FIELD_KINDS = {
     "similarity": fields.one_of(SIMILARITIES),
@@ -387,7 +310,7 @@ FIELD_KINDS = {
     "target_sparsity": fields.number(above=0, below=1),
     "budget": fields.one_of(BUDGETS),
     "budget_seconds": fields.number(above=0),
-    "latency_costs": fields.optional(_latency_costs),
+    "latency_costs": fields.optional(check_latency_costs),
     "sparsity_warmup_steps": fields.optional(fields.whole(0)),
     "pruning_units": fields.some_of(KINDS),
     "width_multiple": fields.whole(1),
