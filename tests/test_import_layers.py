@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -19,8 +22,8 @@ LAYERS = {
     "version": set(),
     "fields": set(),
     "files": set(),
-    "configuration_wavlm_skill_student": set(),
-    "units": {"configuration_wavlm_skill_student"},
+    "configuration_skill_student": set(),
+    "units": {"configuration_skill_student"},
     "skill_config": {"fields", "files", "units"},
     "gates": set(),
     "losses": set(),
@@ -29,7 +32,7 @@ LAYERS = {
     "audio": {"audio_decoding", "remote_files"},
     "speech_datasets": {"audio", "remote_files"},
     "data": {"audio", "speech_datasets"},
-    "loading": {"configuration_wavlm_skill_student", "files", "gates"},
+    "loading": {"configuration_skill_student", "files", "gates"},
     "encoders": {"data", "loading"},
     "model_modes": {"data"},
     "similarity": {"data", "loading", "losses", "model_modes", "skill_config"},
@@ -64,8 +67,18 @@ LAYERS = {
     "superb/registry": {"superb/diarization", "superb/slot_filling", "superb/tasks"},
     "superb/evaluation": {"checkpointing", "encoders", "files", "superb/features", "superb/tasks"},
     "superb/__init__": {"superb/scores"},
-    # Published with every student, so it imports nothing that isn't published beside it.
-    "modeling_wavlm_skill_student": {"configuration_wavlm_skill_student"},
+    # Published with every student, so they import nothing that isn't published beside them.
+    "fast_layers": set(),
+    "weight_checks": set(),
+    "modeling_skill_student": {"configuration_skill_student", "fast_layers", "weight_checks"},
+    "configuration_wavlm_skill_student": {"configuration_skill_student"},
+    "modeling_wavlm_skill_student": {
+        "configuration_skill_student",
+        "configuration_wavlm_skill_student",
+        "fast_layers",
+        "modeling_skill_student",
+        "weight_checks",
+    },
     "families": {"loading", "modeling_wavlm_skill_student"},
     "analysis": {"data", "gates", "model_modes", "similarity"},
     "storage": set(),
@@ -74,7 +87,7 @@ LAYERS = {
     "divergence": {"checkpointing", "losses"},
     "interruption": {"checkpointing"},
     "clustering": {"skill_config"},
-    "export": {"data", "files", "gates", "modeling_wavlm_skill_student"},
+    "export": {"data", "fast_layers", "files", "gates"},
     "budgets": {"analysis", "gates", "units"},
     "latency": {"budgets", "data", "families", "units", "version"},
     "run_record": set(),
@@ -97,7 +110,7 @@ LAYERS = {
     "shrinking": {"optimization", "pruning"},
     "loss_sums": {"losses"},
     "cut": {"budgets", "pruning"},
-    "teacher": {"families", "files", "loading", "losses", "modeling_wavlm_skill_student", "run_identity"},
+    "teacher": {"families", "fast_layers", "files", "loading", "losses", "run_identity"},
     "calibration": {"clustering", "data", "losses", "similarity", "skill_config"},
     "student_measurements": {"analysis", "data", "loss_sums", "model_modes"},
     "unreadable_clips": {"checkpointing", "data"},
@@ -180,6 +193,7 @@ LAYERS = {
     "__init__": {
         "clustering",
         "configuration_wavlm_skill_student",
+        "modeling_skill_student",
         "modeling_wavlm_skill_student",
         "pruning",
         "publishing",
@@ -192,7 +206,10 @@ LAYERS = {
 }
 
 # Travel with every student and stay as they are, while the package's modules may move.
-PUBLISHED = ("configuration_wavlm_skill_student", "modeling_wavlm_skill_student")
+SHARED = ("configuration_skill_student", "fast_layers", "modeling_skill_student", "weight_checks")
+FAMILIES = ("wavlm",)
+KINDS = ("configuration", "modeling")
+PUBLISHED = (*SHARED, *(f"{kind}_{family}_skill_student" for family in FAMILIES for kind in KINDS))
 # Modules that import by a computed name, which `imported_modules` cannot read, and the tables that they take it from.
 COMPUTED = {
     "__init__": {*skill_hf._LAZY.values(), *(module for module, _ in skill_hf._ACTIONS.values())},
@@ -289,6 +306,35 @@ def test_published_files_name_no_module_of_the_package(module):
     """Not even in text: where a link in a docstring leads today, there may be nothing tomorrow."""
     assert "skill_hf." not in (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
     assert imported_modules(PACKAGE / f"{module}.py") <= set(PUBLISHED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_a_family_import_all_that_they_need_themselves(kind, family):
+    """Transformers 4 copies what they import from a local directory, but not what that imports in turn."""
+    entry = f"{kind}_{family}_skill_student"
+    direct = imported_modules(PACKAGE / f"{entry}.py")
+    assert direct >= {name for module in direct for name in imported_modules(PACKAGE / f"{module}.py")}
+    # They alone are what `auto_map` names, so nothing else brings the shared files along.
+    assert direct == ({"configuration_skill_student"} if kind == "configuration" else {*PUBLISHED} - {entry})
+
+
+def test_shared_files_load_no_family(tmp_path):
+    """A student of one family must not stop loading when transformers drops another."""
+    (tmp_path / "published").mkdir()
+    for name in SHARED:
+        shutil.copy(PACKAGE / f"{name}.py", tmp_path / "published")
+    code = (
+        "import importlib, re, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "for name in sys.argv[2:]:\n"
+        "    importlib.import_module(f'published.{name}')\n"
+        "print(*[name for name in sys.modules if re.match(r'transformers\\.models\\.(?!auto\\b)\\w+\\.', name)])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *SHARED], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert result.stdout.split() == []
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,13 @@ def test_import_is_quick_beside_torch_and_the_trainer():
 def test_import_loads_only_the_student():
     loaded = run_python("import sys, skill_hf\nprint(*sorted(m for m in sys.modules if m.startswith('skill_hf.')))")
     assert loaded.split() == [
+        "skill_hf.configuration_skill_student",
         "skill_hf.configuration_wavlm_skill_student",
+        "skill_hf.fast_layers",
+        "skill_hf.modeling_skill_student",
         "skill_hf.modeling_wavlm_skill_student",
         "skill_hf.version",
+        "skill_hf.weight_checks",
     ]
 
 

@@ -1,6 +1,6 @@
 """
 Published students in other versions of transformers, without this package: what `trust_remote_code=True` gives from
-the two Python files of a repository.
+the Python files of a repository.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import STUDENT_CODE, padded_batch
 from package_index import REQUESTS, install
 from test_modeling_wavlm_skill_student import pruned_student
 from transformers import (
@@ -39,12 +39,7 @@ VERSIONS = {
         *REQUESTS,
     ),
 }
-FILES = {
-    "config.json",
-    "model.safetensors",
-    "configuration_wavlm_skill_student.py",
-    "modeling_wavlm_skill_student.py",
-}
+FILES = {"config.json", "model.safetensors", *STUDENT_CODE}
 
 
 def publish(root: Path) -> None:

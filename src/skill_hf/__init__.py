@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from .modeling_skill_student import ACTIONS
 from .modeling_wavlm_skill_student import (
-    ACTIONS,
     WavLMForSkillStudent,
     WavLMSkillStudentForAudioFrameClassification,
     WavLMSkillStudentForCTC,

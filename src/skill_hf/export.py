@@ -30,9 +30,9 @@ from transformers import PreTrainedModel, WavLMForXVector
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
 from .data import samples_per_frame
+from .fast_layers import fold_weight_norm
 from .files import try_file
 from .gates import has_gates
-from .modeling_wavlm_skill_student import fold_weight_norm
 
 
 OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")

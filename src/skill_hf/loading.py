@@ -36,7 +36,7 @@ from transformers.utils import (
     cached_file,
 )
 
-from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
+from .configuration_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
 from .files import parse_json
 from .gates import has_gates
 

@@ -17,10 +17,10 @@ from .families import (
     empty_student,
     weights_for_student,
 )
+from .fast_layers import fold_weight_norm
 from .files import local_directory
 from .loading import check_encoder, hub_id_of, load_config, load_feature_extractor, load_model, one_error
 from .losses import attended
-from .modeling_wavlm_skill_student import fold_weight_norm
 from .run_identity import checksum
 
 

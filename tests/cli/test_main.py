@@ -95,9 +95,13 @@ def test_help_imports_no_command():
     assert result.stderr.split() == [
         "skill_hf.cli",
         "skill_hf.cli.main",
+        "skill_hf.configuration_skill_student",
         "skill_hf.configuration_wavlm_skill_student",
+        "skill_hf.fast_layers",
+        "skill_hf.modeling_skill_student",
         "skill_hf.modeling_wavlm_skill_student",
         "skill_hf.version",
+        "skill_hf.weight_checks",
     ]
 
 
