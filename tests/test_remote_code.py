@@ -150,6 +150,8 @@ def test_fine_tuned_by_the_stock_trainer_it_is_published_whole_again(visit):
     assert max(seen["difference"].values()) < 1e-6
     for directory in (root / "fine_tuned", root / "fine_tuned" / "checkpoint-2"):
         assert {path.name for path in directory.iterdir()} >= FILES
+        for name in STUDENT_CODE:
+            assert (directory / name).read_bytes() == (root / "base" / name).read_bytes()
         config = json.loads((directory / "config.json").read_text())
         assert config["auto_map"] == skill_hf.WavLMSkillStudentConfig().auto_map
     # What any version has saved, the package loads.
