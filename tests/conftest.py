@@ -6,6 +6,16 @@ import torch
 from transformers import WavLMConfig, WavLMModel
 
 
+# The code that travels with each student of WavLM, whoever saves it: of all families, and of its own.
+STUDENT_CODE = {
+    "configuration_skill_student.py",
+    "configuration_wavlm_skill_student.py",
+    "fast_layers.py",
+    "modeling_skill_student.py",
+    "modeling_wavlm_skill_student.py",
+    "weight_checks.py",
+}
+
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 

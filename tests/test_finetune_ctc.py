@@ -12,6 +12,7 @@ import jiwer
 import pytest
 import soundfile
 import torch
+from conftest import STUDENT_CODE
 from example_helpers import DEMO, command_line, copy_clips, isolate, read_metadata, run_main, save_student
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCTC, AutoProcessor, Wav2Vec2CTCTokenizer, Wav2Vec2Processor, pipeline
@@ -84,7 +85,7 @@ def test_output_dir_holds_model_and_processor(finished):
         "all_results.json",
         "config.json",
         "model.safetensors",
-        "modeling_wavlm_skill_student.py",
+        *STUDENT_CODE,
         "preprocessor_config.json",
         "tokenizer_config.json",
         "vocab.json",

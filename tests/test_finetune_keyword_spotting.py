@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_config, tiny_teacher
+from conftest import STUDENT_CODE, tiny_config, tiny_teacher
 from example_helpers import (
     DEMO,
     command_line,
@@ -101,9 +101,8 @@ def test_output_dir_holds_a_published_model(finished):
     assert {path.name for path in output_dir.iterdir()} >= {
         "all_results.json",
         "config.json",
-        "configuration_wavlm_skill_student.py",
         "model.safetensors",
-        "modeling_wavlm_skill_student.py",
+        *STUDENT_CODE,
         "preprocessor_config.json",
     }
     config = AutoConfig.from_pretrained(output_dir)

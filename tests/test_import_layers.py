@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -65,7 +68,13 @@ MOST_FLOORS = 7
 MODULES = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 
 # Travel with every student and stay as they are, while the package's modules may move.
-PUBLISHED = ("models/configuration_wavlm_skill_student", "models/modeling_wavlm_skill_student")
+SHARED = tuple(
+    f"models/{name}"
+    for name in ("configuration_skill_student", "fast_layers", "modeling_skill_student", "weight_checks")
+)
+FAMILIES = ("wavlm",)
+KINDS = ("configuration", "modeling")
+PUBLISHED = (*SHARED, *(f"models/{kind}_{family}_skill_student" for family in FAMILIES for kind in KINDS))
 # Modules that import by a computed name, which `imported_modules` cannot read, and the tables that they take it from.
 COMPUTED = {
     "__init__": [*skill_hf._LAZY.values(), *(module for module, _ in skill_hf._ACTIONS.values())],
@@ -74,8 +83,6 @@ COMPUTED = {
     "cli/main": [f"cli.{name}" for name in COMMANDS],
 }
 MOST_LINES = 500
-# Published with every student, so few files are better than short ones.
-LONGER = ("models/modeling_wavlm_skill_student",)
 
 
 def module_of(names: list[str]) -> str:
@@ -157,7 +164,7 @@ def test_module_imports_only_what_its_floor_permits(module):
 
 def test_files_are_short():
     lengths = {module: len((PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()) for module in MODULES}
-    assert {module for module, length in lengths.items() if length > MOST_LINES} == set(LONGER)
+    assert [module for module, length in lengths.items() if length > MOST_LINES] == []
 
 
 def test_floors():
@@ -184,6 +191,35 @@ def test_published_files_name_no_module_of_the_package(module):
     """Not even in text: where a link in a docstring leads today, there may be nothing tomorrow."""
     assert "skill_hf." not in (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
     assert imported_modules(PACKAGE / f"{module}.py") <= set(PUBLISHED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_a_family_import_all_that_they_need_themselves(kind, family):
+    """Transformers 4 copies what they import from a local directory, but not what that imports in turn."""
+    entry = f"models/{kind}_{family}_skill_student"
+    direct = imported_modules(PACKAGE / f"{entry}.py")
+    assert direct >= {name for module in direct for name in imported_modules(PACKAGE / f"{module}.py")}
+    # They alone are what `auto_map` names, so nothing else brings the shared files along.
+    assert direct == ({"models/configuration_skill_student"} if kind == "configuration" else {*PUBLISHED} - {entry})
+
+
+def test_shared_files_load_no_family(tmp_path):
+    """A student of one family must not stop loading when transformers drops another."""
+    (tmp_path / "published").mkdir()
+    for name in SHARED:
+        shutil.copy(PACKAGE / f"{name}.py", tmp_path / "published")
+    code = (
+        "import importlib, re, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "for name in sys.argv[2:]:\n"
+        "    importlib.import_module(f'published.{name}')\n"
+        "print(*[name for name in sys.modules if re.match(r'transformers\\.models\\.(?!auto\\b)\\w+\\.', name)])\n"
+    )
+    names = [name.removeprefix("models/") for name in SHARED]
+    command = [sys.executable, "-c", code, str(tmp_path), *names]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.split() == []
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from .models.configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from .models.modeling_skill_student import ACTIONS
 from .models.modeling_wavlm_skill_student import (
-    ACTIONS,
     WavLMForSkillStudent,
     WavLMSkillStudentForAudioFrameClassification,
     WavLMSkillStudentForCTC,

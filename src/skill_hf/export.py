@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, WavLMForXVector
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
 from .files import try_file
-from .models.modeling_wavlm_skill_student import fold_weight_norm
+from .models.fast_layers import fold_weight_norm
 from .models.properties import has_gates, receptive_field
 
 

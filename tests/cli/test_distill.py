@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import tiny_config, tiny_teacher
+from conftest import STUDENT_CODE, tiny_config, tiny_teacher
 from safetensors.torch import load_file
 from short_distillation import command_line, on_folder, results_of, write_inputs
 from transformers import AutoModel, BertConfig, HubertConfig, WavLMConfig
@@ -33,9 +33,8 @@ RATE = 16_000
 STUDENT_FILES = {
     "README.md",
     "config.json",
-    "configuration_wavlm_skill_student.py",
     "model.safetensors",
-    "modeling_wavlm_skill_student.py",
+    *STUDENT_CODE,
     "preprocessor_config.json",
     "skill_config.json",
 }

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_teacher
+from conftest import STUDENT_CODE, tiny_config, tiny_teacher
 from example_helpers import isolate, save_feature_extractor, save_student
 from hub_server import HubServer
 from huggingface_hub.constants import ENDPOINT
@@ -290,7 +290,7 @@ def test_weights_are_not_read(tmp_path, capsys):
 
 def test_no_code_is_run(shared, tmp_path, capsys):
     shutil.copytree(shared / "student", tmp_path / "student")
-    for name in ("configuration_wavlm_skill_student.py", "modeling_wavlm_skill_student.py"):
+    for name in STUDENT_CODE:
         (tmp_path / "student" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert in_json(capsys, tmp_path / "student")["parameters"]
     assert not (tmp_path / "ran").exists()

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch, tiny_config, tiny_teacher
+from conftest import STUDENT_CODE, padded_batch, tiny_config, tiny_teacher
 from transformers import (
     AutoModel,
     HubertConfig,
@@ -248,8 +248,7 @@ def test_saved_student(uninterrupted, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "config.json",
         "model.safetensors",
-        "configuration_wavlm_skill_student.py",
-        "modeling_wavlm_skill_student.py",
+        *STUDENT_CODE,
         "preprocessor_config.json",
         "skill_config.json",
         "README.md",

@@ -13,7 +13,7 @@ import pytest
 from test_modeling_wavlm_skill_student import pruned_student
 
 import skill_hf
-from skill_hf.models import modeling_wavlm_skill_student
+from skill_hf.models import modeling_skill_student
 
 
 # Loads the student of the directory in argv and tells, as JSON, what its actions do. `{before}` runs first.
@@ -102,7 +102,7 @@ def test_copy_beside_the_package(published, tmp_path):
 
 
 def test_package_fills_the_table_of_its_own_file():
-    actions = modeling_wavlm_skill_student.ACTIONS
+    actions = modeling_skill_student.ACTIONS
     assert actions.keys() == skill_hf._ACTIONS.keys()
     for module, function in skill_hf._ACTIONS.values():
         assert callable(getattr(importlib.import_module(f"skill_hf.{module}"), function))

@@ -6,7 +6,7 @@ from conftest import tiny_teacher
 from torch import nn
 
 from skill_hf.models.families import build_student
-from skill_hf.models.modeling_wavlm_skill_student import WavLMSkillStudentDropout, fast_dropout
+from skill_hf.models.fast_layers import FastDropout, fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -52,9 +52,7 @@ def test_what_16_bits_cannot_tell_is_left_to_torch(p, training):
 
 def test_all_dropout_of_the_encoder_is_fast():
     student = build_student(tiny_teacher())
-    assert {type(module) for module in student.modules() if isinstance(module, nn.Dropout)} == {
-        WavLMSkillStudentDropout
-    }
+    assert {type(module) for module in student.modules() if isinstance(module, nn.Dropout)} == {FastDropout}
     config = student.config
     assert student.feature_projection.dropout.p == config.feat_proj_dropout
     assert student.encoder.dropout.p == student.encoder.layers[1].dropout.p == config.hidden_dropout

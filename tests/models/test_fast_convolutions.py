@@ -12,7 +12,7 @@ from skill_hf import WavLMSkillStudentConfig
 from skill_hf.compression.pruning import seed_gates
 from skill_hf.distillation.teacher import fast_teacher, load_teacher
 from skill_hf.models.families import build_student
-from skill_hf.models.modeling_wavlm_skill_student import WavLMSkillStudentConv1d, WavLMSkillStudentConvLayer
+from skill_hf.models.fast_layers import FastConv1d, FastConvLayer
 
 
 def run(module, inputs, grad, **kwargs):
@@ -42,7 +42,7 @@ def assert_same(actual, expected, rtol=1e-5):
 def test_convolution_is_the_stock_one(kernel, stride, frames, channels_last):
     torch.manual_seed(0)
     stock = nn.Conv1d(6, 5, kernel, stride)
-    ours = WavLMSkillStudentConv1d(6, 5, kernel, stride)
+    ours = FastConv1d(6, 5, kernel, stride)
     ours.load_state_dict(stock.state_dict())
     inputs = torch.randn(3, frames, 6).mT if channels_last else torch.randn(3, 6, frames)
     grad = torch.randn_like(stock(inputs))
@@ -54,7 +54,7 @@ def test_convolution_with_something_frozen(frozen):
     torch.manual_seed(0)
     stock, ours = (
         nn.Conv1d(4, 5, 3, 2, bias=frozen != "bias"),
-        WavLMSkillStudentConv1d(4, 5, 3, 2, bias=frozen != "bias"),
+        FastConv1d(4, 5, 3, 2, bias=frozen != "bias"),
     )
     ours.load_state_dict(stock.state_dict())
     inputs = torch.randn(2, 4, 21)
@@ -76,7 +76,9 @@ def test_convolution_with_something_frozen(frozen):
 def group_norm_layers(channels=8):
     torch.manual_seed(0)
     config = WavLMSkillStudentConfig(**tiny_config(conv_dim=(channels,) * 7).to_dict())
-    stock, ours = WavLMGroupNormConvLayer(config), WavLMSkillStudentConvLayer(config, 0)
+    stock = WavLMGroupNormConvLayer(config)
+    conv = FastConv1d(1, channels, config.conv_kernel[0], stride=config.conv_stride[0], bias=False)
+    ours = FastConvLayer(conv, nn.GroupNorm(channels, channels), stock.activation)
     nn.init.normal_(stock.layer_norm.weight)
     nn.init.normal_(stock.layer_norm.bias)
     ours.load_state_dict(stock.state_dict())
@@ -153,7 +155,7 @@ def test_hooks_see_what_they_see_in_the_stock_model(layout):
 
 def test_gradients_of_gradients_and_transformations():
     torch.manual_seed(0)
-    stock, ours = nn.Conv1d(4, 5, 3, 2), WavLMSkillStudentConv1d(4, 5, 3, 2)
+    stock, ours = nn.Conv1d(4, 5, 3, 2), FastConv1d(4, 5, 3, 2)
     ours.load_state_dict(stock.state_dict())
     inputs = torch.randn(2, 4, 21)
     penalties = []

@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention
 from torch.nn.utils import parametrize
 
-import skill_hf.models.modeling_wavlm_skill_student as modeling
 from skill_hf import WavLMSkillStudentConfig, WavLMSkillStudentForCTC
 from skill_hf.distillation.teacher import load_teacher
+from skill_hf.models import fast_layers, modeling_wavlm_skill_student
 from skill_hf.models.families import build_student
 
 
@@ -67,7 +67,7 @@ def test_fused_student_in_another_dtype_and_back():
 def test_fourier_transform_gives_the_same_convolution(kernel, padding, groups):
     torch.manual_seed(0)
     conv = torch.nn.Conv1d(8, 12, kernel, padding=padding, groups=groups, bias=kernel != 5).requires_grad_(False)
-    transformed = modeling.FourierConv1d(conv)
+    transformed = fast_layers.FourierConv1d(conv)
     for frames in (kernel, 129, 130, 300):
         inputs = torch.randn(2, frames, 8)
         torch.testing.assert_close(transformed(inputs), conv(inputs.mT).mT, atol=1e-5, rtol=0)
@@ -124,20 +124,20 @@ def test_flex_attention_gives_the_same_hidden_states(layout, monkeypatch):
     student.set_attn_implementation("flex_attention")
     inputs = padded_batch()
     biases = []
-    forward = modeling.flex_attention_forward
+    forward = fast_layers.flex_attention_forward
 
     def counted(query, key, value, gate, values, *args):
         biases.append(values.shape)
         return forward(query, key, value, gate, values, *args)
 
-    monkeypatch.setattr(modeling, "flex_attention_forward", counted)
+    monkeypatch.setattr(modeling_wavlm_skill_student, "flex_attention_forward", counted)
     # The kernel is for GPUs; elsewhere the fused attention takes its place.
     assert_same_hidden_states(expected, student, inputs, atol=0)
     assert not biases
 
     for layer in student.encoder.layers:
         monkeypatch.setattr(layer.attention, "_uses_flex", lambda hidden_states: True)
-    monkeypatch.setattr(modeling, "_flex_attention", lambda compiled: flex_attention.flex_attention)
+    monkeypatch.setattr(fast_layers, "_flex_attention", lambda compiled: flex_attention.flex_attention)
     assert_same_hidden_states(expected, student, inputs)
     assert_same_hidden_states(expected, student, {"input_values": inputs["input_values"]})
     heads = [len(heads) for heads in student.config.remaining_heads if heads]
@@ -148,16 +148,16 @@ def test_flex_attention_gives_the_same_hidden_states(layout, monkeypatch):
 def test_flex_attention_is_compiled_once_for_each_number_of_heads(monkeypatch, fresh_compiler):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    modeling._flex_attention.cache_clear()
+    fast_layers._flex_attention.cache_clear()
     numbers = (3, 4, 5, 7, 2, 1, 12, 6, 8, 9, 10)
     with torch.no_grad():
         for frames in (24, 40, 33):
             for heads in numbers:
                 query, key, value = torch.randn(3, 2, heads, frames, 16)
                 gate, values = torch.rand(2, heads, frames), torch.randn(heads, 2 * frames - 1)
-                modeling.flex_attention_forward(query, key, value, gate, values)
+                fast_layers.flex_attention_forward(query, key, value, gate, values)
             assert counter.frame_count == len(numbers)
-    modeling._flex_attention.cache_clear()
+    fast_layers._flex_attention.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernel is for GPUs")

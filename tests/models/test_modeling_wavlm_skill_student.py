@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_config, tiny_teacher
+from conftest import STUDENT_CODE, padded_batch, tiny_config, tiny_teacher
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertModel, WavLMModel
 
@@ -122,9 +122,10 @@ def test_unequal_widths_save_load_and_stock_form(layout, tmp_path, removed):
             assert getattr(loaded.config, name) == getattr(student.config, name)
         assert loaded.state_dict().keys() == student.state_dict().keys()
         assert_same_hidden_states(student, loaded.eval(), padded_batch(), atol=0)
-    stock = student.to_wavlm()
+    stock = student.to_stock()
     assert type(stock) is WavLMModel
     assert_same_function(student, stock, padded_batch())
+    assert_same_hidden_states(stock, student.to_wavlm(), padded_batch(), atol=0)
     stock.save_pretrained(tmp_path / "stock")
     loaded = WavLMModel.from_pretrained(tmp_path / "stock").eval()
     assert_same_hidden_states(stock, loaded, padded_batch(), atol=0)
@@ -132,12 +133,22 @@ def test_unequal_widths_save_load_and_stock_form(layout, tmp_path, removed):
 
 def test_files_of_a_saved_student(tmp_path):
     pruned_student("base").save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "configuration_wavlm_skill_student.py",
-        "modeling_wavlm_skill_student.py",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", *STUDENT_CODE}
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCTC])
+def test_student_published_with_two_files_is_saved_with_all(tmp_path, auto_class):
+    """As those of before the split, whose config and weights are the same."""
+    student = pruned_student("base")
+    student.save_pretrained(tmp_path / "before")
+    for name in STUDENT_CODE - {"configuration_wavlm_skill_student.py", "modeling_wavlm_skill_student.py"}:
+        (tmp_path / "before" / name).unlink()
+    config = json.loads((tmp_path / "before" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_wavlm_skill_student.WavLMForSkillStudent"
+    loaded = auto_class.from_pretrained(tmp_path / "before").eval()
+    assert_same_hidden_states(student, loaded.base_model, padded_batch(), atol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == STUDENT_CODE
 
 
 def test_encoder_of_a_student_loads_into_a_head(tmp_path):
@@ -291,6 +302,20 @@ def test_a_student_with_gates_is_not_saved(tmp_path):
 def test_impossible_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         WavLMSkillStudentConfig(**tiny_config().to_dict() | PRUNED | {field: value})
+
+
+class _PlainConfig(WavLMSkillStudentConfig):
+    pass
+
+
+def test_config_without_an_init_of_its_own_checks_its_fields():
+    """Transformers 5 would write one that does not."""
+    fields = tiny_config().to_dict() | PRUNED
+    with pytest.raises(ValueError, match="remaining_heads"):
+        _PlainConfig(**fields | {"remaining_heads": [[99], [], []]})
+    config = _PlainConfig(**fields)
+    assert config.intermediate_sizes == PRUNED["intermediate_sizes"]
+    assert config.auto_map == WavLMSkillStudentConfig().auto_map
 
 
 def edit_config(directory, change):

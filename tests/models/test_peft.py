@@ -1,5 +1,7 @@
 """Students under peft's LoRA: projections are modules whose forward runs, so adapters on them train."""
 
+import json
+
 import pytest
 import torch
 from conftest import padded_batch
@@ -81,3 +83,12 @@ def test_adapter_directory_names_its_student(tmp_path):
     loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=allowed)
     assert type(loaded.base_model.model) is WavLMForSkillStudent
     assert adapted_layers(loaded) == adapted_layers(model)
+
+    # As an adapter names it that was saved before the modules moved into folders.
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["auto_mapping"]["parent_library"] == allowed[0]
+    config["auto_mapping"]["parent_library"] = allowed[0].replace("models.", "")
+    path.write_text(json.dumps(config))
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[allowed[0].replace("models.", "")])
+    assert type(loaded.base_model.model) is WavLMForSkillStudent

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import padded_batch, tiny_teacher
+from conftest import STUDENT_CODE, padded_batch, tiny_teacher
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,8 +28,7 @@ from skill_hf.publishing import hub as publishing
 STUDENT = {
     "config.json",
     "model.safetensors",
-    "configuration_wavlm_skill_student.py",
-    "modeling_wavlm_skill_student.py",
+    *STUDENT_CODE,
     "preprocessor_config.json",
     "README.md",
 }
@@ -274,7 +273,7 @@ def test_round_trip_without_skill_hf(hub, published, tmp_path):
     for name, path in hub.files("me/student").items():
         assert (snapshot / name).read_bytes() == path.read_bytes(), name
     # What was loaded from the Hub is published again by the stock method.
-    assert {"config.json", "model.safetensors", "modeling_wavlm_skill_student.py"} < set(hub.files("me/stock"))
+    assert {"config.json", "model.safetensors"} | STUDENT_CODE < set(hub.files("me/stock"))
     assert "skill-hf" in card_of(hub, "me/stock").data.tags
 
 
@@ -464,7 +463,7 @@ def test_arguments_of_push_to_hub_arrive(hub, client, published):
     # One file takes the place of shards.
     client(push_loaded, head, published, "me/head", revision="dev", token="hf_me")
     weights = [name for name in hub.files("me/head", "dev") if name.startswith("model")]
-    assert sorted(weights) == ["model.safetensors", "modeling_wavlm_skill_student.py"]
+    assert sorted(weights) == ["model.safetensors", "modeling_skill_student.py", "modeling_wavlm_skill_student.py"]
 
     with pytest.raises(OSError, match="401"):
         client(push_loaded, head, published, "me/head", token="hf_wrong")

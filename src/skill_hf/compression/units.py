@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..models.configuration_wavlm_skill_student import CUT_TENSORS
+from ..models.configuration_skill_student import CUT_TENSORS
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, Wav2Vec2FeatureExtra
 from ..files import local_directory
 from ..losses import attended
 from ..models.families import STUDENT_CLASSES, check_family, check_student_config, empty_student, weights_for_student
+from ..models.fast_layers import fold_weight_norm
 from ..models.loading import check_encoder, hub_id_of, load_config, load_feature_extractor, load_model, one_error
-from ..models.modeling_wavlm_skill_student import fold_weight_norm
 from .run_identity import checksum
 
 

@@ -37,7 +37,7 @@ from transformers.utils import (
 )
 
 from ..files import parse_json
-from .configuration_wavlm_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
+from .configuration_skill_student import MAX_LABELS, MAX_LAYERS, MAX_SIZE, refuse_training_checkpoint
 from .properties import has_gates
 
 
