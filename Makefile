@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.skill-hf-installed
 PATHS := src tests examples benchmarks
-# A file's tests share fixtures that are dear to make, so they stay together.
+# A file's tests share fixtures that take long to make, so they stay together.
 PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 help:
@@ -12,7 +12,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests without those marked slow"
 	@echo "make quality    check lint and format"
-	@echo "make style      mend lint and format"
+	@echo "make style      fix lint and format"
 	@echo "Each first makes $(VENV) if it is missing and installs the package there with the versions of constraints.txt."
 
 # torch comes first, so that pip doesn't look for another build of it once the other packages ask.
@@ -42,6 +42,6 @@ quality: $(INSTALLED)
 	@$(VENV)/bin/ruff format --check $(PATHS)
 
 style: $(INSTALLED)
-	@echo "==> Mending lint and format"
+	@echo "==> Fixing lint and format"
 	@$(VENV)/bin/ruff check --fix $(PATHS)
 	@$(VENV)/bin/ruff format $(PATHS)

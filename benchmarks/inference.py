@@ -130,7 +130,7 @@ def measure_inference(
         seed (`int`): of the audio, which is noise.
         peaks (`dict`): `flops` of each precision and `bandwidth`, of the same run.
     """
-    # Each model's copy is compiled anew, and none may fall back to eager mode because there are many.
+    # Each model's copy is compiled again, and none may fall back to eager mode because there are many.
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     copies = {"fp32": {one.name: one.model for one in models}}

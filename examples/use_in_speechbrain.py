@@ -137,7 +137,7 @@ class Classifier(torch.nn.Module):
 
 
 class SpeakerBrain(sb.Brain):
-    """Learns whom a segment is spoken by; prints the loss and the accuracy of each epoch."""
+    """Learns who speaks a segment; prints the loss and the accuracy of each epoch."""
 
     def compute_forward(self, batch, stage):
         wavs, lengths = batch.to(self.device).wav

@@ -63,7 +63,7 @@ class ProbeArguments:
 
 @dataclass
 class Task:
-    """Clips (1-D float32 at 16 kHz), what the probe shall tell of each, and what must not span training and test."""
+    """Clips (1-D float32 at 16 kHz), what the probe is to tell of each, and what must not span training and test."""
 
     clips: list[np.ndarray]
     labels: np.ndarray

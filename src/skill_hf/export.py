@@ -387,7 +387,7 @@ class _Waveforms:
 def _without_advice():
     """
     Hides what onnxruntime logs as the root logger: that files should be optimised before they are quantised, which
-    would fix in them what suits the version and the processor at hand.
+    would fix in them what suits the installed version and this processor.
     """
     logging.root.addFilter(hide := lambda record: False)
     try:

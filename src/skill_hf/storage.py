@@ -110,7 +110,7 @@ def unfinished_name(directory: Path) -> Path:
 
 def replace_directory(directory: Path) -> None:
     """
-    Puts `unfinished_name(directory)`, which is whole, in the place of `directory`. Killed at any instant, it leaves
+    Puts `unfinished_name(directory)`, which is whole, where `directory` is. Killed at any instant, it leaves
     the old or the new one there, or what `finish_replacements` makes the new one of.
     """
     unfinished, replaced = unfinished_name(directory), directory.with_name(REPLACED) / directory.name
@@ -151,7 +151,7 @@ def finish_replacements(parent: Path) -> None:
 @contextmanager
 def written_together(directory: str | os.PathLike) -> Iterator[Path]:
     """
-    A new directory whose files are moved into `directory` in the end, in the place of those of the same name. If
+    A new directory whose files are moved into `directory` in the end, where they replace those of the same name. If
     something fails before, nothing there has changed.
     """
     os.makedirs(directory, exist_ok=True)

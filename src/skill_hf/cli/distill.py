@@ -233,7 +233,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
     with clock.measure("set_up"):
         trainer = make_trainer(model_args, data_args, skill_config, training_args, clock)
     logger.info(
-        "Teacher %s: %s %s, of which a share of %s shall go",
+        "Teacher %s: %s %s, of which a share of %s is to be removed",
         model_args.teacher_name_or_path,
         f"{trainer.teacher_cost:,}",
         trainer.budget.quantity,

@@ -233,7 +233,7 @@ def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
-        wanted (`int`): cost that `prune` shall leave in the end; no less is left now.
+        wanted (`int`): cost that `prune` is to leave in the end; no less is left now.
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): in which it is counted.
 
     Returns:

@@ -217,7 +217,7 @@ def _train_head(
     args.metric_for_best_model, args.greater_is_better = f"eval_{task.metric}", task.greater_is_better
     args.load_best_model_at_end, args.remove_unused_columns = True, False
     args.save_strategy, args.save_steps = SaveStrategy(args.eval_strategy), args.eval_steps
-    args.restore_callback_states_from_checkpoint = True  # else patience begins anew where a run goes on
+    args.restore_callback_states_from_checkpoint = True  # else a resumed run would count patience from 0
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return _score(task, head, prediction.predictions, examples["validation"])
