@@ -60,7 +60,16 @@ from skill_hf import SkillConfig, cluster_layers  # noqa: E402
 from skill_hf.cli.settings import parse, require, run_script  # noqa: E402
 from skill_hf.files import try_directory, try_file  # noqa: E402
 from skill_hf.grouping.clustering import layer_tree, silhouette  # noqa: E402
-from skill_hf.publishing.plots import COLOURS, DARK, LIGHT, MARKERS, _label, _new_figure, _runs, plot_layer_similarity  # noqa: E402
+from skill_hf.publishing.plots import (  # noqa: E402
+    COLOURS,
+    DARK,
+    LIGHT,
+    MARKERS,
+    index_runs,
+    label_axes,
+    new_figure,
+    plot_layer_similarity,
+)
 
 
 HERE = Path(__file__).resolve().parent
@@ -113,7 +122,7 @@ def cell(outcome: Outcome, runs: dict[int, dict]) -> str:
 
 
 def partition(groups: Sequence[Sequence[int]]) -> str:
-    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in _runs(group)) for group in groups]
+    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in index_runs(group)) for group in groups]
     return ", ".join(f"{{{name}}}" for name in names)
 
 
@@ -570,7 +579,7 @@ def stability(study: Study) -> str:
 
 
 def draw_scores(study: Study):
-    figure = _new_figure(8, 7)
+    figure = new_figure(8, 7)
     panels = figure.subplots(2, 2)
     ordered = sorted(SPARSITIES)
     places = dict(zip(COMPARED, np.linspace(-0.36, 0.36, len(COMPARED)), strict=True))
@@ -600,7 +609,7 @@ def draw_scores(study: Study):
         axes.set_xlim(-0.5, len(ordered) - 0.5)
         axes.grid(axis="y", color=LIGHT, lw=0.6)
         title = outcome.label[:-2] + (" (%), reversed: better is up" if outcome.lower_is_better else " (%)")
-        _label(axes, title, "sparsity" if axes in panels[-1] else "")
+        label_axes(axes, title, "sparsity" if axes in panels[-1] else "")
         axes.tick_params(axis="x", length=0)
     handles = {}
     for axes in panels.flat:
@@ -614,7 +623,7 @@ def draw_scores(study: Study):
 def draw_distances(study: Study):
     shown = [sparsity for sparsity in sorted(SPARSITIES) if any(study.runs_of(name, sparsity) for name in COMPARED)]
     shown = shown or [MAIN_SPARSITY]
-    figure = _new_figure(8, 0.9 + 3.3 * len(shown))
+    figure = new_figure(8, 0.9 + 3.3 * len(shown))
     panels = figure.subplots(len(shown), 2, sharex=True, sharey="row", squeeze=False)
     every = ("every layer", "one group", "random groups")
     some = tuple(name for name in BASELINES if name not in every)
@@ -631,7 +640,7 @@ def draw_distances(study: Study):
                 axes.legend(frameon=False, fontsize=8)
             bottom = "hidden state (0: input of the first layer)" if sparsity == shown[-1] else ""
             left = "distance (1 − CKA), held-out readers" if axes is row[0] else ""
-            _label(axes, f"sparsity {sparsity:g}: SKILL and those that {kind}", bottom, left)
+            label_axes(axes, f"sparsity {sparsity:g}: SKILL and those that {kind}", bottom, left)
         row[0].set_ylim(bottom=0)
     figure.suptitle(
         "Mean of n seeds and their standard deviation; filled marks: hidden states that are distilled", fontsize=10
@@ -660,7 +669,7 @@ def draw_groups(study: Study):
 
 
 def draw_stability(study: Study):
-    figure = _new_figure(8, 5.6)
+    figure = new_figure(8, 5.6)
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for row, with_largest in zip(panels, (True, False), strict=True):
         for axes, number_of in zip(row, ("skill", "4 clusters"), strict=True):
@@ -675,7 +684,7 @@ def draw_stability(study: Study):
             against = f"against {most_clips(study)} clips, same seed" if with_largest else "between two seeds"
             title = ("number by silhouette, " if number_of == "skill" else "4 groups, ") + against
             xlabel = "" if with_largest else "calibration clips"
-            _label(axes, title, xlabel, "adjusted Rand index" if axes is row[0] else "")
+            label_axes(axes, title, xlabel, "adjusted Rand index" if axes is row[0] else "")
     panels[0, 0].set_ylim(min(0, panels[0, 0].get_ylim()[0]), 1.05)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)

@@ -443,8 +443,8 @@ def flex_attention_forward(query, key, value, gate, values, attention_mask=None,
     settings = {"score_mod": score_mod, "scale": scaling}
     if torch.compiler.is_compiling():
         return _flex_attention(compiled=False)(query, key, value, **settings).transpose(1, 2)
-    # Beyond its limit torch continues with a kernel that makes the large tensor. This one is compiled for each number of
-    # heads that a layer may have, but not for each length, as that of transformers is.
+    # Beyond its limit torch continues with a kernel that makes the large tensor. This one is compiled for each number
+    # of heads that a layer may have, but not for each length, as that of transformers is.
     with torch._dynamo.config.patch(recompile_limit=64):
         return _flex_attention(compiled=True)(query, key, value, **settings).transpose(1, 2)
 

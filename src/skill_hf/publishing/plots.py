@@ -40,7 +40,7 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
     Raises:
         `ValueError`: if the tree is not of as many layers as the matrix.
     """
-    figure = _new_figure(8, 5.6)
+    figure = new_figure(8, 5.6)
     similarity, num_rows = np.asarray(similarity), len(tree) + 1
     if len(similarity) != num_rows:
         raise ValueError(f"`tree` joins {num_rows} layers, but `similarity` has {len(similarity)} rows.")
@@ -57,12 +57,12 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
     matrix = similarity[np.ix_(order, order)]
     lowest, digits = matrix.min(), 2 if matrix.min() < 0.9 else 3
     image = axes.imshow(matrix, cmap="Greys", vmin=min(lowest, 0.999), vmax=1, aspect="auto")
-    _label(figure.colorbar(image, ax=axes, pad=0.02, aspect=30).ax, ylabel="similarity", spines=[])
+    label_axes(figure.colorbar(image, ax=axes, pad=0.02, aspect=30).ax, ylabel="similarity", spines=[])
     if num_rows <= 14:
         for (y, x), value in np.ndenumerate(matrix):
             colour = "white" if image.norm(value) > 0.6 else "black"
             axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour)
-    _label(axes, xlabel="hidden state" if first_layer else "hidden state (0: input of the first layer)", spines=[])
+    label_axes(axes, xlabel="hidden state" if first_layer else "hidden state (0: input of the first layer)", spines=[])
     axes.tick_params(length=0, labelleft=True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(range(num_rows), [row + first_layer for row in order], fontsize=9, fontweight="bold")
@@ -70,7 +70,7 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
             label.set_color(colour_of.get(row, DARK))
     for rows in rows_of:
         # One frame, unless the tree doesn't hold the group together (groups set by hand).
-        for start, end in _runs(order.index(row) for row in rows):
+        for start, end in index_runs(order.index(row) for row in rows):
             low, high = start - 0.5, end + 0.5
             x, y = [low, high, high, low, low], [low, low, high, high, low]
             axes.plot(x, y, color=colour_of[rows[0]], lw=3, clip_on=False, solid_joinstyle="miter")
@@ -86,9 +86,9 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
     tree_axes.set_xlim(1.05 * tree[:, 2].max() or 1, 0)
     tree_axes.xaxis.get_major_locator().set_params(nbins=3)  # small distances have long labels
     tree_axes.tick_params(axis="y", length=0, labelleft=False)
-    _label(tree_axes, xlabel="distance (1 − similarity)", spines=["bottom"])
+    label_axes(tree_axes, xlabel="distance (1 − similarity)", spines=["bottom"])
 
-    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in _runs(group)) for group in layer_groups]
+    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in index_runs(group)) for group in layer_groups]
     title = "Groups of hidden states: " + ", ".join(f"{{{name}}}" for name in names)
     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
     return figure
@@ -116,7 +116,7 @@ def plot_architecture(config, teacher_config):
     panels += [(_plot_indices, *panel) for panel in grids]
     panels += [(_plot_sizes, *panel) for panel in bars["layer"]]
     num_rows = math.ceil(len(panels) / 2)
-    figure = _new_figure(8, 3 * num_rows)
+    figure = new_figure(8, 3 * num_rows)
     places = figure.subplots(num_rows, 2, squeeze=False).flatten()
     for axes in places[len(panels) :]:
         axes.remove()
@@ -141,7 +141,7 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
         groups (`dict[str, list[list[int]]]`, *optional*): name of a method -> hidden-state indices of the groups that
             it distils: filled marks on its line, and letters below it.
     """
-    figure = _new_figure(8, 4 if groups is None else 4 + 0.25 * len(distances))
+    figure = new_figure(8, 4 if groups is None else 4 + 0.25 * len(distances))
     axes = figure.subplots()
     for row, (name, colour, marker) in enumerate(zip(distances, cycle(COLOURS), cycle(MARKERS))):
         distance = np.asarray(distances[name])
@@ -163,7 +163,7 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
     axes.grid(axis="y", color=LIGHT, lw=0.8)
     axes.legend(frameon=False, fontsize=9)
     title = "" if groups is None else "filled marks: hidden states that are distilled; letters: their groups"
-    _label(axes, title, "hidden state (0: input of the first layer)", ylabel)
+    label_axes(axes, title, "hidden state (0: input of the first layer)", ylabel)
     return figure
 
 
@@ -184,7 +184,7 @@ def plot_training(
     Raises:
         `ValueError`: if there is no line of training.
     """
-    figure = _new_figure(8, 6)
+    figure = new_figure(8, 6)
     lines = [line for line in log_history if "distillation_loss" in line]
     if not lines:
         raise ValueError("`log_history` has no line with `distillation_loss`; train for `logging_steps` steps first.")
@@ -211,7 +211,7 @@ def plot_training(
     draw(sparsity, "target_sparsity", "target", DARK, 100, ls="--")
     draw(sparsity, "sparsity", "student", COLOURS[0], 100, lw=2)
     for axes, label in zip(panels, ("loss", "penalty", "sparsity (%)"), strict=True):
-        _label(axes, ylabel=label, xlabel="optimizer step" if axes is sparsity else "")
+        label_axes(axes, ylabel=label, xlabel="optimizer step" if axes is sparsity else "")
         axes.grid(axis="y", color=LIGHT, lw=0.8)
         if axes is not penalty:
             axes.legend(frameon=False, fontsize=8)
@@ -228,7 +228,7 @@ def plot_training(
     return figure
 
 
-def _new_figure(width: float, height: float):
+def new_figure(width: float, height: float):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -246,7 +246,7 @@ def _plot_sizes(axes, title: str, student: list[Units], teacher: list[Units]) ->
     bars = axes.bar(places, [units.size for units in student], color=COLOURS[0], label="left in the student")
     axes.bar_label(bars, padding=2, fontsize=7, rotation=90 if len(student) > 8 and max(sizes) > 99 else 0)
     axes.set_ylim(0, 1.12 * max(sizes))
-    _label(axes, title)
+    label_axes(axes, title)
 
 
 def _plot_indices(axes, title: str, student: list[Units], teacher: list[Units]) -> None:
@@ -259,10 +259,10 @@ def _plot_indices(axes, title: str, student: list[Units], teacher: list[Units]) 
     x, y = np.arange(grid.shape[1] + 1) + 0.5, np.arange(grid.shape[0] + 1) - 0.5
     colours = ListedColormap([LIGHT, COLOURS[0]])
     axes.pcolormesh(x, y, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1)
-    _label(axes, title, ylabel="index", spines=[])
+    label_axes(axes, title, ylabel="index", spines=[])
 
 
-def _label(axes, title="", xlabel="", ylabel="", spines=("left", "bottom")) -> None:
+def label_axes(axes, title="", xlabel="", ylabel="", spines=("left", "bottom")) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -271,7 +271,7 @@ def _label(axes, title="", xlabel="", ylabel="", spines=("left", "bottom")) -> N
         spine.set_visible(side in spines)
 
 
-def _runs(indices) -> list[tuple[int, int]]:
+def index_runs(indices) -> list[tuple[int, int]]:
     """First and last of each stretch of consecutive `indices`."""
     indices = sorted(indices)
     starts, ends = ([i for i in indices if i + step not in indices] for step in (-1, 1))
