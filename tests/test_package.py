@@ -92,6 +92,7 @@ def test_import_is_quick_beside_torch_and_the_trainer():
 def test_import_loads_only_the_student():
     loaded = run_python("import sys, skill_hf\nprint(*sorted(m for m in sys.modules if m.startswith('skill_hf.')))")
     assert loaded.split() == [
+        "skill_hf.models",
         "skill_hf.models.configuration_skill_student",
         "skill_hf.models.configuration_wavlm_skill_student",
         "skill_hf.models.fast_layers",

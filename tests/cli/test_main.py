@@ -95,6 +95,7 @@ def test_help_imports_no_command():
     assert result.stderr.split() == [
         "skill_hf.cli",
         "skill_hf.cli.main",
+        "skill_hf.models",
         "skill_hf.models.configuration_skill_student",
         "skill_hf.models.configuration_wavlm_skill_student",
         "skill_hf.models.fast_layers",
