@@ -45,7 +45,12 @@ LEFT = {
 # What a test needs that is about something else; an exporter takes seconds for each layer.
 ONE_LAYER = {"num_hidden_layers": 1, "remaining_heads": [[1, 3]], "intermediate_sizes": [5], "removed_ffn_blocks": []}
 # A frame of 340 samples, not of 400.
-FEW_CONVOLUTIONS = {"conv_dim": [5, 16], "conv_kernel": [40, 16], "conv_stride": [20, 16], "num_feat_extract_layers": 2}
+FEW_CONVOLUTIONS = {
+    "conv_dim": [5, 16],
+    "conv_kernel": [40, 16],
+    "conv_stride": [20, 16],
+    "num_feat_extract_layers": 2,
+}
 
 HEAD = {
     "vocab_size": 9,
