@@ -173,7 +173,7 @@ class FastConvLayer(nn.Module):
     def __init__(self, conv, layer_norm, activation):
         super().__init__()
         # Not read from `conv` later, which may be wrapped.
-        self.conv_kernel, self.conv_stride = conv.kernel_size[0], conv.stride[0]
+        self.channels, self.conv_kernel, self.conv_stride = conv.out_channels, conv.kernel_size[0], conv.stride[0]
         self.conv, self.activation, self.layer_norm = conv, activation, layer_norm
 
     def forward(self, hidden_states, num_samples=None):
@@ -266,30 +266,16 @@ class FastConvLayer(nn.Module):
         return kernels @ centred
 
 
-class FastFeatureEncoder(nn.Module):
+class FastFeatureEncoder:
     """
-    Convolutional layers one by one. Where nothing is kept for a gradient (there is none, or checkpoints are made), a
-    batch goes through them a few clips at a time.
-
-    Args:
-        conv_layers (`Iterable[FastConvLayer]`): of which the first reads samples.
+    What makes the convolutions of a stock model, the next base class, faster, once its `conv_layers` are
+    [`FastConvLayer`]: where nothing is kept for a gradient (there is none, or checkpoints are made), a batch goes
+    through them a few clips at a time.
     """
 
     # Values that the widest activation may have at once: on a CPU what stays in the caches, and in memory that the
     # allocator keeps, is faster; a GPU is to be kept busy.
     max_values = {"cpu": 2**22, "cuda": 2**26}
-
-    def __init__(self, conv_layers):
-        super().__init__()
-        self.conv_layers = nn.ModuleList(conv_layers)
-        self.channels = self.conv_layers[0].conv.out_channels
-        # As in the stock classes, whose models set them.
-        self.gradient_checkpointing = False
-        self._requires_grad = True
-
-    def _freeze_parameters(self):
-        self.requires_grad_(False)
-        self._requires_grad = False
 
     def forward(self, input_values, num_samples=None):
         """
@@ -306,7 +292,8 @@ class FastFeatureEncoder(nn.Module):
         in_parts = checkpointed or (input_values.device.type == "cpu" and not torch.is_grad_enabled())
         if not in_parts or is_traced():
             return encode(input_values, num_samples)
-        values = self.channels * input_values.shape[1] // self.conv_layers[0].conv_stride
+        first = self.conv_layers[0]
+        values = first.channels * input_values.shape[1] // first.conv_stride
         clips = max(1, self.max_values.get(input_values.device.type, 2**26) // max(1, values))
         lengths = repeat(None) if num_samples is None else num_samples.split(clips)
         parts = [encode(*part).mT for part in zip(input_values.split(clips), lengths, strict=False)]

@@ -24,7 +24,6 @@ from .fast_layers import (
     FastConv1d,
     FastConvLayer,
     FastDropout,
-    FastFeatureEncoder,
     FastPositionalConv,
     eager_attention_forward,
     frozen,
@@ -334,13 +333,14 @@ class SkillStudent:
 class SkillStudentModel(SkillStudent):
     """
     What makes the stock encoder of a family, the next base class, one of unequal layer widths; same inputs and
-    outputs. A family sets `config_class` and the two classes of layers that differ between families.
+    outputs. A family sets `config_class` and the classes of its layers.
 
     `from_pretrained` takes a published student or any stock checkpoint of the family, of which it makes an unpruned
     student with the same hidden states.
     """
 
     attention_class = None  # a subclass of `SkillStudentAttention`
+    feature_encoder_class = None  # a subclass of `FastFeatureEncoder` and the stock class
     positional_conv_class = None  # a subclass of `FastPositionalConv` and the stock class
 
     # What the skill-hf package has put gates on this student with; `None` if it has none. Models with gates are
@@ -350,7 +350,8 @@ class SkillStudentModel(SkillStudent):
     def __init__(self, config):
         config = copy.deepcopy(config)  # pruning changes it, and other models may be made of the same one
         super().__init__(config)
-        self.feature_extractor = FastFeatureEncoder(_conv_layers(config))
+        self.feature_extractor = self.feature_encoder_class(config)
+        self.feature_extractor.conv_layers = nn.ModuleList(_conv_layers(config))
         self.feature_projection.dropout = FastDropout(config.feat_proj_dropout)
         self.encoder.pos_conv_embed = self.positional_conv_class(config)
         self.encoder.dropout = FastDropout(config.hidden_dropout)

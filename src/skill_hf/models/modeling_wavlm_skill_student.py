@@ -20,14 +20,18 @@ from transformers import (
     WavLMForXVector,
     WavLMModel,
 )
-from transformers.models.wavlm.modeling_wavlm import WavLMPositionalConvEmbedding
+from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMPositionalConvEmbedding
 
 # Transformers 4 copies only those published files that this one itself imports: all of them, used or not.
 from .configuration_skill_student import SkillStudentConfig  # noqa: F401
 from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
-from .fast_layers import FastPositionalConv, flex_attention_forward
+from .fast_layers import FastFeatureEncoder, FastPositionalConv, flex_attention_forward
 from .modeling_skill_student import SkillStudentAttention, SkillStudentHead, SkillStudentModel
 from .weight_checks import check_weights  # noqa: F401
+
+
+class WavLMSkillStudentFeatureEncoder(FastFeatureEncoder, WavLMFeatureEncoder):
+    """The stock convolutions, computed faster."""
 
 
 class WavLMSkillStudentPositionalConvEmbedding(FastPositionalConv, WavLMPositionalConvEmbedding):
@@ -148,6 +152,7 @@ class WavLMForSkillStudent(SkillStudentModel, WavLMModel):
 
     config_class = WavLMSkillStudentConfig
     attention_class = WavLMSkillStudentAttention
+    feature_encoder_class = WavLMSkillStudentFeatureEncoder
     positional_conv_class = WavLMSkillStudentPositionalConvEmbedding
     _supports_flex_attn = True
 
