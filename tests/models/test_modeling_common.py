@@ -234,8 +234,7 @@ def test_bf16(model_class, layout, tmp_path, attn_implementation):
         output = half(batch["input_values"].bfloat16(), attention_mask=batch["attention_mask"])
     expected, actual = first_output(run(model)).flatten(), first_output(output)
     assert actual.dtype == torch.bfloat16 and actual.isfinite().all()
-    # The stock model of the same weights has 0.989 in the worst of these cases, too: that is bf16's rounding.
-    assert torch.cosine_similarity(expected, actual.float().flatten(), dim=0) > 0.985
+    assert torch.cosine_similarity(expected, actual.float().flatten(), dim=0) > 0.99
     half.save_pretrained(tmp_path / "half")
     assert model_class.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
