@@ -76,6 +76,7 @@ def keep_sources(
             when newer ones are saved.
     """
     ours = Path(os.path.realpath(directory))
+    files = _files(ours)
     for source_name, source in sources.items():
         if source is None or not os.path.isdir(source):
             continue
@@ -85,7 +86,7 @@ def keep_sources(
             relation = "is"
         elif ours in theirs.parents and theirs.relative_to(ours).parts[0].startswith("checkpoint-"):
             relation = "holds"
-        elif _files(ours) & _files(theirs):
+        elif files and files & _files(theirs):  # a data set may have very many
             relation = "shares files with"
         if relation is not None:
             raise ValueError(
