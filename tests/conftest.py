@@ -16,6 +16,17 @@ STUDENT_CODE = {
     "weight_checks.py",
 }
 
+IMPORTED_WITH_THE_PACKAGE = [
+    "skill_hf.models",
+    "skill_hf.models.configuration_skill_student",
+    "skill_hf.models.configuration_wavlm_skill_student",
+    "skill_hf.models.fast_layers",
+    "skill_hf.models.modeling_skill_student",
+    "skill_hf.models.modeling_wavlm_skill_student",
+    "skill_hf.models.weight_checks",
+    "skill_hf.version",
+]
+
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 
@@ -73,13 +84,17 @@ def teacher(layout):
     return tiny_teacher(layout)
 
 
+def noise_clips(number: int, most_samples: int) -> list[dict]:
+    """Clips of noise of 8000 samples or more, below `most_samples`, as `input_values`."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8_000, most_samples, number)
+    return [{"input_values": rng.standard_normal(length).astype(np.float32)} for length in lengths]
+
+
 @pytest.fixture
 def clips() -> list[dict]:
     """20 clips of 0.5 to 0.9 seconds of noise, as `input_values`."""
-    rng = np.random.default_rng(0)
-    return [
-        {"input_values": rng.standard_normal(length).astype(np.float32)} for length in rng.integers(8_000, 14_000, 20)
-    ]
+    return noise_clips(20, 14_000)
 
 
 def padded_batch() -> dict[str, torch.Tensor]:

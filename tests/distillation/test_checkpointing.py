@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_teacher
+from conftest import noise_clips, tiny_teacher
 from safetensors.torch import load_file, save_file
 from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
@@ -47,8 +47,7 @@ def ready(trainer):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of three steps, the cut and two more, with a checkpoint of each step; and its clips."""
-    rng = np.random.default_rng(0)
-    clips = [{"input_values": rng.standard_normal(n).astype(np.float32)} for n in rng.integers(8_000, 16_000, 12)]
+    clips = noise_clips(12, 16_000)
     trainer = make(tmp_path_factory.mktemp("finished"), clips)
     trainer.train()
     return trainer, clips

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from conftest import tiny_teacher
+from conftest import noise_clips, tiny_teacher
 from example_helpers import save_feature_extractor
 from safetensors.torch import load_file
 from test_shrinking import CloseGates
@@ -37,8 +37,7 @@ SHORT = {"max_steps": 5, "save_steps": 1, "learning_rate": 1e-3}
 
 @pytest.fixture(scope="module")
 def clips():
-    rng = np.random.default_rng(0)
-    return [{"input_values": rng.standard_normal(n).astype(np.float32)} for n in rng.integers(8_000, 16_000, 12)]
+    return noise_clips(12, 16_000)
 
 
 def make(output_dir, clips, *callbacks, recipe=None, **kwargs):

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT_CODE, padded_batch, tiny_config, tiny_teacher
+from conftest import STUDENT_CODE, noise_clips, padded_batch, tiny_config, tiny_teacher
 from transformers import (
     AutoModel,
     HubertConfig,
@@ -79,8 +79,7 @@ class StopAt(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    clips = [{"input_values": rng.standard_normal(n).astype(np.float32)} for n in rng.integers(8_000, 14_000, 20)]
+    clips = noise_clips(20, 14_000)
     trainer = make_trainer(tmp_path_factory.mktemp("run"), clips)
     trainer.train()
     return trainer, clips
