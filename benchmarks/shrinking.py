@@ -141,21 +141,21 @@ def mean_and_spread(values: list[float]) -> dict[str, float]:
 def summarise(runs: list[dict]) -> dict:
     """`shrink_steps` -> mean and standard deviation over seeds; and those of the differences within a seed."""
     measures = ("eval_distillation_loss", "stage_1_seconds")
-    plain = {of["seed"]: of for of in runs if of["shrink_steps"] == 0}
+    plain = {run["seed"]: run for run in runs if run["shrink_steps"] == 0}
     summary = {}
-    for steps in sorted({of["shrink_steps"] for of in runs}):
-        those = [of for of in runs if of["shrink_steps"] == steps and of["seed"] in plain]
-        summary[steps] = {measure: mean_and_spread([of[measure] for of in those]) for measure in measures}
+    for steps in sorted({run["shrink_steps"] for run in runs}):
+        those = [run for run in runs if run["shrink_steps"] == steps and run["seed"] in plain]
+        summary[steps] = {measure: mean_and_spread([run[measure] for run in those]) for measure in measures}
         summary[steps]["time_ratio"] = mean_and_spread(
-            [of["stage_1_seconds"] / plain[of["seed"]]["stage_1_seconds"] for of in those]
+            [run["stage_1_seconds"] / plain[run["seed"]]["stage_1_seconds"] for run in those]
         )
         summary[steps]["loss_difference"] = mean_and_spread(
-            [of["eval_distillation_loss"] - plain[of["seed"]]["eval_distillation_loss"] for of in those]
+            [run["eval_distillation_loss"] - plain[run["seed"]]["eval_distillation_loss"] for run in those]
         )
     return summary
 
 
-def stage_in_another_shape(of: dict, unpruned: int, training: list[dict]) -> float:
+def stage_in_another_shape(run: dict, unpruned: int, training: list[dict]) -> float:
     """
     What stage 1 takes of the peer's time if its student shrinks like that of a run.
 
@@ -166,8 +166,8 @@ def stage_in_another_shape(of: dict, unpruned: int, training: list[dict]) -> flo
     """
     peer, *rows = training
     rows = [row for row in rows if is_of_stage(row) and row["precision"] == peer["precision"]]
-    steps = of["stage_1"][-1]["step"]
-    sizes = [(line["step"] / steps, line["num_parameters"] / unpruned) for line in of["stage_1"]]
+    steps = run["stage_1"][-1]["step"]
+    sizes = [(line["step"] / steps, line["num_parameters"] / unpruned) for line in run["stage_1"]]
     return average_over_stage(rows, [(0.0, 1.0), *sizes]) / peer["median"]
 
 
@@ -242,13 +242,13 @@ def print_result(result: dict, training: list[dict] | None) -> None:
         for steps, row in result["summary"].items():
             print(f"{steps:>12}  {ratio * row['time_ratio']['mean']:.2f}")
     if training is not None:
-        unpruned = max(line["num_parameters"] for of in result["runs"] for line in of["stage_1"])
+        unpruned = max(line["num_parameters"] for run in result["runs"] for line in run["stage_1"])
         print("\nOf the peer's time in the other shape:")
         for steps in result["summary"]:
             shares = [
-                stage_in_another_shape(of, unpruned, training)
-                for of in result["runs"]
-                if of["shrink_steps"] == int(steps)  # a string where it was read
+                stage_in_another_shape(run, unpruned, training)
+                for run in result["runs"]
+                if run["shrink_steps"] == int(steps)  # a string where it was read
             ]
             print("{:>12}  {mean:.2f} ± {std:.2f}".format(steps, **mean_and_spread(shares)))
 

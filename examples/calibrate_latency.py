@@ -61,18 +61,20 @@ class CalibrationArguments:
 
 def print_costs(costs: dict) -> None:
     """What each unit costs, in microseconds."""
-    of = costs["picoseconds"]
+    picoseconds = costs["picoseconds"]
     rows = []
-    for index, (pair, channel) in enumerate(zip(of["channel_pairs"], of["conv_channels"], strict=True), start=1):
+    for index, (pair, channel) in enumerate(
+        zip(picoseconds["channel_pairs"], picoseconds["conv_channels"], strict=True), start=1
+    ):
         rows.append((f"convolution {index}, a channel in with a channel out", pair))
         rows.append((f"convolution {index}, a channel out besides", channel))
     rows += [
-        ("projection, a channel in", of["projection"]),
-        ("a head", of["attention_heads"]),
-        ("what the heads of a layer share", of["any_head"]),
-        ("100 feed-forward units", 100 * of["ffn_dims"]),
-        ("a feed-forward block besides", of["any_ffn_dim"]),
-        ("all the rest", of["fixed"]),
+        ("projection, a channel in", picoseconds["projection"]),
+        ("a head", picoseconds["attention_heads"]),
+        ("what the heads of a layer share", picoseconds["any_head"]),
+        ("100 feed-forward units", 100 * picoseconds["ffn_dims"]),
+        ("a feed-forward block besides", picoseconds["any_ffn_dim"]),
+        ("all the rest", picoseconds["fixed"]),
     ]
     cells = [(name, f"{picoseconds / 1e6:,.3f}") for name, picoseconds in rows]
     cells.insert(0, ("what", "microseconds"))

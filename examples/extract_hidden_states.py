@@ -332,8 +332,8 @@ def encode(encoder: PretrainedEncoder, batch: list[tuple[str, np.ndarray]]) -> I
         for clip in batch:
             yield from encode(encoder, [clip])
         return
-    for (name, waveform), of in zip(batch, states, strict=True):
-        yield name, len(waveform), of
+    for (name, waveform), clip_states in zip(batch, states, strict=True):
+        yield name, len(waveform), clip_states
 
 
 def extract(args: ExtractArguments) -> None:

@@ -321,10 +321,10 @@ def run(args: SuperbArguments, head_args: HeadArguments) -> None:
     try_directory(model_dir)
     try_directory(args.cache_dir, "cache_dir")
     keep_sources(model_dir, {"model": args.model, "dataset_name": args.dataset_name})
-    for task, of in read_results(model_dir).items():  # which this adds to
-        if _place(str(of.get("model"))) != _place(args.model):
+    for task, task_results in read_results(model_dir).items():  # which this adds to
+        if _place(str(task_results.get("model"))) != _place(args.model):
             raise ValueError(
-                f"{model_dir} has results of {task} by {of.get('model')}, not by {args.model}; name another"
+                f"{model_dir} has results of {task} by {task_results.get('model')}, not by {args.model}; name another"
                 " `output_dir`."
             )
     encoder = load_encoder(args, head_args.seed, head_args.device)
@@ -355,7 +355,9 @@ def read_results(model_dir: Path) -> dict[str, dict]:
     """`all_results.json`: task -> what was measured; empty if there is none."""
     path = model_dir / "all_results.json"
     results = read_json(path) if path.is_file() else {}
-    if not isinstance(results, dict) or not all(isinstance(of, dict) and "scores" in of for of in results.values()):
+    if not isinstance(results, dict) or not all(
+        isinstance(task_results, dict) and "scores" in task_results for task_results in results.values()
+    ):
         raise ValueError(f"{path} is not of this script; name another `output_dir`.")
     return results
 
@@ -378,8 +380,12 @@ def report(model_dir, args, head_args, name: str, parameters: int, scores: dict,
     }
     write_json(model_dir / "all_results.json", results)
     measured = [
-        MeasuredTask(of["scores"], " ".join(filter(None, of.get("dataset", ["?"]))), of.get("superb_data", False))
-        for of in results.values()
+        MeasuredTask(
+            task_results["scores"],
+            " ".join(filter(None, task_results.get("dataset", ["?"]))),
+            task_results.get("superb_data", False),
+        )
+        for task_results in results.values()
     ]
     page = results_page(name, measured, parameters / 1e6 or None)
     (model_dir / "superb.md").write_text(page, encoding="utf-8")

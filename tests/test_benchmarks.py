@@ -319,21 +319,23 @@ def test_the_page_says_where_a_step_goes():
 def test_the_page_says_what_units_cost():
     page = " ".join((RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8").split())
     costs = json.loads((RESULTS / "latency.json").read_text(encoding="utf-8"))
-    of, errors = costs["picoseconds"], costs["errors"]
+    picoseconds, errors = costs["picoseconds"], costs["errors"]
     channels = [1, *[512] * 7]
     parts = {
-        "convolutions": sum(map(math.prod, zip(channels, channels[1:], of["channel_pairs"], strict=False)))
-        + 512 * sum(of["conv_channels"]),
-        "attention": 12 * (12 * of["attention_heads"] + of["any_head"]),
-        "feed-forward": 12 * (3072 * of["ffn_dims"] + of["any_ffn_dim"]),
-        "what no gate changes": of["fixed"],
+        "convolutions": sum(map(math.prod, zip(channels, channels[1:], picoseconds["channel_pairs"], strict=False)))
+        + 512 * sum(picoseconds["conv_channels"]),
+        "attention": 12 * (12 * picoseconds["attention_heads"] + picoseconds["any_head"]),
+        "feed-forward": 12 * (3072 * picoseconds["ffn_dims"] + picoseconds["any_ffn_dim"]),
+        "what no gate changes": picoseconds["fixed"],
     }
-    whole = sum(parts.values()) + 512 * of["projection"]
+    whole = sum(parts.values()) + 512 * picoseconds["projection"]
     for part, cost in parts.items():
         assert f"| {part} | {100 * cost / whole:.0f} % |" in page
-    second, last = (of["channel_pairs"][index] / 1e6 for index in (1, -1))
+    second, last = (picoseconds["channel_pairs"][index] / 1e6 for index in (1, -1))
     assert f"{second:.2f} us for a pair of channels of the second convolution, {last:.2f} us of the last |" in page
-    head, heads, units, block = (of[name] / 1e9 for name in ("attention_heads", "any_head", "ffn_dims", "any_ffn_dim"))
+    head, heads, units, block = (
+        picoseconds[name] / 1e9 for name in ("attention_heads", "any_head", "ffn_dims", "any_ffn_dim")
+    )
     assert f"{head:.1f} ms for a head, {heads:.1f} ms for what the heads of a layer share |" in page
     assert f"{100 * units:.1f} ms for 100 units, {block:.1f} ms for what a block has besides |" in page
     heldout = errors["heldout"]

@@ -50,7 +50,7 @@ REFERENCES = {
 
 
 def write_clusters(directory, seeds) -> None:
-    of = {
+    clusters = {
         "similarity": {measure: matrix.tolist() for measure, matrix in SIMILARITY.items()},
         "groups": {
             measure: {
@@ -61,7 +61,7 @@ def write_clusters(directory, seeds) -> None:
         },
     }
     for seed in seeds:
-        (directory / f"clusters.{seed}.json").write_text(json.dumps(of), encoding="utf-8")
+        (directory / f"clusters.{seed}.json").write_text(json.dumps(clusters), encoding="utf-8")
 
 
 def write_references(directory, references) -> None:
@@ -127,7 +127,7 @@ def test_share_of_the_gain_by_hand(results):
 def test_paired_test_by_hand(results):
     values = {"skill": [60, 62, 64], "dphubert": [59, 60, 61]}
     write_runs(
-        results, [row_of(name, seed, ks_accuracy=of) for name in values for seed, of in enumerate(values[name])]
+        results, [row_of(name, seed, ks_accuracy=value) for name in values for seed, value in enumerate(values[name])]
     )
     found = compare(read_study(results), SCORES["ks_accuracy"], "dphubert", 0.75)
     assert found.differences.tolist() == [1, 2, 3]
@@ -143,9 +143,9 @@ def test_fewer_errors_are_better(results):
     write_runs(
         results,
         [
-            row_of(name, seed, asv_eer=of, distances=[of / 100] * 13)
+            row_of(name, seed, asv_eer=value, distances=[value / 100] * 13)
             for name in values
-            for seed, of in enumerate(values[name])
+            for seed, value in enumerate(values[name])
         ],
     )
     study = read_study(results)
@@ -294,7 +294,9 @@ def test_distances_of_the_distilled_and_of_the_others(results):
 
 
 def test_main_table_by_hand(results):
-    rows = [row_of("skill", seed, ks_accuracy=of) for seed, of in enumerate((58, 60, 62))] + [row_of("dphubert", 1)]
+    rows = [row_of("skill", seed, ks_accuracy=value) for seed, value in enumerate((58, 60, 62))] + [
+        row_of("dphubert", 1)
+    ]
     write_runs(results, rows)
     text = draw_study.main_table(read_study(results))
     assert "| *teacher* | 2 | 1,000,000 | 80.0 ± 1.4 | 10.0 ± 0.0 | 55.0 ± 7.1 | 20.0 ± 0.0 |" in text

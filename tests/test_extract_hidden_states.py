@@ -312,7 +312,7 @@ def test_values_too_large_for_half_precision_are_an_error(shared, tmp_path, monk
     monkeypatch.setattr(
         extract_hidden_states.PretrainedEncoder,
         "__call__",
-        lambda self, clips: [scale * of for of in call(self, clips)],
+        lambda self, clips: [scale * states for states in call(self, clips)],
     )
     status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path / "half", save_dtype="float16"))
     assert status == 2 and len(errors) == 1 and re.search(message, errors[0])

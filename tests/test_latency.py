@@ -54,19 +54,19 @@ def with_costs(**costs) -> dict:
 
 def seconds_by_hand(config, constants: float) -> dict[str, float]:
     """What `measure_parts` would find if time were linear; each convolution and the projection has a constant, too."""
-    of, channels = PICOSECONDS, [1, *config.conv_dim]
-    picoseconds = {"projection": of["projection"] * channels[-1] + constants}
+    costs, channels = PICOSECONDS, [1, *config.conv_dim]
+    picoseconds = {"projection": costs["projection"] * channels[-1] + constants}
     for index, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
         # Half of what a channel costs besides is for its maker, half for its reader; the last one has none.
-        own = of["conv_channels"][index] / (2 if index < 6 else 1)
-        read = of["conv_channels"][index - 1] / 2 * before if index else 0
-        picoseconds[f"convolution.{index}"] = after * (before * of["channel_pairs"][index] + own) + read + constants
+        own = costs["conv_channels"][index] / (2 if index < 6 else 1)
+        read = costs["conv_channels"][index - 1] / 2 * before if index else 0
+        picoseconds[f"convolution.{index}"] = after * (before * costs["channel_pairs"][index] + own) + read + constants
     for index, (heads, units) in enumerate(zip(config.remaining_heads, config.intermediate_sizes, strict=True)):
-        attention = of["attention_heads"] * len(heads) + of["any_head"] * bool(heads)
+        attention = costs["attention_heads"] * len(heads) + costs["any_head"] * bool(heads)
         # The first layer makes the position bias.
         picoseconds[f"attention.{index}"] = attention + (index == 0) * constants
-        picoseconds[f"feed_forward.{index}"] = of["ffn_dims"] * units + of["any_ffn_dim"] * bool(units)
-    picoseconds["whole"] = sum(picoseconds.values()) + of["fixed"] - 9 * constants
+        picoseconds[f"feed_forward.{index}"] = costs["ffn_dims"] * units + costs["any_ffn_dim"] * bool(units)
+    picoseconds["whole"] = sum(picoseconds.values()) + costs["fixed"] - 9 * constants
     return {name: value * 1e-12 for name, value in picoseconds.items()}
 
 

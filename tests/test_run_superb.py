@@ -134,12 +134,21 @@ def finished(shared, tmp_path_factory):
 def test_results_of_keywords(shared, finished):
     directory, results = finished
     assert set(results) == {"ks"}
-    of = results["ks"]
-    assert of["model"] == str(shared / "student") and of["dataset"] == [str(shared / "keywords"), None]
-    assert (of["max_steps"], of["batch_size"], of["seed"]) == (4, 4, 42)
-    assert 0 < of["parameters"] < 1e5 and set(of["versions"]) == {"torch", "transformers", "datasets"}
-    run = of["runs"]["test"]
-    assert set(of["runs"]) == {"test"} and of["scores"] == {"ks_accuracy": run["ks_accuracy"]}
+    keyword_results = results["ks"]
+    assert keyword_results["model"] == str(shared / "student") and keyword_results["dataset"] == [
+        str(shared / "keywords"),
+        None,
+    ]
+    assert (keyword_results["max_steps"], keyword_results["batch_size"], keyword_results["seed"]) == (4, 4, 42)
+    assert 0 < keyword_results["parameters"] < 1e5 and set(keyword_results["versions"]) == {
+        "torch",
+        "transformers",
+        "datasets",
+    }
+    run = keyword_results["runs"]["test"]
+    assert set(keyword_results["runs"]) == {"test"} and keyword_results["scores"] == {
+        "ks_accuracy": run["ks_accuracy"]
+    }
     assert run["ks_accuracy"] in [pytest.approx(100 * right / 6) for right in range(7)]
     assert run["learning_rate"] in SHORT["learning_rates"] and set(run["validation"]) == {"0.001", "0.01"}
     assert len(run["layer_weights"]) == 3 and sum(run["layer_weights"]) == pytest.approx(1)
@@ -242,9 +251,9 @@ def test_every_task_runs(shared, tmp_path, settings, metric):
         name: value.format(shared=shared) if isinstance(value, str) else value for name, value in settings.items()
     }
     results = evaluate(shared, tmp_path, **settings)
-    of = results[settings["task"]]
-    assert set(of["scores"]) == {metric} and of["scores"][metric] >= 0
-    run = of["runs"]["test"]
+    task_results = results[settings["task"]]
+    assert set(task_results["scores"]) == {metric} and task_results["scores"][metric] >= 0
+    run = task_results["runs"]["test"]
     assert run["num_clips"] == SIZES and len(run["layer_weights"]) == 3
     validation = {rate: scores[metric] for rate, scores in run["validation"].items()}
     best = (max if metric.endswith("accuracy") else min)(validation.values())
@@ -336,7 +345,7 @@ def test_a_run_that_was_stopped_goes_on(shared, finished, tmp_path, monkeypatch,
     assert not list((tmp_path / "out").rglob("all_results.json"))
     monkeypatch.undo()
     results = evaluate(shared, tmp_path, **keywords_of(shared))
-    before, after = (of["ks"]["runs"]["test"] for of in (finished[1], results))
+    before, after = (results_by_task["ks"]["runs"]["test"] for results_by_task in (finished[1], results))
     assert after == before | {"layer_weights": pytest.approx(before["layer_weights"], abs=1e-5)}
 
 

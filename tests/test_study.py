@@ -32,7 +32,7 @@ PLACES = {
     "distillation": [0, 1, 2, 3, 20, 21, 22, 23, 24, 25, 26, 27, 28],
     "mutual_knn": [0, 1, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 52],
 }
-SIMILARITY = {name: np.exp(-np.abs(np.subtract.outer(of, of)) / 100) for name, of in PLACES.items()}
+SIMILARITY = {name: np.exp(-np.abs(np.subtract.outer(places, places)) / 100) for name, places in PLACES.items()}
 SKILL = ((0, 1, 2), (3, 4, 5, 6), (7, 8, 9, 10, 11, 12))
 
 
@@ -47,9 +47,11 @@ def test_plan_has_every_run_once():
 def test_plan_begins_with_what_matters():
     runs = list(plan())
     assert runs[:2] == [("skill", 0.75, 0), ("dphubert", 0.75, 0)]
-    both = [index for index, (name, of, _) in enumerate(runs) if name in ("skill", "dphubert") and of == 0.75]
-    baselines = [index for index, (name, of, _) in enumerate(runs) if name in BASELINES[1:] and of == 0.75]
-    others = [index for index, (name, of, _) in enumerate(runs) if name in VARIANTS or of == 0.5]
+    both = [
+        index for index, (name, sparsity, _) in enumerate(runs) if name in ("skill", "dphubert") and sparsity == 0.75
+    ]
+    baselines = [index for index, (name, sparsity, _) in enumerate(runs) if name in BASELINES[1:] and sparsity == 0.75]
+    others = [index for index, (name, sparsity, _) in enumerate(runs) if name in VARIANTS or sparsity == 0.5]
     assert max(both) < min(baselines) <= max(baselines) < min(others)
     # Whenever it stops, SKILL and DPHuBERT, or the other baselines, differ by one seed at most.
     for indices in (both, baselines):
@@ -187,7 +189,7 @@ def read_splits(speech) -> tuple[dict, dict[str, str]]:
     }
     splits = study_probes.probe_splits(**speech)
     paths = {
-        task: {split: [row["path"] for row in of["audio"]] for split, of in found.items()}
+        task: {split: [row["path"] for row in dataset["audio"]] for split, dataset in found.items()}
         for task, found in splits.items()
     }
     return paths, speaker_of
@@ -197,9 +199,9 @@ def test_no_clip_and_no_speaker_is_on_two_sides(speech):
     paths, speaker_of = read_splits(speech)
     assert list(paths) == list(study_probes.TASKS)
     for task, found in paths.items():
-        clips = [clip for of in found.values() for clip in of]
+        clips = [clip for clips in found.values() for clip in clips]
         assert all(found.values()) and len(clips) == len(set(clips))
-        speakers = [{speaker_of[clip] for clip in of} for of in found.values()]
+        speakers = [{speaker_of[clip] for clip in clips} for clips in found.values()]
         if task == "sid":
             assert speakers[0] == speakers[1] and speakers[2] <= speakers[0]
         else:
@@ -209,7 +211,7 @@ def test_no_clip_and_no_speaker_is_on_two_sides(speech):
 def test_tests_are_on_speech_that_no_model_was_trained_on(speech):
     paths, speaker_of = read_splits(speech)
     train, heldout = study_probes.speech_to_distil(speech["librispeech"])
-    train, heldout = ({row["path"] for row in of["audio"]} for of in (train, heldout))
+    train, heldout = ({row["path"] for row in dataset["audio"]} for dataset in (train, heldout))
     assert not train & heldout
     assert {speaker_of[clip] for clip in heldout} == set(HELDOUT_LIBRISPEECH_SPEAKERS)
     for task in ("sid", "pr"):
@@ -223,7 +225,7 @@ def test_tests_are_on_speech_that_no_model_was_trained_on(speech):
 
 def test_silence_is_no_keyword(speech):
     splits = study_probes.probe_splits(**speech)["ks"]
-    assert {label for of in splits.values() for label in of["label"]} == {"yes", "no"}
+    assert {label for dataset in splits.values() for label in dataset["label"]} == {"yes", "no"}
 
 
 def test_draw_depends_on_names_alone():
@@ -292,4 +294,6 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
     draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
     assert draw_study.NOTHING not in page.read_text(encoding="utf-8")
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {of.file for of in draw_study.PICTURES.values()}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        picture.file for picture in draw_study.PICTURES.values()
+    }

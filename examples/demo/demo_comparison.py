@@ -100,8 +100,8 @@ def compare(trainer: SkillDistillationTrainer) -> dict:
     )
     by_chance.evaluate()
     students = {
-        name: {"parameters": of.model.num_parameters(), "eval_distillation_loss": logged_loss(of, step)}
-        for name, of, step in (
+        name: {"parameters": run.model.num_parameters(), "eval_distillation_loss": logged_loss(run, step)}
+        for name, run, step in (
             ("SKILL, both stages", trainer, total),
             ("SKILL, after the cut, before stage 2", trainer, trainer.steps.joint),
             ("pruned at random, as many steps", by_chance, total),
@@ -127,7 +127,8 @@ def compare(trainer: SkillDistillationTrainer) -> dict:
         "students": students,
         "dphubert_layers": dphubert,
         "layer_distances": {
-            measure: {name: values.tolist() for name, values in of.items()} for measure, of in distances.items()
+            measure: {name: values.tolist() for name, values in by_model.items()}
+            for measure, by_model in distances.items()
         },
         "seconds": seconds,
     }

@@ -128,8 +128,8 @@ def run(args: SelectArguments) -> None:
         row["split"] = heldout_split(row["file_name"], row["speaker"], librispeech=True)
     megabytes = {"train": args.train_megabytes, "heldout": args.heldout_megabytes}
     splits = {
-        name: select([row for row in rows if row["split"] == of], int(megabytes[name] * 1e6), args.seed)
-        for name, of in SPLITS.items()
+        name: select([row for row in rows if row["split"] == split], int(megabytes[name] * 1e6), args.seed)
+        for name, split in SPLITS.items()
     }  # all before any is copied
     for name, chosen in splits.items():
         if not chosen:

@@ -71,8 +71,8 @@ def run(args: SelectArguments) -> None:
     rows = [row for row in read_metadata(args.source, COLUMNS[1:]) if row["label"] in KEYWORDS]
     numbers = {"train": args.train_clips, "test": args.test_clips}
     splits = {}
-    for name, of in SPLITS.items():  # all before any is copied
-        split = [row for row in rows if heldout_split(row["file_name"], row["speaker"], librispeech=False) == of]
+    for name, heldout in SPLITS.items():  # all before any is copied
+        split = [row for row in rows if heldout_split(row["file_name"], row["speaker"], librispeech=False) == heldout]
         splits[name] = select(split, numbers[name], args.seed)
         for row in splits[name]:
             speech_info(args.source / row["file_name"], RATE)

@@ -149,18 +149,19 @@ def setting(study: Study) -> str:
     first = settings[0]
 
     def all_of(name: str) -> str:
-        return ", ".join(sorted({str(of[name]) for of in settings}))
+        return ", ".join(sorted({str(setting[name]) for setting in settings}))
 
     reached = []
     for sparsity in sorted(SPARSITIES):
-        of = [run["sparsity_reached"] for run in runs if run["sparsity"] == sparsity]
-        if of:
-            low, high = (f"{value:.3f}" for value in (min(of), max(of)))
+        shares_reached = [run["sparsity_reached"] for run in runs if run["sparsity"] == sparsity]
+        if shares_reached:
+            low, high = (f"{value:.3f}" for value in (min(shares_reached), max(shares_reached)))
             reached.append(f"{sparsity:g}: {low}" if low == high else f"{sparsity:g}: {low} to {high}")
     seconds = first["max_steps"] * first["batch_size"] * first["max_seconds"]
     done = len(study.runs.keys() & study.planned)
     rates = ", ".join(
-        f"{task.upper()} {'/'.join(f'{rate:g}' for rate in of)}" for task, of in first["learning_rates"].items()
+        f"{task.upper()} {'/'.join(f'{rate:g}' for rate in task_rates)}"
+        for task, task_rates in first["learning_rates"].items()
     )
     rows = [
         ("teacher", f"{num_hidden_states(study) - 1} layers, {teacher_parameters(study):,} parameters"),
@@ -174,8 +175,11 @@ def setting(study: Study) -> str:
         ("audio per student", f"{seconds / 60:.0f} min"),
         ("sparsity reached", "; ".join(reached)),
         ("learning rates of the heads", rates),
-        *((f"on {processor}", time_of(of)) for processor, of in by_machine(runs).items()),
-        ("versions", ", ".join(f"{of} {all_of(of)}" for of in ("python", "torch", "transformers", "datasets"))),
+        *((f"on {processor}", time_of(machine_runs)) for processor, machine_runs in by_machine(runs).items()),
+        (
+            "versions",
+            ", ".join(f"{package} {all_of(package)}" for package in ("python", "torch", "transformers", "datasets")),
+        ),
     ]
     return f"{table(('', ''), rows, texts=2)}\n\n{machines(study)}{repeats_note(study)}"
 
@@ -185,9 +189,12 @@ def machines(study: Study) -> str:
     letters = dict(zip(sorted(by_machine(list(study.runs.values()))), ascii_uppercase, strict=False))
     ordered, rows = sorted(SPARSITIES), []
     for name in (*COMPARED, *VARIANTS):
-        of = [study.runs_of(name, sparsity) for sparsity in ordered]
-        if any(of):
-            cells = ["".join(letters[runs[seed]["settings"]["processor"]] for seed in sorted(runs)) for runs in of]
+        runs_by_sparsity = [study.runs_of(name, sparsity) for sparsity in ordered]
+        if any(runs_by_sparsity):
+            cells = [
+                "".join(letters[runs[seed]["settings"]["processor"]] for seed in sorted(runs))
+                for runs in runs_by_sparsity
+            ]
             rows.append([name_of(name), *(cell or "–" for cell in cells)])
     names = ", ".join(f"{letter}: {machine}" for machine, letter in letters.items())
     header = ["trained and probed on, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
@@ -243,7 +250,10 @@ def references(study: Study) -> str:
             rows.append([f"teacher's gain over {floor}", len(gains[0]), *map(spread, gains)])
     text = table(["", "seeds", *(SCORES[metric].label for metric in METRICS)], rows)
     if "teacher" in found:
-        rates = [f"{task.upper()} {of[0]:g}" for task, of in study.references["teacher"]["learning_rates"].items()]
+        rates = [
+            f"{task.upper()} {task_rates[0]:g}"
+            for task, task_rates in study.references["teacher"]["learning_rates"].items()
+        ]
         text += (
             f"\n\nLearning rates that were best for the teacher on the validation sets, with the first seed:"
             f" {', '.join(rates)}. All students are probed with these."
@@ -256,8 +266,8 @@ def kept_by_task(study: Study, sparsity: float) -> str:
     rows = []
     for name in COMPARED:
         if runs := study.runs_of(name, sparsity):
-            of = [shares(study, run) for run in runs.values()]
-            by_task = [spread([share[metric] for share in of if metric in share]) for metric in METRICS]
+            shares_of_runs = [shares(study, run) for run in runs.values()]
+            by_task = [spread([share[metric] for share in shares_of_runs if metric in share]) for metric in METRICS]
             means = [cell(mean_share(study, floor), runs) for floor in FLOORS]
             rows.append([name_of(name), len(runs), *by_task, *means])
     tasks, means = [task.upper() for task in TASKS], [f"mean, over {floor}" for floor in FLOORS[1:]]
@@ -308,10 +318,15 @@ def sparsities(study: Study) -> str:
     for name in COMPARED:
         runs = [study.runs_of(name, sparsity) for sparsity in ordered]
         if any(runs):
-            rows.append([name_of(name), *(f"{cell(outcome, of)} ({len(of)})" if of else "–" for of in runs)])
+            rows.append(
+                [name_of(name), *(f"{cell(outcome, seeds)} ({len(seeds)})" if seeds else "–" for seeds in runs)]
+            )
     if not rows:
         return ""
-    header = ["% of the gain over fbank, mean of the tasks (seeds)", *(f"sparsity {of:g}" for of in ordered)]
+    header = [
+        "% of the gain over fbank, mean of the tasks (seeds)",
+        *(f"sparsity {sparsity:g}" for sparsity in ordered),
+    ]
     tables = [table(header, rows) + floors_note(study, "fbank")]
     for sparsity in ordered:
         if sparsity != MAIN_SPARSITY and (kept := kept_by_task(study, sparsity)):
@@ -332,15 +347,15 @@ def against_teacher(study: Study) -> str:
         }
         if not found:
             continue
-        corrected = dict(zip(found, holm([of.p for of in found.values()]), strict=True))
+        corrected = dict(zip(found, holm([comparison.p for comparison in found.values()]), strict=True))
         rows = []
         for name in dict.fromkeys(name for name, _ in found):
             cells = []
             for metric in METRICS:
-                of, digits = found[name, metric], SCORES[metric].digits
-                text = f"{number(of.differences.mean(), digits, True)} ({p_value(of.p)})"
+                comparison, digits = found[name, metric], SCORES[metric].digits
+                text = f"{number(comparison.differences.mean(), digits, True)} ({p_value(comparison.p)})"
                 cells.append(f"**{text}**" if corrected[name, metric] < 0.05 else text)
-            rows.append([name_of(name), len(of.differences), *cells])
+            rows.append([name_of(name), len(comparison.differences), *cells])
         header = [f"sparsity {sparsity:g}: student minus teacher (p)", "seeds"]
         tables.append(table([*header, *(SCORES[metric].label for metric in METRICS)], rows))
     note = "Paired by the seed of the heads; bold: below 0.05 with Holm's correction over a table."
@@ -360,15 +375,15 @@ def significance(study: Study) -> str:
         )
         outcomes[title] = ([MEAN_DISTANCE, DPHUBERT_DISTANCE], sparsity)
     tables, most = [], 0
-    for title, (of, sparsity) in outcomes.items():
-        several = len(of) > 1
-        if not (compared := against_baselines(study, compare, of, sparsity)):
+    for title, (compared_outcomes, sparsity) in outcomes.items():
+        several = len(compared_outcomes) > 1
+        if not (compared := against_baselines(study, compare, compared_outcomes, sparsity)):
             continue
         most = max(most, *(len(found.differences) for _, _, found in compared))
         tables.append(f"{title}: SKILL minus baseline\n\n{comparisons(compared, several)}")
         if several:
             continue
-        on_one = against_baselines(study, compare_on_one_machine, of, sparsity)
+        on_one = against_baselines(study, compare_on_one_machine, compared_outcomes, sparsity)
         # Where all pairs are, it is the same table.
         if on_one and [found.p for *_, found in on_one] != [found.p for *_, found in compared]:
             text = comparisons(on_one, several)
@@ -408,7 +423,7 @@ def comparisons(compared: Sequence[tuple[Outcome, str, Comparison]], several: bo
     rows = []
     for (outcome, baseline, found), by_holm in zip(compared, corrected, strict=True):
         digits = outcome.digits
-        mean, low, high = (number(of, digits, True) for of in (found.differences.mean(), found.low, found.high))
+        mean, low, high = (number(value, digits, True) for value in (found.differences.mean(), found.low, found.high))
         rows.append(
             [
                 *([outcome.label] if several else []),
@@ -433,7 +448,9 @@ def distances(study: Study) -> str:
                 parts = distance_parts(study, name, runs)
                 heads = [sum(run["architecture"]["num_heads"]) for _, run in sorted(runs.items())]
                 left = ", ".join(map(str, heads))
-                rows.append([sparsity, name_of(name), len(runs), *(spread(of, 3) for of in parts.values()), left])
+                rows.append(
+                    [sparsity, name_of(name), len(runs), *(spread(values, 3) for values in parts.values()), left]
+                )
     if not rows:
         return ""
     header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
@@ -445,13 +462,13 @@ def distance_parts(study: Study, name: str, runs: dict[int, dict]) -> dict[str, 
     """Mean distance of each seed over all hidden states, over those distilled or not, and over DPHuBERT's or not."""
     parts = {"all": [], "own": [], "others": [], "spread": [], "rest": []}
     for seed, run in runs.items():
-        of = np.array(run["distances"]["cka"])
+        distances = np.array(run["distances"]["cka"])
         for kind, method in (("own", name), ("spread", "dphubert")):
-            distilled = np.isin(np.arange(len(of)), np.concatenate(study.methods[method, seed].layer_groups))
-            parts[kind].append(of[distilled].mean())
+            distilled = np.isin(np.arange(len(distances)), np.concatenate(study.methods[method, seed].layer_groups))
+            parts[kind].append(distances[distilled].mean())
             if not distilled.all():
-                parts["others" if kind == "own" else "rest"].append(of[~distilled].mean())
-        parts["all"].append(of.mean())
+                parts["others" if kind == "own" else "rest"].append(distances[~distilled].mean())
+        parts["all"].append(distances.mean())
     return parts
 
 
@@ -463,7 +480,7 @@ def variants(study: Study) -> str:
             continue
         groups = {seed: study.methods[name, seed].layer_groups for seed in study.similarities}
         (usual, times), *others = Counter(groups.values()).most_common()
-        same = sum(of == study.methods["skill", seed].layer_groups for seed, of in groups.items())
+        same = sum(seed_groups == study.methods["skill", seed].layer_groups for seed, seed_groups in groups.items())
         rows.append(
             [
                 "SKILL: cka, average linkage" if name == "skill" else name,
@@ -474,8 +491,8 @@ def variants(study: Study) -> str:
                 *(cell(outcome, runs) for outcome in SCORES.values()),
                 *(cell(outcome, runs) for outcome in (mean_share(study), MEAN_DISTANCE)),
                 *(
-                    "–" if name == "skill" else p_against_skill(study, of, name)
-                    for of in (mean_share(study), MEAN_DISTANCE)
+                    "–" if name == "skill" else p_against_skill(study, outcome, name)
+                    for outcome in (mean_share(study), MEAN_DISTANCE)
                 ),
             ]
         )
@@ -522,9 +539,9 @@ def groups_table(study: Study) -> str:
             seeds_of.setdefault(f"{len(groups)} | {partition(groups)}", []).append(seed)
             labels = group_labels(groups)
             first, second = np.triu_indices(num_layers, k=1)
-            same, of = labels[first] == labels[second], similarity[first, second]
+            same, pair_similarity = labels[first] == labels[second], similarity[first, second]
             for kind, chosen in (("all", same | True), ("inside", same), ("between", ~same)):
-                pairs[kind] += [of[chosen].mean()] if chosen.any() else []
+                pairs[kind] += [pair_similarity[chosen].mean()] if chosen.any() else []
             by_number.append(
                 [
                     silhouette(
@@ -535,10 +552,16 @@ def groups_table(study: Study) -> str:
                 ]
             )
         found += [(measure, groups, ", ".join(map(str, seeds))) for groups, seeds in seeds_of.items()]
-        alike.append((measure, *(spread(of, 3) for of in pairs.values())))
+        alike.append((measure, *(spread(values, 3) for values in pairs.values())))
         means = np.mean(by_number, axis=0)
         silhouettes.append(
-            (measure, *(f"**{of:.2f}**" if index == means.argmax() else f"{of:.2f}" for index, of in enumerate(means)))
+            (
+                measure,
+                *(
+                    f"**{values:.2f}**" if index == means.argmax() else f"{values:.2f}"
+                    for index, values in enumerate(means)
+                ),
+            )
         )
     tables = [
         table(("measure", "number", "groups", "seeds"), found, texts=4),
@@ -551,7 +574,7 @@ def groups_table(study: Study) -> str:
 
 
 def most_clips(study: Study) -> int:
-    return min(max(of["cka"]) for of in study.groups.values())
+    return min(max(seed_groups["cka"]) for seed_groups in study.groups.values())
 
 
 def stability(study: Study) -> str:
@@ -570,7 +593,7 @@ def stability(study: Study) -> str:
         rows = []
         for number_of, label in (("skill", "by silhouette"), ("4 clusters", "4")):
             for measure, by_size in agreements(study, number_of, with_largest).items():
-                cells = [f"{number(np.mean(of), 2)} ({number(min(of), 2)})" for of in by_size.values()]
+                cells = [f"{number(np.mean(values), 2)} ({number(min(values), 2)})" for values in by_size.values()]
                 rows.append([measure, label, *cells])
         sizes = list(by_size)
         text = table(["measure", "number of groups", *(f"{size} clips" for size in sizes)], rows, texts=2)
@@ -586,8 +609,8 @@ def draw_scores(study: Study):
     line = {"color": DARK, "lw": 1.4, "zorder": 1}
     for axes, (metric, outcome) in zip(panels.flat, SCORES.items(), strict=True):
         for name, style in (("teacher", "-"), ("fbank", "--"), ("mfcc", "-.")):
-            if (of := study.score(name, metric)).size:
-                axes.axhline(of.mean(), label=name, ls=style, **line)
+            if (scores := study.score(name, metric)).size:
+                axes.axhline(scores.mean(), label=name, ls=style, **line)
         for name, (colour, marker) in STYLES.items():
             points = [
                 (index + places[name], [run["scores"][metric] for run in study.runs_of(name, sparsity).values()])
@@ -603,8 +626,8 @@ def draw_scores(study: Study):
         for edge in range(1, len(ordered)):
             axes.axvline(edge - 0.5, color=LIGHT, lw=0.8)
         axes.set_ylim(axes.get_ylim()[:: -1 if outcome.lower_is_better else 1])
-        if (of := study.score("untrained", metric)).size:
-            axes.axhline(of.mean(), label="untrained", ls=":", **line)
+        if (scores := study.score("untrained", metric)).size:
+            axes.axhline(scores.mean(), label="untrained", ls=":", **line)
         axes.set_xticks(range(len(ordered)), [f"{sparsity:g}" for sparsity in ordered])
         axes.set_xlim(-0.5, len(ordered) - 0.5)
         axes.grid(axis="y", color=LIGHT, lw=0.6)
@@ -649,8 +672,8 @@ def draw_distances(study: Study):
 
 
 def _plot_distances(axes, layers: np.ndarray, study: Study, name: str, runs: dict[int, dict]) -> None:
-    of = np.array([run["distances"]["cka"] for run in runs.values()])
-    mean = of.mean(0)
+    distances = np.array([run["distances"]["cka"] for run in runs.values()])
+    mean = distances.mean(0)
     colour, marker = STYLES[name]
     style = {"color": colour, "marker": marker, "markersize": 5.5}
     distilled = np.isin(layers, np.concatenate(study.methods[name, next(iter(runs))].layer_groups))
@@ -658,7 +681,7 @@ def _plot_distances(axes, layers: np.ndarray, study: Study, name: str, runs: dic
     axes.plot(mean, label=label, lw=1.8, markevery=layers[distilled].tolist(), **style)
     axes.plot(layers[~distilled], mean[~distilled], ls="", markerfacecolor="white", **style)
     if len(runs) > 1:
-        sd = of.std(0, ddof=1)
+        sd = distances.std(0, ddof=1)
         axes.fill_between(layers, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
 
 
@@ -676,7 +699,7 @@ def draw_stability(study: Study):
             found = agreements(study, number_of, with_largest)
             for index, (measure, colour, marker) in enumerate(zip(MEASURES, COLOURS, MARKERS, strict=False)):
                 sizes = list(found[measure])
-                means = [np.mean(of) if of else math.nan for of in found[measure].values()]
+                means = [np.mean(values) if values else math.nan for values in found[measure].values()]
                 places = np.arange(len(sizes)) + 0.05 * (index - 1.5)  # lines may coincide
                 axes.plot(places, means, label=measure, color=colour, marker=marker, markersize=5.5, lw=1.6)
             axes.set_xticks(range(len(sizes)), sizes)

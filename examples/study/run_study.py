@@ -132,11 +132,11 @@ def cluster(args: StudyArguments, teacher, feature_extractor, train, seed: int) 
         groups = {
             measure: {
                 str(size): {name: groups_of(name, {"cka": matrix}) for name in ("skill", "4 clusters")}
-                for size, matrix in of.items()
+                for size, matrix in by_size.items()
             }
-            for measure, of in found.items()
+            for measure, by_size in found.items()
         }
-        similarity = {measure: of[CALIBRATION_SAMPLES].round(6).tolist() for measure, of in found.items()}
+        similarity = {measure: by_size[CALIBRATION_SAMPLES].round(6).tolist() for measure, by_size in found.items()}
         write_json(path, {"similarity": similarity, "groups": groups})
     stored = read_json(path)["similarity"]
     return {measure: np.array(matrix) for measure, matrix in stored.items()}
@@ -166,7 +166,7 @@ def references(args: StudyArguments, teacher, feature_extractor, splits) -> dict
         scores = {metric: [] for metric in METRICS}
         rates: dict[str, list[float]] = {}
         for seeds, encoder in build().items():
-            runs = probe(encoder, splits, seeds, {task: of[:1] for task, of in rates.items()} or None)
+            runs = probe(encoder, splits, seeds, {task: task_rates[:1] for task, task_rates in rates.items()} or None)
             for task, metric in zip(TASKS, METRICS, strict=True):
                 scores[metric] += [run[metric] for run in runs[task]]
                 rates.setdefault(task, []).extend(run["learning_rate"] for run in runs[task])
@@ -271,7 +271,7 @@ def run(args: StudyArguments) -> None:
     splits = probe_splits(args.librispeech, args.speech_commands)
     with FileLock(args.results / "references.lock"):  # else workers that start together would all encode all of it
         found = references(args, teacher, feature_extractor, splits)
-    rates = {task: of[:1] for task, of in found["teacher"]["learning_rates"].items()}
+    rates = {task: task_rates[:1] for task, task_rates in found["teacher"]["learning_rates"].items()}
     settings = {
         "max_steps": args.max_steps,
         "batch_size": args.batch_size,

@@ -120,14 +120,15 @@ def read_study(directory: Path) -> Study:
             )
     study = Study(
         similarities={
-            seed: {measure: np.array(of["similarity"][measure]) for measure in MEASURES}
-            for seed, of in sorted(clusters.items())
+            seed: {measure: np.array(seed_clusters["similarity"][measure]) for measure in MEASURES}
+            for seed, seed_clusters in sorted(clusters.items())
         },
         groups={
             seed: {
-                measure: {int(size): kinds for size, kinds in of["groups"][measure].items()} for measure in MEASURES
+                measure: {int(size): kinds for size, kinds in seed_clusters["groups"][measure].items()}
+                for measure in MEASURES
             }
-            for seed, of in sorted(clusters.items())
+            for seed, seed_clusters in sorted(clusters.items())
         },
         references=references,
         runs=runs,
@@ -157,9 +158,9 @@ class Outcome:
 
 
 def outcome_of(metric: str) -> Outcome:
-    of = SUPERB_METRICS[metric]
-    arrow = "↓" if of.lower_is_better else "↑"
-    return Outcome(f"{of.label} {arrow}", lambda run: run["scores"][metric], of.lower_is_better)
+    described = SUPERB_METRICS[metric]
+    arrow = "↓" if described.lower_is_better else "↑"
+    return Outcome(f"{described.label} {arrow}", lambda run: run["scores"][metric], described.lower_is_better)
 
 
 SCORES = {metric: outcome_of(metric) for metric in METRICS}
@@ -178,7 +179,7 @@ def tasks_with_gain(study: Study, floor: str) -> list[str]:
     Metrics in which the teacher beats the floor with every seed. Where there is no gain, or one that chance may have
     made, a share of it would mean nothing.
     """
-    return [metric for metric in METRICS if (of := gain(study, floor, metric)).size and (of > 0).all()]
+    return [metric for metric in METRICS if (gains := gain(study, floor, metric)).size and (gains > 0).all()]
 
 
 def shares(study: Study, run: dict, floor: str = "fbank") -> dict[str, float]:
@@ -267,9 +268,9 @@ def compare_on_one_machine(study: Study, outcome: Outcome, baseline: str, sparsi
             found += [run for run in study.repeats if run["key"] == key]
             versions[name] = {run["settings"]["processor"]: run for run in reversed(found)}
         shared = [machine for machine in versions[baseline] if machine in versions["skill"]]
-        for name, of in values.items():
+        for name, method_values in values.items():
             if shared:
-                of[seed] = outcome.value(versions[name][shared[0]])
+                method_values[seed] = outcome.value(versions[name][shared[0]])
     return _compare(*values.values(), outcome.lower_is_better)
 
 
@@ -284,7 +285,7 @@ def _compare(ours: dict[int, float], theirs: dict[int, float], lower_is_better: 
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
-    ours, theirs = (np.array([of[seed] for seed in seeds]) for of in (ours, theirs))
+    ours, theirs = (np.array([values[seed] for seed in seeds]) for values in (ours, theirs))
     differences = ours - theirs
     better = int((differences < 0).sum() if lower_is_better else (differences > 0).sum())
     if len(seeds) == 1:
@@ -336,16 +337,18 @@ def agreements(study: Study, number: str, with_largest: bool) -> dict[str, dict[
     """
     found = {}
     for measure in MEASURES:
-        of = {seed: groups[measure] for seed, groups in study.groups.items()}
-        sizes = sorted(set.intersection(*(set(sizes) for sizes in of.values())))
-        labels = {(seed, size): group_labels(of[seed][size][number]) for seed in of for size in sizes}
+        groups_by_seed = {seed: groups[measure] for seed, groups in study.groups.items()}
+        sizes = sorted(set.intersection(*(set(sizes) for sizes in groups_by_seed.values())))
+        labels = {
+            (seed, size): group_labels(groups_by_seed[seed][size][number]) for seed in groups_by_seed for size in sizes
+        }
         found[measure] = {
             size: [
                 float(adjusted_rand_score(labels[first], labels[second]))
                 for first, second in (
-                    [((seed, size), (seed, sizes[-1])) for seed in of]
+                    [((seed, size), (seed, sizes[-1])) for seed in groups_by_seed]
                     if with_largest
-                    else [((a, size), (b, size)) for a, b in combinations(of, 2)]
+                    else [((a, size), (b, size)) for a, b in combinations(groups_by_seed, 2)]
                 )
             ]
             for size in (sizes[:-1] if with_largest else sizes)

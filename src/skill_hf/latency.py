@@ -94,67 +94,44 @@ def fit_latency(
             teacher.
     """
     config = student_config(config)
-    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= MAX_SECONDS:
-        raise ValueError(f"`seconds` must be a number above 0 and at most {MAX_SECONDS}, but is {seconds!r}.")
     for name, value, minimum in (
         ("batch_size", batch_size, 1),
-        ("num_threads", num_threads, 1),
+        ("num_threads", 1 if num_threads is None else num_threads, 1),
         ("num_architectures", num_architectures, 5),
         ("num_heldout", num_heldout, 1),
         ("num_runs", num_runs, 1),
         ("sampling_rate", sampling_rate, 1),
         ("seed", seed, 0),
     ):
-        if name == "num_threads" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
-        if value < minimum:
-            raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
-    samples, least = round(seconds * sampling_rate), receptive_field(config)
-    if samples < least:
-        raise ValueError(f"`seconds` is {seconds}, {samples} samples, but the model needs {least} for one frame.")
+        _check_whole_number(name, value, minimum)
+    samples = _num_samples(seconds, sampling_rate, receptive_field(config))
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     device = _checked_device(device)
     rng = np.random.default_rng(seed)
-    drawn = [draw_architecture(config, rng) for _ in range(num_architectures - 1 + num_heldout)]
-    architectures, timings = [config, *drawn], []
-    with _threads(num_threads), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    architectures = [config]
+    architectures += [draw_architecture(config, rng) for _ in range(num_architectures - 1 + num_heldout)]
+    with _threads(num_threads), torch.random.fork_rng(devices=[]):
         num_threads = torch.get_num_threads()
         clips = torch.randn(batch_size, samples).to(device, getattr(torch, dtype))
-
-        def build(architecture: PreTrainedConfig) -> PreTrainedModel:
-            with device:
-                return STUDENT_CLASSES[config.model_type](architecture).to(clips.dtype).eval()
-
-        reference = build(config)
-        for architecture in tqdm(architectures, desc="Measuring", unit="architecture", disable=not progress):
-            timings.append(measure_parts(build(architecture), reference, clips, num_runs))
-    usual = np.median([timing.pop("reference") for timing in timings])
-    timings = [{part: share * usual for part, share in timing.items()} for timing in timings]
-    measured_on = {
-        "device": device_name(device),
-        "dtype": dtype,
-        "num_threads": num_threads,
-        "batch_size": batch_size,
-        "seconds": seconds,
-    }
-    costs = {
-        "picoseconds": fit_costs(architectures[:num_architectures], timings[:num_architectures]),
+        timings = measure_architectures(architectures, clips, num_runs, progress)
+    picoseconds = fit_costs(architectures[:num_architectures], timings[:num_architectures])
+    errors = prediction_errors(picoseconds, architectures, timings)
+    fitted, heldout = errors[:num_architectures], errors[num_architectures:]
+    return {
+        "picoseconds": picoseconds,
         "architecture": architecture_of(config, sampling_rate),
-        "measured_on": measured_on,
-    }
-    budget = LatencyBudget(costs["picoseconds"])
-    measured = np.array([timing["whole"] for timing in timings])
-    predicted = np.array([budget.predict(architecture) for architecture in architectures]) / PICOSECONDS
-    percent = 100 * np.abs(predicted / measured - 1)
-    fitted, heldout = percent[:num_architectures], percent[num_architectures:]
-    return costs | {
+        "measured_on": {
+            "device": device_name(device),
+            "dtype": dtype,
+            "num_threads": num_threads,
+            "batch_size": batch_size,
+            "seconds": seconds,
+        },
         "errors": {
             "fitted": {"mean": fitted.mean().item(), "worst": fitted.max().item()},
             "heldout": {"mean": heldout.mean().item(), "worst": heldout.max().item()},
-            "unpruned": percent[0].item(),
+            "unpruned": errors[0].item(),
         },
         "seed": seed,
         "num_architectures": num_architectures,
@@ -180,6 +157,42 @@ def draw_architecture(config: PreTrainedConfig, rng: np.random.Generator) -> Pre
     return config
 
 
+def measure_architectures(
+    architectures: Sequence[PreTrainedConfig], clips: torch.Tensor, num_runs: int = 5, progress: bool = True
+) -> list[dict[str, float]]:
+    """
+    Seconds of a forward and of its parts, named as by [`measure_parts`], for random weights of each architecture. Each
+    takes turns with the first one.
+
+    Args:
+        architectures (`Sequence[PreTrainedConfig]`): configurations of students.
+        clips (`torch.Tensor` of shape `(batch, samples)`): on the device and in the dtype to measure.
+        num_runs (`int`, *optional*, defaults to 5): forwards of each, of which the median counts.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
+    """
+
+    def build(architecture: PreTrainedConfig) -> PreTrainedModel:
+        with clips.device:
+            return STUDENT_CLASSES[architecture.model_type](architecture).to(clips.dtype).eval()
+
+    reference = build(architectures[0])
+    bar = tqdm(architectures, desc="Measuring", unit="architecture", disable=not progress)
+    timings = [measure_parts(build(architecture), reference, clips, num_runs) for architecture in bar]
+    usual = np.median([timing.pop("reference") for timing in timings])
+    return [{part: share * usual for part, share in timing.items()} for timing in timings]
+
+
+def prediction_errors(
+    picoseconds: dict, architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[str, float]]
+) -> np.ndarray:
+    """Differences between predicted and measured time of a whole forward, in percent of the measured one."""
+    budget = LatencyBudget(picoseconds)
+    measured = np.array([timing["whole"] for timing in timings])
+    predicted = np.array([budget.predict(architecture) for architecture in architectures]) / PICOSECONDS
+    return 100 * np.abs(predicted / measured - 1)
+
+
+@torch.no_grad()
 def measure_parts(
     student: PreTrainedModel, reference: PreTrainedModel, clips: torch.Tensor, num_runs: int = 5
 ) -> dict[str, float]:
@@ -296,6 +309,25 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
     rest = whole - np.array([parts.predict(config) for config in architectures]) / PICOSECONDS
     (costs["fixed"],) = fit(rest, one)
     return costs
+
+
+def _check_whole_number(name: str, value, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
+
+
+def _num_samples(seconds: float, sampling_rate: int, min_samples: int) -> int:
+    """Length of the clips, long enough for one frame."""
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"`seconds` must be a number above 0 and at most {MAX_SECONDS}, but is {seconds!r}.")
+    num_samples = round(seconds * sampling_rate)
+    if num_samples < min_samples:
+        raise ValueError(
+            f"`seconds` is {seconds}, {num_samples} samples, but the model needs {min_samples} for one frame."
+        )
+    return num_samples
 
 
 def _checked_device(name: str) -> torch.device:

@@ -90,7 +90,7 @@ def test_a_shrunk_student_is_made_like_one_from_its_config(layout):
     cut_closed_units(student, 0, parameter_costs(student))
     fresh = WavLMForSkillStudent(copy.deepcopy(student.config))
     fresh.add_gates(ALL_UNITS)
-    shapes = [[(name, value.shape) for name, value in of.named_parameters()] for of in (student, fresh)]
+    shapes = [[(name, value.shape) for name, value in model.named_parameters()] for model in (student, fresh)]
     assert shapes[0] == shapes[1]
     assert student.gating.gates == [gate for _, gate in student.named_gates()]
     assert [gate.min_open for gate in student.gating.gates] == [gate.min_open for gate in fresh.gating.gates]
@@ -335,7 +335,9 @@ def test_a_compiled_run_that_was_killed_ends_like_one_in_eager_mode(fresh_compil
         make("compiled", KillAt(4), **settings).train()
     compiled = make("compiled", **settings)
     compiled.train(resume_from_checkpoint=True)
-    sizes = [[row["num_parameters"] for row in of.state.log_history if "loss" in row] for of in (eager, compiled)]
+    sizes = [
+        [row["num_parameters"] for row in trainer.state.log_history if "loss" in row] for trainer in (eager, compiled)
+    ]
     assert sizes[0] == sizes[1] and len(set(sizes[0])) == 3
     expected, actual = eager.model.state_dict(), compiled.model.state_dict()
     assert expected.keys() == actual.keys()

@@ -142,7 +142,9 @@ def test_hooks_see_what_they_see_in_the_stock_model(layout):
         seen = {}
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv1d, nn.GroupNorm, nn.Linear)) and not name.endswith("_proj"):
-                module.register_forward_hook(lambda module, args, output, n=name, of=seen: of.update({n: output}))
+                module.register_forward_hook(
+                    lambda module, args, output, n=name, outputs=seen: outputs.update({n: output})
+                )
         with torch.no_grad():
             model(torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)))
         found.append({name: output for name, output in seen.items() if "gru_rel_pos" not in name})

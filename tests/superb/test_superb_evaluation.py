@@ -121,10 +121,10 @@ def text_splits(directory, name: str) -> dict:
     return {
         split: make_dataset(
             directory / split,
-            [[f for s in (t.split() if name == "pr" else t) for f in (levels[s], levels[s], 0)] for t in of],
-            {"text": of},
+            [[f for s in (t.split() if name == "pr" else t) for f in (levels[s], levels[s], 0)] for t in texts],
+            {"text": texts},
         )
-        for split, of in chosen.items()
+        for split, texts in chosen.items()
     }
 
 
@@ -170,7 +170,7 @@ def test_the_validation_set_chooses_the_learning_rate(tmp_path):
         unfair = one_class_on(splits, ["validation"], label)
         directory = tmp_path / label
         results[label] = run(Classification("ks", ["label"]), ClearEncoder(), unfair, directory, 20, rates)
-        scores = {rate: of["ks_accuracy"] for rate, of in results[label]["validation"].items()}
+        scores = {rate: rate_scores["ks_accuracy"] for rate, rate_scores in results[label]["validation"].items()}
         assert scores["0.01"] == 25
         best = max(scores, key=scores.get)
         assert f"{results[label]['learning_rate']:g}" == best

@@ -33,8 +33,10 @@ def make_splits(directory) -> dict[str, datasets.Dataset]:
     documents = [" ".join(words) for words in itertools.combinations(WORDS, 3)]
     texts = {"documents": documents, "validation": ["ONE", "SIX"], "test": ["TWO", "TEN", "NIL", "ONE TWO"]}
     return {
-        name: make_dataset(directory / name, [spoken(text, 2 + (name != "documents")) for text in of], {"text": of})
-        for name, of in texts.items()
+        name: make_dataset(
+            directory / name, [spoken(text, 2 + (name != "documents")) for text in split_texts], {"text": split_texts}
+        )
+        for name, split_texts in texts.items()
     }
 
 
@@ -60,7 +62,7 @@ def test_alignment_is_the_cheapest_of_all():
         costs = []
         for path in itertools.product(range(frames), repeat=query_frames):
             if all(0 <= after - before <= 2 for before, after in itertools.pairwise(path)):
-                costs.append(sum(distances[frame, of] for frame, of in enumerate(path)) / query_frames)
+                costs.append(sum(distances[frame, column] for frame, column in enumerate(path)) / query_frames)
         padded = torch.nn.functional.pad(torch.from_numpy(distances), (0, 3), value=torch.inf)
         batch = torch.stack(
             [padded, torch.nn.functional.pad(torch.ones(query_frames, frames), (0, 3), value=torch.inf)]
@@ -79,16 +81,18 @@ def test_distances_are_those_of_scipy_scaled_by_frame_of_the_query():
     states = torch.nn.utils.rnn.pad_sequence([unit(torch.from_numpy(document)) for document in documents], True)
     found = frame_distances(unit(torch.from_numpy(query)), states, torch.tensor([4, 7]))
     assert torch.isinf(found[0, :, 4:]).all()
-    for document, of in zip(documents, found, strict=True):
+    for document, distances_found in zip(documents, found, strict=True):
         expected = np.exp(cdist(query, document, "cosine")) - 1
         low, high = expected.min(1, keepdims=True), expected.max(1, keepdims=True)
-        assert np.allclose(of[:, : len(document)], (expected - low) / (high - low))
+        assert np.allclose(distances_found[:, : len(document)], (expected - low) / (high - low))
 
 
 def test_scores_are_standardised_and_no_batch_changes_them(tmp_path, monkeypatch):
     splits = make_splits(tmp_path)
     encoder = LevelEncoder()
-    states = {name: cache_hidden_states(encoder, of, tmp_path / "cache" / name) for name, of in splits.items()}
+    states = {
+        name: cache_hidden_states(encoder, dataset, tmp_path / "cache" / name) for name, dataset in splits.items()
+    }
     scores = search(states["test"], states["documents"], layer=1)
     assert scores.shape == (4, 10)
     assert np.allclose(scores.mean(1), 0, atol=1e-5) and np.allclose(scores.std(1), 1, atol=1e-5)
@@ -101,8 +105,8 @@ def test_short_queries_fit_all_documents_alike(tmp_path):
     queries = make_dataset(tmp_path / "queries", [[1, 2, 3, 4], [1, 2, 3, 4, 1]], {"text": ["A", "A"]})
     encoder = LevelEncoder()
     queries, documents = (
-        cache_hidden_states(encoder, of, tmp_path / "cache" / name)
-        for name, of in {"queries": queries, "documents": documents}.items()
+        cache_hidden_states(encoder, dataset, tmp_path / "cache" / name)
+        for name, dataset in {"queries": queries, "documents": documents}.items()
     )
     scores = search(queries, documents, layer=1)
     assert (scores[0] == 0).all()
@@ -142,8 +146,8 @@ def test_example_measures_query_by_example(tmp_path, tmp_path_factory, monkeypat
     isolate(tmp_path_factory, monkeypatch)
     tiny_teacher().save_pretrained(save_feature_extractor(tmp_path / "teacher"))
     texts = {"train": ["ONE TWO", "TWO TEN", "SIX"], "validation": ["ONE"], "test": ["TWO", "SIX"]}
-    for split, of in texts.items():
-        rows = [{"file_name": f"{row}.wav", "word": text} for row, text in enumerate(of)]
+    for split, split_texts in texts.items():
+        rows = [{"file_name": f"{row}.wav", "word": text} for row, text in enumerate(split_texts)]
         for row in rows:
             write_clip(tmp_path / "data" / split / row["file_name"], spoken(row["word"], 4))
         lines = "".join(json.dumps(row) + "\n" for row in rows)

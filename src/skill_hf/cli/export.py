@@ -106,7 +106,7 @@ def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[s
                 export_program(model, path, args.output_hidden_states)
                 saved = torch.export.load(path).module()
             else:
-                model.to_wavlm().save_pretrained(path)
+                model.to_stock().save_pretrained(path)
                 stock = WavLMModel.from_pretrained(path).eval()
                 saved, result["parameters"] = NamedOutputs(stock, args.output_hidden_states), stock.num_parameters()
                 path = path / "model.safetensors"

@@ -69,9 +69,6 @@ class DistillationTrainer(Trainer):
         self.teachers, self.student, self.skill_config = teachers, student, skill_config
         self.budget = make_budget(skill_config, processing_class.sampling_rate)
         self.teacher_cost = self.budget.total(teachers[0].model)
-        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
-            # One process that reads for all would have to join crops of different lengths.
-            args.accelerator_config.dispatch_batches = False
         self.eval_data_collator = data_collator
         if data_collator is None:
             settings = {"min_samples": receptive_field(student.config), "seed": args.seed}
@@ -90,6 +87,9 @@ class DistillationTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if isinstance(train_dataset, IterableDataset) and self.accelerator.dispatch_batches is None:
+            # One process that reads for all would have to join crops of different lengths.
+            self.accelerator.dataloader_config.dispatch_batches = False
         self.can_return_loss = True  # evaluation has a loss though the rows have no labels
         self.model_accepts_loss_kwargs = True
         self.label_names = []

@@ -268,7 +268,9 @@ def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
     fields |= {name: getattr(extractor, name) for name in EXTRACTOR_FIELDS if hasattr(extractor, name)}
     plain = Wav2Vec2FeatureExtractor(**fields | {"sampling_rate": int(extractor.sampling_rate)})
     if type(extractor) is not Wav2Vec2FeatureExtractor:
-        one, other = (of(_noise(plain.sampling_rate), sampling_rate=plain.sampling_rate) for of in (extractor, plain))
+        one, other = (
+            convert(_noise(plain.sampling_rate), sampling_rate=plain.sampling_rate) for convert in (extractor, plain)
+        )
         if not np.allclose(one["input_values"][0], other["input_values"][0], atol=1e-5):
             logger.warning(
                 "The student is saved with a Wav2Vec2FeatureExtractor, which does not prepare audio as your %s does:"

@@ -101,7 +101,7 @@ class Diarization(Task):
         if not any(targets):
             raise ValueError(f"In the {split} set nobody speaks, by `{self.column}`.")
         for (row, frames), segments in zip((num_frames or {}).items(), targets, strict=num_frames is not None):
-            end, last = frames * self.frame_seconds, max((of["end"] for of in segments), default=0)
+            end, last = frames * self.frame_seconds, max((segment["end"] for segment in segments), default=0)
             if last > end + 1:
                 raise ValueError(
                     f"`{self.column}` in row {row} of the {split} set goes on to {last:g} s, but the clip ends at"
@@ -139,8 +139,8 @@ class Diarization(Task):
         """Segments of each speaker in seconds, from an array of shape `(frames, speakers)`."""
         changes = np.diff(active.astype(int), axis=0, prepend=0, append=0)
         segments = []
-        for speaker, of in enumerate(changes.T):
-            for start, end in zip(np.flatnonzero(of == 1), np.flatnonzero(of == -1), strict=True):
+        for speaker, change in enumerate(changes.T):
+            for start, end in zip(np.flatnonzero(change == 1), np.flatnonzero(change == -1), strict=True):
                 times = {"start": start * self.frame_seconds, "end": end * self.frame_seconds}
                 segments.append({"speaker": str(speaker), **times})
         return segments

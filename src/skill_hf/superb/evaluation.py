@@ -115,8 +115,12 @@ def prepare_examples(
         )
         for split, dataset in splits.items()
     }
-    for split, of in examples.items():
-        task.check(of.targets, split, dict(zip(of.states.rows, of.states.num_frames.tolist(), strict=True)))
+    for split, split_examples in examples.items():
+        task.check(
+            split_examples.targets,
+            split,
+            dict(zip(split_examples.states.rows, split_examples.states.num_frames.tolist(), strict=True)),
+        )
     return examples
 
 
@@ -192,7 +196,7 @@ def evaluate_task(
         "learning_rate": best,
         "validation": {f"{learning_rate:g}": result["validation"] for learning_rate, result in results.items()},
         "layer_weights": results[best]["layer_weights"],
-        "num_clips": {split: len(of) for split, of in examples.items()},
+        "num_clips": {split: len(split_examples) for split, split_examples in examples.items()},
     }
 
 

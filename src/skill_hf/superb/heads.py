@@ -238,7 +238,7 @@ class DiarizationHead(nn.Module):
             # -y log p - (1 - y) log(1 - p) = softplus(x) - x y, summed over frames for each output with each speaker.
             silent = (F.softplus(logits) * valid).sum(1)[..., None]
             losses = silent - torch.einsum("bto,bts->bos", logits, labels)
-            pairs = [linear_sum_assignment(of) for of in losses.detach().float().cpu().nan_to_num().numpy()]
-            chosen = torch.stack([of[pair].sum() for of, pair in zip(losses, pairs, strict=True)])
+            pairs = [linear_sum_assignment(matrix) for matrix in losses.detach().float().cpu().nan_to_num().numpy()]
+            chosen = torch.stack([matrix[pair].sum() for matrix, pair in zip(losses, pairs, strict=True)])
             output["loss"] = chosen.sum() / (num_frames.sum() * losses.shape[-1])
         return output

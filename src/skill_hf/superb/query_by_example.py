@@ -47,8 +47,8 @@ def read_truth(queries: datasets.Dataset, documents: datasets.Dataset, column: s
     """
     if column in documents.column_names:
         texts = [
-            [f" {' '.join(text.upper().split())} " for (text,) in label_rows(of, [column], name)]
-            for of, name in ((queries, "query"), (documents, "document"))
+            [f" {' '.join(text.upper().split())} " for (text,) in label_rows(dataset, [column], name)]
+            for dataset, name in ((queries, "query"), (documents, "document"))
         ]
         truth = np.array([[query in document for document in texts[1]] for query in texts[0]])
     else:
@@ -235,5 +235,5 @@ def evaluate_query_by_example(
         "qbe_mtwv": mtwv("test", best),
         "layer": best,
         "validation": {str(layer): {"qbe_mtwv": value} for layer, value in enumerate(validation)},
-        "num_clips": {split: len(of) for split, of in states.items()},
+        "num_clips": {split: len(split_states) for split, split_states in states.items()},
     }

@@ -130,12 +130,15 @@ def comparison_table(name: str, results: Mapping[str, float], million_parameters
     _check_names(results)
     rows = [(row.name, row.million_parameters, row.results) for row in PUBLISHED]
     rows.append((f"**{name}**", million_parameters, results))
-    scored = [(superb_score(of) if METRICS.keys() <= of.keys() else None, row, size, of) for row, size, of in rows]
+    scored = [
+        (superb_score(metrics) if METRICS.keys() <= metrics.keys() else None, row, size, metrics)
+        for row, size, metrics in rows
+    ]
     scored.sort(key=lambda row: float("-inf") if row[0] is None else -row[0])
     header = ["model", "M parameters", "score"] + [metric.title for metric in METRICS.values()]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for score, row, size, of in scored:
-        values = [f"{of[name]:.{metric.digits}f}" if name in of else "–" for name, metric in METRICS.items()]
+    for score, row, size, metrics in scored:
+        values = [f"{metrics[name]:.{metric.digits}f}" if name in metrics else "–" for name, metric in METRICS.items()]
         size, score = ("–" if value is None else f"{value:.{digits}f}" for value, digits in ((size, 1), (score, 0)))
         lines.append([row, size, score, *values])
     return _table(lines)
@@ -174,8 +177,8 @@ def results_page(name: str, tasks: Sequence[MeasuredTask], million_parameters: f
         _check_names(task.scores)
     size = "" if million_parameters is None else f", {million_parameters:.1f} M parameters"
     rows = [["metric", "result", "data"], ["---", "---:", "---"]]
-    for metric, of in METRICS.items():
-        rows += [[of.title, f"{t.scores[metric]:.{of.digits}f}", t.dataset] for t in tasks if metric in t.scores]
+    for name, metric in METRICS.items():
+        rows += [[metric.title, f"{t.scores[name]:.{metric.digits}f}", t.dataset] for t in tasks if name in t.scores]
     parts = [f"# {name}{size}", _table(rows)]
     comparable = {metric: value for task in tasks if task.superb_data for metric, value in task.scores.items()}
     if comparable:

@@ -59,10 +59,10 @@ class SlotFilling(Transcription):
             check_column(dataset, self.tags, split)
         tags = [None] * len(texts) if self.tags is None else dataset[self.tags]
         targets = []
-        for row, (words, of) in enumerate(zip(texts, tags, strict=True)):
+        for row, (words, row_tags) in enumerate(zip(texts, tags, strict=True)):
             try:
                 if self.tags is not None:
-                    words = list(_add_marks(words, of.split() if isinstance(of, str) else of or []))
+                    words = list(_add_marks(words, row_tags.split() if isinstance(row_tags, str) else row_tags or []))
                 _check_marks(words)
             except ValueError as error:
                 raise ValueError(f"Row {row} of the {split} set: {error}") from None
@@ -99,15 +99,15 @@ def _add_marks(words: list[str], tags: Sequence[str]) -> Iterator[str]:
         raise ValueError(f"it has {len(words)} words, but {len(tags)} tags; give each word one, `O` outside of slots.")
     slot = None
     for word, tag in zip(words, tags, strict=True):
-        of = None if tag == "O" else re.sub(r"^[BI]-", "", tag)
-        if slot is not None and (of != slot or tag.startswith("B-")):
+        tag_slot = None if tag == "O" else re.sub(r"^[BI]-", "", tag)
+        if slot is not None and (tag_slot != slot or tag.startswith("B-")):
             yield f"E-{slot}"
             slot = None
         if set(word) <= _PUNCTUATION:
             continue  # it would be left out later, and a slot with nothing else would stay
-        if of is not None and slot is None:
-            yield f"B-{of}"
-            slot = of
+        if tag_slot is not None and slot is None:
+            yield f"B-{tag_slot}"
+            slot = tag_slot
         yield _upper(word)
     if slot is not None:
         yield f"E-{slot}"

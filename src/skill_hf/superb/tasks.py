@@ -106,15 +106,18 @@ class Classification(Task):
                 )
         indices = [{label: index for index, label in enumerate(classes)} for classes in self.classes]
         for split, rows in values.items():
-            for column, of, labels in zip(self.columns, indices, zip(*rows, strict=True), strict=True):
-                unknown = sorted(set(labels) - of.keys())
+            for column, indices_of_labels, labels in zip(self.columns, indices, zip(*rows, strict=True), strict=True):
+                unknown = sorted(set(labels) - indices_of_labels.keys())
                 if unknown:
                     raise ValueError(
                         f"The {split} set has {unknown[0]!r} in `{column}`, which the training set lacks; leave out"
                         " such rows."
                     )
         return {
-            split: [[of[label] for of, label in zip(indices, row, strict=True)] for row in rows]
+            split: [
+                [indices_of_labels[label] for indices_of_labels, label in zip(indices, row, strict=True)]
+                for row in rows
+            ]
             for split, rows in values.items()
         }
 
@@ -161,7 +164,10 @@ class Verification(Task):
         self.mean_over_time = not x_vector
 
     def read(self, splits: Splits) -> dict[str, list]:
-        speakers = {split: [row[0] for row in label_rows(of, [self.column], split)] for split, of in splits.items()}
+        speakers = {
+            split: [row[0] for row in label_rows(split_dataset, [self.column], split)]
+            for split, split_dataset in splits.items()
+        }
         self.speakers = {speaker: index for index, speaker in enumerate(sorted(set(speakers["train"])))}
         if len(self.speakers) < 2:
             raise ValueError(f"The training set has one speaker in `{self.column}`; at least 2 are needed.")
@@ -172,8 +178,10 @@ class Verification(Task):
             if not tested:
                 raise ValueError(f"{self.trials} has no pairs.")
         return {
-            split: [(self.speakers.get(speaker, -100), speaker, (split, row)) for row, speaker in enumerate(of)]
-            for split, of in speakers.items()
+            split: [
+                (self.speakers.get(speaker, -100), speaker, (split, row)) for row, speaker in enumerate(split_speakers)
+            ]
+            for split, split_speakers in speakers.items()
         }
 
     def check(self, targets: Sequence, split: str, num_frames: Mapping[int, int] | None = None) -> None:
@@ -350,11 +358,15 @@ def label_rows(dataset: datasets.Dataset, columns: Sequence[str], split: str) ->
     for column in columns:
         check_column(dataset, column, split)
         feature = dataset.features[column]
-        of = dataset[column]
+        column_values = dataset[column]
         unknown = (None, "", -1) if isinstance(feature, datasets.ClassLabel) else (None, "")
-        if any(value in unknown for value in of):
+        if any(value in unknown for value in column_values):
             raise ValueError(f"`{column}` of the {split} set is empty in some rows; leave these out.")
-        values.append([feature.int2str(v) for v in of] if isinstance(feature, datasets.ClassLabel) else map(str, of))
+        values.append(
+            [feature.int2str(v) for v in column_values]
+            if isinstance(feature, datasets.ClassLabel)
+            else map(str, column_values)
+        )
     return list(zip(*values, strict=True))
 
 
@@ -380,11 +392,11 @@ def _read_trials(path: Path, names: list[str]) -> list[tuple[int, int, int]]:
         if len(line) != 3 or line[0] not in ("0", "1"):
             raise ValueError(f"Line {number} of {path} must be `1` or `0` and two files, but is {' '.join(line)!r}.")
         found = [rows.get("/".join(Path(name).parts), []) for name in line[1:]]
-        for name, of in zip(line[1:], found, strict=True):
-            if len(of) != 1:
+        for name, clips in zip(line[1:], found, strict=True):
+            if len(clips) != 1:
                 raise ValueError(
-                    f"Line {number} of {path} names {name}, which {'fits several clips' if of else 'is none'} of the"
-                    " test set."
+                    f"Line {number} of {path} names {name}, which {'fits several clips' if clips else 'is none'} of"
+                    " the test set."
                 )
         pairs.append((found[0][0], found[1][0], int(line[0])))
     return pairs
