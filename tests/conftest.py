@@ -3,7 +3,17 @@ import gc
 import numpy as np
 import pytest
 import torch
-from transformers import WavLMConfig, WavLMModel
+from transformers import (
+    AutoModel,
+    HubertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechSatConfig,
+    Wav2Vec2Config,
+    WavLMConfig,
+    WavLMModel,
+)
 
 
 # The code that travels with each student of WavLM, whoever saves it: of all families, and of its own.
@@ -13,19 +23,32 @@ STUDENT_CODE = {
     "fast_layers.py",
     "modeling_skill_student.py",
     "modeling_wavlm_skill_student.py",
+    "student_layers.py",
     "weight_checks.py",
 }
 
-IMPORTED_WITH_THE_PACKAGE = [
-    "skill_hf.models",
-    "skill_hf.models.configuration_skill_student",
-    "skill_hf.models.configuration_wavlm_skill_student",
-    "skill_hf.models.fast_layers",
-    "skill_hf.models.modeling_skill_student",
-    "skill_hf.models.modeling_wavlm_skill_student",
-    "skill_hf.models.weight_checks",
-    "skill_hf.version",
-]
+FAMILIES = ("hubert", "unispeech", "unispeech_sat", "wav2vec2", "wavlm")
+SHARED_CODE = (
+    "configuration_skill_student",
+    "fast_layers",
+    "modeling_skill_student",
+    "student_layers",
+    "weight_checks",
+)
+
+IMPORTED_WITH_THE_PACKAGE = sorted(
+    [
+        "skill_hf.models",
+        "skill_hf.models.students",
+        "skill_hf.version",
+        *(f"skill_hf.models.{name}" for name in SHARED_CODE),
+        *(
+            f"skill_hf.models.{kind}_{family}_skill_student"
+            for family in FAMILIES
+            for kind in ("configuration", "modeling")
+        ),
+    ]
+)
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
@@ -42,36 +65,69 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": (16,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+LARGE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+
+
 def tiny_config(layout: str = "base", **kwargs) -> WavLMConfig:
     """WavLM's Base layout (group norm, post-LN) or Large layout (layer norm, pre-LN) in tiny."""
-    large = layout == "large"
-    return WavLMConfig(
-        **{
-            "hidden_size": 32,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "conv_dim": (16,) * 7,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-            "num_buckets": 32,
-            "max_bucket_distance": 80,
-            "do_stable_layer_norm": large,
-            "feat_extract_norm": "layer" if large else "group",
-            "conv_bias": large,
-        }
-        | kwargs
-    )
+    fields = TINY | {"num_buckets": 32, "max_bucket_distance": 80} | (LARGE if layout == "large" else {})
+    return WavLMConfig(**fields | kwargs)
 
 
 def tiny_teacher(layout: str = "base", **kwargs) -> WavLMModel:
     """A random teacher. Noise on every parameter: at initialisation biases and norms would hide what is left out."""
     torch.manual_seed(0)
-    teacher = WavLMModel(tiny_config(layout, **kwargs))
+    return with_noise(WavLMModel(tiny_config(layout, **kwargs)))
+
+
+def with_noise(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
-        for parameter in teacher.parameters():
+        for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    return teacher.eval()
+    return model.eval()
+
+
+# What published checkpoints differ in. Those of `LAYOUTS_OF_HEADS` have all that heads depend on.
+LAYOUTS = {
+    "hubert-base": (HubertConfig, {}),
+    "hubert-large": (HubertConfig, LARGE),
+    "distilhubert": (HubertConfig, {"feat_proj_layer_norm": False, "num_hidden_layers": 2}),
+    "hubert-batch-norm": (HubertConfig, {"conv_pos_batch_norm": True}),
+    "wav2vec2-base": (Wav2Vec2Config, {}),
+    "wav2vec2-robust": (Wav2Vec2Config, LARGE | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}),
+    "xls-r": (Wav2Vec2Config, LARGE),
+    "mms": (Wav2Vec2Config, LARGE | {"adapter_attn_dim": 8}),
+    "unispeech-base": (UniSpeechConfig, {}),
+    "unispeech-large": (UniSpeechConfig, LARGE),
+    "unispeech-sat-base": (UniSpeechSatConfig, {}),
+    "unispeech-sat-large": (UniSpeechSatConfig, LARGE),
+    "wavlm-base": (WavLMConfig, {"num_buckets": 32, "max_bucket_distance": 80}),
+    "wavlm-large": (WavLMConfig, LARGE | {"num_buckets": 32, "max_bucket_distance": 80}),
+}
+LAYOUTS_OF_HEADS = ("hubert-large", "xls-r", "unispeech-base", "unispeech-sat-base", "wavlm-base")
+
+
+def family_config(layout: str, **kwargs) -> PreTrainedConfig:
+    config_class, fields = LAYOUTS[layout]
+    heads = {"classifier_proj_size": 8, "vocab_size": 9, "tdnn_dim": (8, 8), "tdnn_kernel": (3, 1)}
+    heads |= {"tdnn_dilation": (1, 1), "xvector_output_dim": 8, "codevector_dim": 8, "proj_codevector_dim": 8}
+    known = config_class().to_dict()
+    return config_class(**TINY | {name: size for name, size in heads.items() if name in known} | fields | kwargs)
+
+
+def family_teacher(layout: str, **kwargs) -> PreTrainedModel:
+    """A random teacher as [`tiny_teacher`], in one of `LAYOUTS`."""
+    torch.manual_seed(0)
+    return with_noise(AutoModel.from_config(family_config(layout, **kwargs)))
 
 
 @pytest.fixture(params=["base", "large"])

@@ -1,26 +1,46 @@
 """
 Compression of speech models by SKILL (arXiv 2402.16830): similar layers are distilled as groups, structures pruned.
 
-Importing this package registers the student with the auto classes of transformers, so that
+Importing this package registers the students of all families with the auto classes of transformers, so that
 `AutoModel.from_pretrained(student)` works without `trust_remote_code`. The rest is imported at first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoModelForAudioFrameClassification,
-    AutoModelForAudioXVector,
-    AutoModelForCTC,
-    Wav2Vec2FeatureExtractor,
-)
+import transformers
+from transformers import AutoConfig, AutoFeatureExtractor, Wav2Vec2FeatureExtractor
 
+from .models.configuration_hubert_skill_student import HubertSkillStudentConfig
+from .models.configuration_unispeech_sat_skill_student import UniSpeechSatSkillStudentConfig
+from .models.configuration_unispeech_skill_student import UniSpeechSkillStudentConfig
+from .models.configuration_wav2vec2_skill_student import Wav2Vec2SkillStudentConfig
 from .models.configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from .models.modeling_hubert_skill_student import (
+    HubertForSkillStudent,
+    HubertSkillStudentForCTC,
+    HubertSkillStudentForSequenceClassification,
+)
 from .models.modeling_skill_student import ACTIONS
+from .models.modeling_unispeech_sat_skill_student import (
+    UniSpeechSatForSkillStudent,
+    UniSpeechSatSkillStudentForAudioFrameClassification,
+    UniSpeechSatSkillStudentForCTC,
+    UniSpeechSatSkillStudentForSequenceClassification,
+    UniSpeechSatSkillStudentForXVector,
+)
+from .models.modeling_unispeech_skill_student import (
+    UniSpeechForSkillStudent,
+    UniSpeechSkillStudentForCTC,
+    UniSpeechSkillStudentForSequenceClassification,
+)
+from .models.modeling_wav2vec2_skill_student import (
+    Wav2Vec2ForSkillStudent,
+    Wav2Vec2SkillStudentForAudioFrameClassification,
+    Wav2Vec2SkillStudentForCTC,
+    Wav2Vec2SkillStudentForSequenceClassification,
+    Wav2Vec2SkillStudentForXVector,
+)
 from .models.modeling_wavlm_skill_student import (
     WavLMForSkillStudent,
     WavLMSkillStudentForAudioFrameClassification,
@@ -28,6 +48,7 @@ from .models.modeling_wavlm_skill_student import (
     WavLMSkillStudentForSequenceClassification,
     WavLMSkillStudentForXVector,
 )
+from .models.students import STUDENTS
 from .version import __version__
 
 
@@ -39,9 +60,29 @@ if TYPE_CHECKING:
     from .recipe.skill_training_args import SkillTrainingArguments
 
 __all__ = [
+    "HubertForSkillStudent",
+    "HubertSkillStudentConfig",
+    "HubertSkillStudentForCTC",
+    "HubertSkillStudentForSequenceClassification",
     "SkillConfig",
     "SkillDistillationTrainer",
     "SkillTrainingArguments",
+    "UniSpeechForSkillStudent",
+    "UniSpeechSatForSkillStudent",
+    "UniSpeechSatSkillStudentConfig",
+    "UniSpeechSatSkillStudentForAudioFrameClassification",
+    "UniSpeechSatSkillStudentForCTC",
+    "UniSpeechSatSkillStudentForSequenceClassification",
+    "UniSpeechSatSkillStudentForXVector",
+    "UniSpeechSkillStudentConfig",
+    "UniSpeechSkillStudentForCTC",
+    "UniSpeechSkillStudentForSequenceClassification",
+    "Wav2Vec2ForSkillStudent",
+    "Wav2Vec2SkillStudentConfig",
+    "Wav2Vec2SkillStudentForAudioFrameClassification",
+    "Wav2Vec2SkillStudentForCTC",
+    "Wav2Vec2SkillStudentForSequenceClassification",
+    "Wav2Vec2SkillStudentForXVector",
     "WavLMForSkillStudent",
     "WavLMSkillStudentConfig",
     "WavLMSkillStudentForAudioFrameClassification",
@@ -81,13 +122,13 @@ def _imported_when_called(module: str, function: str):
 
 ACTIONS.update({action: _imported_when_called(*place) for action, place in _ACTIONS.items()})
 
-AutoConfig.register(WavLMSkillStudentConfig.model_type, WavLMSkillStudentConfig)
-AutoModel.register(WavLMSkillStudentConfig, WavLMForSkillStudent)
-AutoModelForCTC.register(WavLMSkillStudentConfig, WavLMSkillStudentForCTC)
-AutoModelForAudioClassification.register(WavLMSkillStudentConfig, WavLMSkillStudentForSequenceClassification)
-AutoModelForAudioFrameClassification.register(WavLMSkillStudentConfig, WavLMSkillStudentForAudioFrameClassification)
-AutoModelForAudioXVector.register(WavLMSkillStudentConfig, WavLMSkillStudentForXVector)
-AutoFeatureExtractor.register(WavLMSkillStudentConfig, Wav2Vec2FeatureExtractor)
+for _student in STUDENTS:
+    _config = _student.config_class
+    AutoConfig.register(_config.model_type, _config)
+    AutoFeatureExtractor.register(_config, Wav2Vec2FeatureExtractor)
+    for _auto_class, _place in _config.student_classes().items():
+        if _auto_class != "AutoConfig":
+            getattr(transformers, _auto_class).register(_config, globals()[_place.rpartition(".")[2]])
 
 
 def __getattr__(name: str):

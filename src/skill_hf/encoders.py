@@ -17,12 +17,12 @@ from .models.properties import receptive_field
 
 
 # In others, such as Conformers, convolutions between the layers see padding, whatever the norm.
-MASKED_FAMILIES = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm")
+MASKED_FAMILIES = ("hubert", "unispeech", "unispeech_sat", "wav2vec2", "wavlm")
 
 
 def ignores_padding(config) -> bool:
     """Whether the network gives a clip the same hidden states alone and padded in a batch, with an attention mask."""
-    family = config.model_type.removesuffix("_skill_student")
+    family = config.model_type.removesuffix("_skill_student").replace("-", "_")
     if family not in MASKED_FAMILIES or getattr(config, "conv_pos_batch_norm", False):
         return False
     return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)

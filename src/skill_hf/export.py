@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, WavLMForXVector
+from transformers import PreTrainedModel
 from transformers.models.wavlm.modeling_wavlm import TDNNLayer
 
 from .files import try_file
@@ -288,7 +288,7 @@ def _traceable_copy(reference: NamedOutputs, attn_implementation: str | None = N
     model = exported.model
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    if isinstance(model, WavLMForXVector):
+    if hasattr(model, "tdnn"):
         model.tdnn = nn.ModuleList(map(_convolution, model.tdnn))
         model.forward = functools.partial(_x_vector, model)
     for module in model.modules():
@@ -304,13 +304,13 @@ def _convolution(layer: TDNNLayer) -> nn.Conv1d:
     return convolution.requires_grad_(False)
 
 
-def _x_vector(model: WavLMForXVector, input_values: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> dict:
+def _x_vector(model: PreTrainedModel, input_values: torch.Tensor, attention_mask: torch.Tensor, **kwargs) -> dict:
     """
-    Forward of [`~transformers.WavLMForXVector`] that pools all clips at once. The stock one loops over them, which
-    would fix the size of the batch.
+    Forward of an x-vector head, such as [`~transformers.WavLMForXVector`], that pools all clips at once. The stock one
+    loops over them, which would fix the size of the batch.
     """
     kwargs["output_hidden_states"] = kwargs["output_hidden_states"] or model.config.use_weighted_layer_sum
-    output = model.wavlm(input_values, attention_mask=attention_mask, **kwargs)
+    output = model.base_model(input_values, attention_mask=attention_mask, **kwargs)
     features = output.last_hidden_state
     if model.config.use_weighted_layer_sum:
         weights = model.layer_weights.softmax(dim=-1)[:, None, None, None]
@@ -336,8 +336,8 @@ def _noise(model: PreTrainedModel, batch: int, spare_frames: int) -> dict[str, t
     a size of 1 for one that never changes.
     """
     config = model.config
-    least = 2 * config.adapter_stride**config.num_adapter_layers if config.add_adapter else 2
-    if isinstance(model, WavLMForXVector):
+    least = 2 * config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 2
+    if hasattr(model, "tdnn"):
         least += sum((size - 1) * step for size, step in zip(config.tdnn_kernel, config.tdnn_dilation, strict=True))
     stride = math.prod(config.conv_stride)
     samples = receptive_field(config) + (least + spare_frames - 1) * stride + spare_frames % stride

@@ -1,4 +1,4 @@
-"""`skill-hf export`: ONNX in float32 and int8, a program of `torch.export`, a stock `WavLMModel`; each compared."""
+"""`skill-hf export`: ONNX in float32 and int8, a program of `torch.export`, a stock model; each compared."""
 
 import logging
 import tempfile
@@ -10,16 +10,16 @@ from typing import Annotated
 
 import torch
 import transformers
-from transformers import AutoProcessor, PreTrainedModel, WavLMModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from ..data.collator import calibration_waveforms
 from ..data.speech_datasets import load_audio_dir
 from ..encoders import feature_extractor_for
 from ..export import NamedOutputs, OnnxModel, compare_outputs, export_onnx, export_program, quantize_onnx
 from ..files import keep_sources, try_directory, write_json
-from ..models.configuration_wavlm_skill_student import WavLMSkillStudentConfig
+from ..models.configuration_skill_student import SkillStudentConfig
 from ..models.loading import load_config, load_model
-from ..models.modeling_wavlm_skill_student import WavLMForSkillStudent
+from ..models.modeling_skill_student import SkillStudentModel
 from .settings import MAX_SECONDS, Count, Range, parse, run_script
 
 
@@ -59,13 +59,13 @@ def load_student(name: str) -> PreTrainedModel:
         `ValueError`: if there is none, or something else, or weights are missing.
     """
     config = load_config(name)
-    if config.model_type != WavLMSkillStudentConfig.model_type:
+    if not isinstance(config, SkillStudentConfig):
         raise ValueError(
-            f"`{name}` is a `{config.model_type}`, no student. Of a stock WavLM make one with"
+            f"`{name}` is a `{config.model_type}`, not a student. The class of its family makes one, for instance"
             " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`."
         )
     architecture = (config.architectures or [None])[0]
-    auto_classes = {path.rpartition(".")[2]: name for name, path in WavLMSkillStudentConfig().auto_map.items()}
+    auto_classes = {path.rpartition(".")[2]: name for name, path in config.student_classes().items()}
     if architecture not in auto_classes:
         known = ", ".join(path for path in auto_classes if "Config" not in path)
         raise ValueError(f"`architectures` in config.json of `{name}` is {config.architectures}; known are {known}.")
@@ -107,7 +107,7 @@ def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[s
                 saved = torch.export.load(path).module()
             else:
                 model.to_stock().save_pretrained(path)
-                stock = WavLMModel.from_pretrained(path).eval()
+                stock = model.stock_class().from_pretrained(path).eval()
                 saved, result["parameters"] = NamedOutputs(stock, args.output_hidden_states), stock.num_parameters()
                 path = path / "model.safetensors"
             compared = compare_outputs(reference, saved, audio)
@@ -146,7 +146,7 @@ def run(arguments: list[str] | None, prog: str | None = None, kind: type[ExportA
     keep_sources(args.output_dir, {"model": args.model})
     keep_sources(Path(args.output_dir) / FILES["stock"], {"model": args.model})
     model = load_student(args.model)
-    if "stock" in args.formats and not isinstance(model, WavLMForSkillStudent):
+    if "stock" in args.formats and not isinstance(model, SkillStudentModel):
         raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")
     extractor = feature_extractor_for(args.model, model.config)
     audio = list(

@@ -4,6 +4,7 @@ import logging
 import os
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -213,12 +214,16 @@ def target_means(
                 share = hidden_state.float() / len(group)
                 means[number] = means[number].add_(share) if number in means else share
 
+    def add_output(index: int, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        # Layers of WavLM, and all in transformers 4, return more than the hidden state.
+        add(index, output if isinstance(output, torch.Tensor) else output[0])
+
     layers = teacher.encoder.layers
     # transformers can replace the last layer's output by the model's, which comes after a last norm.
     tied = getattr(teacher.config, "tie_last_hidden_states", False)
     hooks = [layers[0].register_forward_pre_hook(lambda module, args: add(0, args[0]))]
     for index, layer in enumerate(layers[: len(layers) - tied], start=1):
-        hooks.append(layer.register_forward_hook(lambda module, args, output, index=index: add(index, output[0])))
+        hooks.append(layer.register_forward_hook(partial(add_output, index)))
     try:
         output = teacher(input_values, attention_mask=attended(attention_mask))
         if tied:

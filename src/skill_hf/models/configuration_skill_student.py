@@ -57,6 +57,8 @@ _COUNTS = {
     "classifier_proj_size": 1,
     "xvector_output_dim": 1,
     "num_ctc_classes": 1,
+    "num_clusters": 1,
+    "adapter_attn_dim": 1,
     "num_labels": 0,
     "adapter_kernel_size": 1,
     "adapter_stride": 1,
@@ -76,10 +78,13 @@ _PROBABILITIES = (
     "layerdrop",
     "mask_time_prob",
     "mask_feature_prob",
+    "replace_prob",
 )
 _NUMBERS = ("initializer_range", "layer_norm_eps", "contrastive_logits_temperature", "diversity_loss_weight")
 _FLAGS = (
     "conv_bias",
+    "conv_pos_batch_norm",
+    "feat_proj_layer_norm",
     "do_stable_layer_norm",
     "apply_spec_augment",
     "ctc_zero_infinity",
@@ -324,10 +329,8 @@ def _check_field(name, value):
     """Raises a `ValueError` if the stock field `name` cannot have this value, whatever the others are."""
     if name in _COUNTS:
         least = _COUNTS[name]
-        most = {"num_hidden_layers": MAX_LAYERS, "num_attention_heads": 1024, "num_labels": MAX_LABELS}.get(
-            name, MAX_SIZE
-        )
-        optional = name in ("output_hidden_size", "num_labels") and value is None
+        most = _MOST.get(name, MAX_SIZE)
+        optional = name in ("output_hidden_size", "num_labels", "adapter_attn_dim") and value is None
         right = optional or _is_index(value, most + 1) and value >= least
         wanted = f"an integer from {least} to {most}"
     elif name in _LISTS:

@@ -6,15 +6,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .loading import load_config, load_model, one_error
-from .modeling_wavlm_skill_student import WavLMForSkillStudent
-
-
-# A family is one line here. Gates and pruning go by the module names that all of wav2vec 2.0's descendants share; what
-# differs between them (attention, mostly) is the student class's business.
-STUDENT_CLASSES = {
-    "wavlm": WavLMForSkillStudent,
-    "wavlm_skill_student": WavLMForSkillStudent,  # a student can be a teacher
-}
+from .students import STUDENT_CLASSES
 
 
 def check_student_config(config: PreTrainedConfig, name) -> None:

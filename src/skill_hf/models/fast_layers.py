@@ -352,12 +352,26 @@ class FastPositionalConv:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.fourier = None  # see `fuse`
+        if not hasattr(self, "batch_norm"):  # some models of HuBERT have one
+            self.batch_norm = None
+
+    def train(self, mode=True):
+        """
+        As of any module, but a batch norm keeps its statistics: those of a batch of a few clips would change them, and
+        with them the outputs of a student that is still equal to its teacher.
+        """
+        super().train(mode)
+        if self.batch_norm is not None:
+            self.batch_norm.eval()
+        return self
 
     def forward(self, hidden_states):
         """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
         conv = self.conv
         if not (_runs_channels_last(hidden_states) and isinstance(conv, nn.Conv1d) and is_bare(conv)):
             return super().forward(hidden_states)
+        if self.batch_norm is not None:
+            hidden_states = self.batch_norm(hidden_states.mT).mT
         if self.fourier is not None and hidden_states.dtype == torch.float32 and not is_traced():
             hidden_states = self.fourier(hidden_states).mT
         else:
@@ -399,9 +413,9 @@ class FastDropout(nn.Dropout):
 
 def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, **kwargs):
     """Attention that returns its weights; signature and shapes are those of transformers' attention functions."""
-    weights = nn.functional.softmax(
-        torch.add(attention_mask, query @ key.transpose(-1, -2), alpha=scaling), dim=-1, dtype=torch.float32
-    ).to(value.dtype)
+    scores = query @ key.transpose(-1, -2)
+    scores = scores * scaling if attention_mask is None else torch.add(attention_mask, scores, alpha=scaling)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     output = fast_dropout(weights, dropout, module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 

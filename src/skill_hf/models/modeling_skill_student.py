@@ -15,22 +15,12 @@ import importlib.util
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_skill_student import CUT_TENSORS, refuse_training_checkpoint
-from .fast_layers import (
-    FastConv1d,
-    FastConvLayer,
-    FastDropout,
-    FastPositionalConv,
-    eager_attention_forward,
-    frozen,
-    is_bare,
-    is_traced,
-    lay_out,
-)
+from .fast_layers import FastConv1d, FastDropout, FastPositionalConv, is_traced, lay_out
+from .student_layers import OutputBias, SkillStudentAttention, SkillStudentFeedForward, conv_layers
 from .weight_checks import check_declared, check_finite, check_weights, declared_weights, mismatched_weights
 
 
@@ -44,175 +34,6 @@ _PRUNED_FIELDS = (
     "removed_attention_blocks",
     "removed_ffn_blocks",
 )
-
-
-def _conv_layers(config):
-    """The stock convolutions of `conv_dim` channels. In Base models the first one has a norm, in Large models all."""
-    inputs = 1
-    for index, channels in enumerate(config.conv_dim):
-        conv = FastConv1d(
-            inputs, channels, config.conv_kernel[index], stride=config.conv_stride[index], bias=config.conv_bias
-        )
-        norm = None
-        if config.feat_extract_norm == "layer":
-            norm = nn.LayerNorm(channels)
-        elif index == 0:
-            norm = nn.GroupNorm(num_groups=channels, num_channels=channels)
-        yield FastConvLayer(conv, norm, ACT2FN[config.feat_extract_activation])
-        inputs = channels
-
-
-class OutputBias(nn.Module):
-    """
-    What is left of an output projection without inputs: its bias, expanded to the shape of the layer's input. Its name
-    is not that of a projection, which LoRA would try to adapt.
-    """
-
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, hidden_states):
-        return self.bias.expand(*hidden_states.shape[:-1], -1)
-
-
-class SkillStudentAttention(nn.Module):
-    """
-    Self-attention over the heads that are left, without its `forward`: a family calls the steps below, and returns
-    what the layers of its stock model take.
-
-    Args:
-        config ([`SkillStudentConfig`]): `remaining_heads[layer_index]` may be empty.
-        layer_index (`int`): which layer this is.
-    """
-
-    def __init__(self, config, layer_index):
-        super().__init__()
-        self.config = config
-        self.heads = list(config.remaining_heads[layer_index])
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.dropout = config.attention_dropout
-
-        width = len(self.heads) * self.head_dim
-        if self.heads:
-            self.k_proj = nn.Linear(config.hidden_size, width)
-            self.v_proj = nn.Linear(config.hidden_size, width)
-            self.q_proj = nn.Linear(config.hidden_size, width)
-            self.qkv_proj = None  # see `fuse`
-            self.out_proj = nn.Linear(width, config.hidden_size)
-            self.output_bias = None
-        else:
-            self.out_proj = None
-            removed = layer_index in config.removed_attention_blocks
-            self.output_bias = None if removed else OutputBias(config.hidden_size)
-
-    def without_heads(self, hidden_states):
-        """Output and attention weights, as those of `attend`, where no heads are left."""
-        batch, frames, _ = hidden_states.shape
-        output = torch.zeros_like(hidden_states) if self.output_bias is None else self.output_bias(hidden_states)
-        eager = self.config._attn_implementation == "eager"
-        # Weights of no head rather than `None`, which would not be collected: the n-th stay those of layer n.
-        return output, hidden_states.new_zeros(batch, 0, frames, frames) if eager else None
-
-    def project(self, hidden_states):
-        """Query, key and value, each `(batch, heads, frames, head_dim)`."""
-        return [
-            features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for features in self._project(hidden_states)
-        ]
-
-    def attend(self, query, key, value, mask, implementation):
-        """
-        Args:
-            query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`): as of `project`.
-            mask (`torch.Tensor` of shape `(batch, heads, frames, frames)`): added to the scores.
-            implementation (`str`): `"eager"` or the name of an attention function of transformers.
-
-        Returns:
-            `tuple`: output `(batch, frames, hidden_size)`; attention weights `(batch, heads, frames, frames)`, or
-            `None` unless the implementation is `"eager"`.
-        """
-        attention = eager_attention_forward
-        dropout = self.dropout if self.training else 0.0
-        # On a CPU the fused attention has no kernel with dropout, and takes the same steps as the eager one, but
-        # slower. In half precision it is the more precise one.
-        in_steps = implementation == "sdpa" and dropout and query.is_cpu and query.dtype == torch.float32
-        if implementation != "eager" and not in_steps:
-            attention = ALL_ATTENTION_FUNCTIONS[implementation]
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask=mask,
-            dropout=dropout,
-            scaling=self.head_dim**-0.5,
-            is_causal=False,
-        )  # (B, T, H, head_dim)
-        return self.out_proj(output.flatten(2)), None if in_steps else weights
-
-    def _project(self, hidden_states):
-        """Query, key and value, each `(batch, frames, heads * head_dim)`."""
-        if self.qkv_proj is None:
-            return [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        return self.qkv_proj(hidden_states).chunk(3, dim=-1)
-
-    def fuse(self):
-        """One linear map for query, key and value, unless theirs are something else or somebody looks at them."""
-        if not self.heads or self.qkv_proj is not None:
-            return
-        projections = self.q_proj, self.k_proj, self.v_proj
-        if any(type(projection) is not nn.Linear for projection in projections) or not is_bare(*projections):
-            return
-        weight, bias = (torch.cat([getattr(one, kind) for one in projections]) for kind in ("weight", "bias"))
-        self.qkv_proj = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        self.qkv_proj.weight, self.qkv_proj.bias = frozen(weight), frozen(bias)
-        del self.q_proj, self.k_proj, self.v_proj
-
-    @property
-    def output(self):
-        """The module that writes the block's output: `out_proj`, the bias that is left of it, or `None`."""
-        return self.output_bias if self.out_proj is None else self.out_proj
-
-
-class SkillStudentFeedForward(nn.Module):
-    """
-    Feed-forward block with `intermediate_sizes[layer_index]` units, possibly none.
-
-    Args:
-        config ([`SkillStudentConfig`]): names widths and removed blocks.
-        layer_index (`int`): which layer this is.
-    """
-
-    def __init__(self, config, layer_index):
-        super().__init__()
-        size = config.intermediate_sizes[layer_index]
-        if size:
-            self.intermediate_dense = nn.Linear(config.hidden_size, size)
-            self.intermediate_act_fn = (
-                ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
-            )
-            self.intermediate_dropout = FastDropout(config.activation_dropout)
-            self.output_dense = nn.Linear(size, config.hidden_size)
-            self.output_bias = None
-        else:
-            self.intermediate_dense = self.output_dense = None
-            removed = layer_index in config.removed_ffn_blocks
-            self.output_bias = None if removed else OutputBias(config.hidden_size)
-        self.output_dropout = FastDropout(config.hidden_dropout)
-
-    def forward(self, hidden_states):
-        """`(batch, frames, hidden_size)` -> `(batch, frames, hidden_size)`."""
-        if self.output is None:
-            return torch.zeros_like(hidden_states)
-        if self.intermediate_dense is not None:
-            hidden_states = self.intermediate_act_fn(self.intermediate_dense(hidden_states))
-            hidden_states = self.intermediate_dropout(hidden_states)
-        return self.output_dropout(self.output(hidden_states))
-
-    @property
-    def output(self):
-        """The module that writes the block's output: `output_dense`, the bias that is left of it, or `None`."""
-        return self.output_bias if self.output_dense is None else self.output_dense
 
 
 # What acts on students from outside, by name. The skill-hf package puts its functions here when it is imported. This
@@ -233,6 +54,7 @@ class SkillStudent:
     """What encoders and task models of all families share: how they are loaded and published."""
 
     _supports_sdpa = True
+    _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = False
     _can_set_attn_implementation_cached_value = True  # otherwise guessed from the wording of this file
     model_tags = ("skill-hf", "skill", "distillation", "structured-pruning", "speech")
 
@@ -351,7 +173,7 @@ class SkillStudentModel(SkillStudent):
         config = copy.deepcopy(config)  # pruning changes it, and other models may be made of the same one
         super().__init__(config)
         self.feature_extractor = self.feature_encoder_class(config)
-        self.feature_extractor.conv_layers = nn.ModuleList(_conv_layers(config))
+        self.feature_extractor.conv_layers = nn.ModuleList(conv_layers(config))
         self.feature_projection.dropout = FastDropout(config.feat_proj_dropout)
         self.encoder.pos_conv_embed = self.positional_conv_class(config)
         self.encoder.dropout = FastDropout(config.hidden_dropout)

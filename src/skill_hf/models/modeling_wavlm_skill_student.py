@@ -26,7 +26,8 @@ from transformers.models.wavlm.modeling_wavlm import WavLMFeatureEncoder, WavLMP
 from .configuration_skill_student import SkillStudentConfig  # noqa: F401
 from .configuration_wavlm_skill_student import WavLMSkillStudentConfig
 from .fast_layers import FastFeatureEncoder, FastPositionalConv, flex_attention_forward
-from .modeling_skill_student import SkillStudentAttention, SkillStudentHead, SkillStudentModel
+from .modeling_skill_student import SkillStudentHead, SkillStudentModel
+from .student_layers import SkillStudentAttention
 from .weight_checks import check_weights  # noqa: F401
 
 

@@ -1,0 +1,21 @@
+"""The families: a teacher's type and the class of its student. A family that is added is one line here."""
+
+from .modeling_hubert_skill_student import HubertForSkillStudent
+from .modeling_unispeech_sat_skill_student import UniSpeechSatForSkillStudent
+from .modeling_unispeech_skill_student import UniSpeechForSkillStudent
+from .modeling_wav2vec2_skill_student import Wav2Vec2ForSkillStudent
+from .modeling_wavlm_skill_student import WavLMForSkillStudent
+
+
+# Gates and pruning go by the module names that all of wav2vec 2.0's descendants share; what differs between them
+# (attention, mostly) is the student class's business.
+STUDENTS = (
+    HubertForSkillStudent,
+    UniSpeechForSkillStudent,
+    UniSpeechSatForSkillStudent,
+    Wav2Vec2ForSkillStudent,
+    WavLMForSkillStudent,
+)
+# By the type of the stock model and by that of the student, which can be a teacher, too.
+STUDENT_CLASSES = {student.config_class.stock_class().model_type: student for student in STUDENTS}
+STUDENT_CLASSES |= {student.config_class.model_type: student for student in STUDENTS}
