@@ -109,7 +109,7 @@ def test_heads_give_the_logits_of_the_stock_ones(layout, tmp_path):
         torch.manual_seed(0)
         stock = auto_class.from_config(config).eval()
         stock.save_pretrained(tmp_path / task)
-        name = type(student_class.config_class()).student_classes()[TASKS[task]].rpartition(".")[2]
+        name = student_class.config_class.student_classes()[TASKS[task]].rpartition(".")[2]
         head = getattr(skill_hf, name).from_pretrained(tmp_path / task).eval()
         head.save_pretrained(tmp_path / f"{task}-student")
         again = auto_class.from_pretrained(tmp_path / f"{task}-student").eval()
