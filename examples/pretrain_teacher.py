@@ -1,9 +1,10 @@
-"""Trains the small WavLM of `examples/demo/` from scratch by masked prediction of clustered targets.
+"""Trains the small teachers of `examples/demo/` from scratch by masked prediction of clustered targets.
 
-The recipe is HuBERT's (arXiv 2106.07447) with WavLM's utterance mixing (arXiv 2110.13900, section 3.2), scaled down to
-a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later one goes on from the
-weights that it finds and predicts k-means clusters of that network's own hidden states. `--init_from` starts from
-another network instead, which may have fewer layers: the study's teacher grew from the demo's that way.
+The recipe is HuBERT's (arXiv 2106.07447), for `--family wavlm` with WavLM's utterance mixing (arXiv 2110.13900, section
+3.2), scaled down to a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later
+one continues from the weights that it finds and predicts k-means clusters of that network's own hidden states.
+`--init_from` starts from another network instead, which may have fewer layers: the study's teacher grew from the
+demo's that way.
 
     python examples/pretrain_teacher.py --output_dir teacher \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
@@ -32,8 +33,11 @@ from tqdm.auto import tqdm
 from transformers import (
     TrainingArguments,
     Wav2Vec2FeatureExtractor,
+    AutoModel,
+    HubertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     WavLMConfig,
-    WavLMModel,
 )
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.wavlm.modeling_wavlm import _compute_mask_indices
@@ -68,7 +72,17 @@ class PretrainArguments:
     crop_seconds: Seconds = field(default=3.0, metadata={"help": "Length of a training crop in seconds."})
     batch_size: Count = field(default=6, metadata={"help": "Crops per step."})
     learning_rate: NotNegative = field(default=6e-4, metadata={"help": "Peak learning rate."})
-    mixing_probability: Share = field(default=0.2, metadata={"help": "Share of crops with a second voice mixed in."})
+    family: str = field(
+        default="wavlm",
+        metadata={
+            "help": "wavlm: group norm, post-norm. hubert: layer norm, pre-norm.",
+            "choices": ["wavlm", "hubert"],
+        },
+    )
+    mixing_probability: Share | None = field(
+        default=None,
+        metadata={"help": "Share of crops with a second voice mixed in; by default 0.2 for wavlm, 0 for hubert."},
+    )
     unmasked_weight: NotNegative = field(
         default=0.3,
         metadata={"help": "Weight of the loss over frames that are not masked: a short run learns faster."},
@@ -88,6 +102,8 @@ class PretrainArguments:
     save_steps: Count = field(default=500, metadata={"help": "Steps between checkpoints."})
 
     def __post_init__(self):
+        if self.mixing_probability is None:
+            self.mixing_probability = 0.2 if self.family == "wavlm" else 0.0
         if len(self.steps) != len(self.num_clusters):
             raise ValueError(
                 f"`steps` has {len(self.steps)} iterations, `num_clusters` {len(self.num_clusters)}; give as many."
@@ -101,9 +117,14 @@ class PretrainArguments:
             raise ValueError(f"`crop_seconds` must be at least {WINDOW / RATE}, but is {self.crop_seconds}.")
 
 
-def small_wavlm_config(num_hidden_layers: int) -> WavLMConfig:
-    """WavLM Base in small: group norm, post-LN, layers of 8 heads; 7.1 M parameters with 8 layers."""
-    return WavLMConfig(
+def small_config(family: str, num_hidden_layers: int) -> PreTrainedConfig:
+    """
+    WavLM Base in small, with a group norm and post-LN layers, or HuBERT Large, with layer norms and pre-LN layers, each
+    of 8 heads; 7.1 M parameters with 8 layers.
+    """
+    large = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    config_class, layout = {"wavlm": (WavLMConfig, {}), "hubert": (HubertConfig, large)}[family]
+    return config_class(
         hidden_size=256,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=8,
@@ -120,6 +141,7 @@ def small_wavlm_config(num_hidden_layers: int) -> WavLMConfig:
         mask_time_length=10,
         mask_time_prob=0.5,
         apply_spec_augment=True,
+        **layout,
     )
 
 
@@ -196,7 +218,7 @@ def mfcc(audio: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def hidden_states(model: WavLMModel, audio: np.ndarray, layer: int, bf16: bool = True) -> np.ndarray:
+def hidden_states(model: PreTrainedModel, audio: np.ndarray, layer: int, bf16: bool = True) -> np.ndarray:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         output = model(normalise(torch.from_numpy(audio)).to(model.device)[None], output_hidden_states=True)
     return output.hidden_states[layer][0].float().cpu().numpy()
@@ -253,34 +275,34 @@ class Crops(torch.utils.data.Dataset):
 
 
 class MaskedPrediction(nn.Module):
-    """WavLM with a linear classifier; the loss is cross entropy over masked frames, and a little over the others."""
+    """An encoder with a linear classifier; the loss is cross entropy over masked frames, and a little over the others."""
 
-    def __init__(self, wavlm: WavLMModel, num_clusters: int, unmasked_weight: float):
+    def __init__(self, encoder: PreTrainedModel, num_clusters: int, unmasked_weight: float):
         super().__init__()
         self.unmasked_weight = unmasked_weight
-        self.wavlm = wavlm
-        self.classifier = nn.Linear(wavlm.config.hidden_size, num_clusters)
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_clusters)
 
     def forward(self, input_values, labels, mask):
-        hidden = self.wavlm(input_values, mask_time_indices=mask).last_hidden_state
+        hidden = self.encoder(input_values, mask_time_indices=mask).last_hidden_state
         losses = nn.functional.cross_entropy(
             self.classifier(hidden).float().transpose(1, 2), labels, reduction="none"
         )  # (batch, frames)
         return {"loss": losses[mask].mean() + self.unmasked_weight * losses[~mask].mean()}
 
 
-def pretrain(wavlm, utterances, targets, num_clusters, steps, directory: Path, args: PretrainArguments) -> None:
-    """One iteration of masked prediction; `wavlm` is trained in place."""
+def pretrain(encoder, utterances, targets, num_clusters, steps, directory: Path, args: PretrainArguments) -> None:
+    """One iteration of masked prediction; `encoder` is trained in place."""
 
     def collate(rows):
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
         shape = tuple(batch["labels"].shape)
         np.random.seed(int(torch.randint(2**31, ())))  # the stock mask sampler draws from numpy's global generator
-        mask = _compute_mask_indices(shape, wavlm.config.mask_time_prob, wavlm.config.mask_time_length)
+        mask = _compute_mask_indices(shape, encoder.config.mask_time_prob, encoder.config.mask_time_length)
         return batch | {"mask": torch.from_numpy(mask)}
 
     trainer = FineTuner(
-        model=MaskedPrediction(wavlm, num_clusters, args.unmasked_weight),
+        model=MaskedPrediction(encoder, num_clusters, args.unmasked_weight),
         args=TrainingArguments(
             output_dir=str(directory),
             max_steps=steps,
@@ -321,36 +343,36 @@ def run(args: PretrainArguments) -> None:
     utterances = training_utterances(args)
     hours = sum(map(len, utterances)) / RATE / 3600
     logger.info("%d utterances, %.2f hours", len(utterances), hours)
-    wavlm = WavLMModel(small_wavlm_config(args.num_hidden_layers))
+    encoder = AutoModel.from_config(small_config(args.family, args.num_hidden_layers))
     if args.init_from is not None:
         grown_from = load_model(str(args.init_from))
         try:
-            wavlm.load_state_dict(grown_from.state_dict(), strict=False)
+            encoder.load_state_dict(grown_from.state_dict(), strict=False)
         except RuntimeError as error:  # other shapes
             raise ValueError(f"`init_from`, {args.init_from}, is of another size: {error}") from error
-    logger.info("%.2f M parameters", wavlm.num_parameters() / 1e6)
+    logger.info("%.2f M parameters", encoder.num_parameters() / 1e6)
     for iteration, (steps, num_clusters) in enumerate(zip(args.steps, args.num_clusters, strict=True), start=1):
         directory = args.output_dir / f"iteration-{iteration}"
         finished, targets_file = directory / "model", args.output_dir / f"targets-{iteration}.npz"
         if finished.is_dir():
-            wavlm = WavLMModel.from_pretrained(finished)
+            encoder = AutoModel.from_pretrained(finished)
             continue
         if targets_file.is_file():
             targets = read_targets(targets_file, len(utterances))
         else:
-            wavlm.eval()
+            encoder.eval()
             first = iteration == 1 and args.init_from is None
-            features = mfcc if first else lambda audio: hidden_states(wavlm, audio, args.target_layer, args.bf16)  # noqa: B023
+            features = mfcc if first else lambda audio: hidden_states(encoder, audio, args.target_layer, args.bf16)  # noqa: B023
             targets = cluster_targets(features, utterances, num_clusters, args.seed)
             args.output_dir.mkdir(parents=True, exist_ok=True)
             part = targets_file.with_name(f"part-{targets_file.name}")  # numpy adds .npz to other names
             np.savez(part, **{str(i): labels for i, labels in enumerate(targets)})
             part.replace(targets_file)
         logger.info("iteration %d: %d steps, %d clusters", iteration, steps, num_clusters)
-        pretrain(wavlm, utterances, targets, num_clusters, steps, directory, args)
-        wavlm.save_pretrained(finished)
+        pretrain(encoder, utterances, targets, num_clusters, steps, directory, args)
+        encoder.save_pretrained(finished)
     # Half precision keeps the repository small; loading for use is float32 (`dtype=torch.float32`).
-    wavlm.half().save_pretrained(args.output_dir / "model")
+    encoder.half().save_pretrained(args.output_dir / "model")
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(args.output_dir / "model")
 
 

@@ -139,7 +139,7 @@ def tiny_teacher() -> WavLMModel:
     torch.manual_seed(0)
     config = WavLMConfig(
         **{
-            **pretrain_teacher.small_wavlm_config(num_hidden_layers=8).to_diff_dict(),
+            **pretrain_teacher.small_config("wavlm", num_hidden_layers=8).to_diff_dict(),
             "hidden_size": 16,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
@@ -164,7 +164,7 @@ def test_mfcc_has_one_row_for_each_frame_of_the_network(tiny_teacher, samples):
 
 
 def test_teacher_config_is_within_the_demo_bounds():
-    config = pretrain_teacher.small_wavlm_config(num_hidden_layers=8)
+    config = pretrain_teacher.small_config("wavlm", num_hidden_layers=8)
     assert config.num_hidden_layers >= 6
     assert 192 <= config.hidden_size <= 320
 
