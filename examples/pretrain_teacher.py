@@ -1,7 +1,7 @@
 """Trains the small teachers of `examples/demo/` from scratch by masked prediction of clustered targets.
 
-The recipe is HuBERT's (arXiv 2106.07447), for `--family wavlm` with WavLM's utterance mixing (arXiv 2110.13900, section
-3.2), scaled down to a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later
+The recipe is HuBERT's (arXiv 2106.07447), for `--family wavlm` with WavLM's utterance mixing (arXiv 2110.13900,
+section 3.2), scaled down to a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later
 one continues from the weights that it finds and predicts k-means clusters of that network's own hidden states.
 `--init_from` starts from another network instead, which may have fewer layers: the study's teacher grew from the
 demo's that way.
@@ -31,12 +31,12 @@ from speech_folders import read_metadata, read_speech
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    TrainingArguments,
-    Wav2Vec2FeatureExtractor,
     AutoModel,
     HubertConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    TrainingArguments,
+    Wav2Vec2FeatureExtractor,
     WavLMConfig,
 )
 from transformers.audio_utils import mel_filter_bank
@@ -119,8 +119,8 @@ class PretrainArguments:
 
 def small_config(family: str, num_hidden_layers: int) -> PreTrainedConfig:
     """
-    WavLM Base in small, with a group norm and post-LN layers, or HuBERT Large, with layer norms and pre-LN layers, each
-    of 8 heads; 7.1 M parameters with 8 layers.
+    WavLM Base in small, with a group norm and post-LN layers, or HuBERT Large, with layer norms and pre-LN layers;
+    7.1 M parameters with 8 layers of 8 heads.
     """
     large = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
     config_class, layout = {"wavlm": (WavLMConfig, {}), "hubert": (HubertConfig, large)}[family]
@@ -298,7 +298,8 @@ def pretrain(encoder, utterances, targets, num_clusters, steps, directory: Path,
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
         shape = tuple(batch["labels"].shape)
         np.random.seed(int(torch.randint(2**31, ())))  # the stock mask sampler draws from numpy's global generator
-        mask = _compute_mask_indices(shape, encoder.config.mask_time_prob, encoder.config.mask_time_length)
+        config = encoder.config
+        mask = _compute_mask_indices(shape, config.mask_time_prob, config.mask_time_length)
         return batch | {"mask": torch.from_numpy(mask)}
 
     trainer = FineTuner(
