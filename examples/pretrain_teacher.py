@@ -1,10 +1,10 @@
 """Trains the small teachers of `examples/demo/` from scratch by masked prediction of clustered targets.
 
 The recipe is HuBERT's (arXiv 2106.07447), for `--family wavlm` with WavLM's utterance mixing (arXiv 2110.13900,
-section 3.2), scaled down to a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later
-one continues from the weights that it finds and predicts k-means clusters of that network's own hidden states.
-`--init_from` starts from another network instead, which may have fewer layers: the study's teacher grew from the
-demo's that way.
+section 3.2), scaled down to a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC;
+each later one continues from the weights that it finds and predicts k-means clusters of that network's own hidden
+states. `--init_from` starts from another network instead, which may have fewer layers: the study's teacher grew from
+the demo's that way.
 
     python examples/pretrain_teacher.py --output_dir teacher \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
@@ -275,7 +275,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 class MaskedPrediction(nn.Module):
-    """An encoder with a linear classifier; the loss is cross entropy over masked frames, and a little over the others."""
+    """An encoder with a linear classifier; the loss is cross entropy over masked frames, and a little over others."""
 
     def __init__(self, encoder: PreTrainedModel, num_clusters: int, unmasked_weight: float):
         super().__init__()
