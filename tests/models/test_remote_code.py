@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import STUDENT_CODE, padded_batch
 from package_index import REQUESTS, install
+from test_families import random_student
 from test_modeling_wavlm_skill_student import pruned_student
 from transformers import (
+    AutoConfig,
     AutoModelForAudioClassification,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 import skill_hf
+from skill_hf.models.configuration_skill_student import TASKS
 
 
 pytestmark = pytest.mark.slow
@@ -40,21 +43,34 @@ VERSIONS = {
     ),
 }
 FILES = {"config.json", "model.safetensors", *STUDENT_CODE}
+# One of each way in which they differ from WavLM and from each other.
+OTHER_FAMILIES = (
+    "distilhubert",
+    "hubert-batch-norm",
+    "hubert-large",
+    "mms",
+    "unispeech-base",
+    "unispeech-sat-large",
+    "wav2vec2-base",
+)
 
 
 def publish(root: Path) -> None:
-    """Encoders of both layouts, two task models and a damaged encoder, each a directory as on the Hub."""
+    """Encoders of all families, two task models and a damaged encoder, each a directory as on the Hub."""
     inputs = padded_batch()
     torch.save(inputs, root / "inputs.pt")
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
-    for layout in ("base", "large"):
-        student = pruned_student(layout)
+    students = {layout: pruned_student(layout) for layout in ("base", "large")}
+    for layout in OTHER_FAMILIES:
+        students[layout] = random_student(layout)
+        students[layout].prune()
+    for layout, student in students.items():
         student.save_pretrained(root / layout)
         extractor.save_pretrained(root / layout)
         with torch.no_grad():
             output = student(**inputs, output_hidden_states=True)
         expected = {"hidden_states": output.hidden_states, "last_hidden_state": output.last_hidden_state}
-        torch.save(expected, root / f"{layout}.pt")
+        torch.save(expected, root / f"{layout}.expected")
 
     letters = ["<pad>", "<unk>", "|", *"abcdef"]
     (root / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
@@ -131,6 +147,20 @@ def test_encoder_and_heads_give_the_same_hidden_states(visit, layout):
     }
     assert max(there for _, there in seen["heads"].values()) < 1e-5
     assert "pip install skill-hf" in seen["prune"]
+
+
+@pytest.mark.parametrize("layout", OTHER_FAMILIES)
+def test_encoders_and_heads_of_other_families(visit, layout):
+    version, root, results = visit
+    seen = results["encoders"][layout]
+    assert seen["module"] == "transformers_modules"
+    moved = layout in ("hubert-large", "mms", "unispeech-sat-large") and version.startswith("4")
+    assert max(seen["hidden_states"][: -1 if moved else None]) < 1e-5
+    assert seen["last_hidden_state"] < 1e-5
+    assert seen["stock"] < 1e-10
+    config = AutoConfig.from_pretrained(root / layout)
+    assert seen["heads"].keys() == {TASKS[task] for task in config.tasks}
+    assert max(difference for _, difference in seen["heads"].values()) < 1e-5
 
 
 def test_pipelines_agree_with_those_of_the_package(visit):
