@@ -29,7 +29,8 @@ def check_declared(model, declared):
     """
     prefix = f"{model.base_model_prefix}."
     for name, tensor in declared.items():
-        if not tensor.is_floating_point():
+        # A batch norm counts its batches.
+        if not tensor.is_floating_point() and not name.endswith(".num_batches_tracked"):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
                 f"{name} of this student is of type {kind}, but weights must be floating: the file is damaged or"
