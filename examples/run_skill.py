@@ -22,7 +22,7 @@ All settings in one JSON or YAML file, which holds the same names:
 
 Add `--resume_from_checkpoint True` to resume a run that was stopped, `--overwrite_output_dir` to replace an earlier
 run in `output_dir`, `--push_to_hub` to publish the student. With no arguments at all: the demo of `examples/demo/`,
-offline, in about 10 minutes on 2 CPU cores.
+offline, in about 14 minutes on 2 CPU cores.
 
 Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
 both of which write a checkpoint first.
