@@ -1,4 +1,9 @@
 import gc
+import os
+
+
+# A name that is looked for on the Hub is not found at once, instead of after many attempts; read at import.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest

@@ -403,7 +403,7 @@ def test_half_of_the_demo_teacher_learns_keywords(tmp_path):
     student.prune()
     student.save_pretrained(tmp_path / "student")
     save_feature_extractor(tmp_path / "student")
-    settings = {"model": tmp_path / "student", "output_dir": tmp_path / "out", "max_steps": 60, "use_cpu": True}
+    settings = {"model": tmp_path / "student", "output_dir": tmp_path / "out", "max_steps": 30, "use_cpu": True}
     assert run_main(finetune_keyword_spotting, settings)[0] == 0
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert results["chance_accuracy"] == results["largest_class_accuracy"] == 0.1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_teacher
-from example_helpers import DEMO, isolate, run_main, save_feature_extractor, save_student
+from example_helpers import DEMO, FEW_CONVOLUTIONS, isolate, run_main, save_feature_extractor, save_student
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoFeatureExtractor,
@@ -39,7 +39,7 @@ def isolated(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return save_student(tmp_path_factory.mktemp("student"))
+    return save_student(tmp_path_factory.mktemp("student"), **FEW_CONVOLUTIONS)
 
 
 @pytest.fixture(scope="module")

@@ -462,8 +462,6 @@ def test_accelerate_launches_the_module(shared, tmp_path):
         AutoModel.from_pretrained(tmp_path / "out").num_parameters()
         == results_of(tmp_path / "out")["student_parameters"]
     )
-    result = program(*launch, *command_line(settings | {"max_steps": "many"}))
-    assert "error: `max_steps` must be a whole number" in result.stderr
 
 
 @pytest.mark.slow

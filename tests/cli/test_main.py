@@ -111,5 +111,3 @@ def test_as_a_module(tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert line.startswith("error: ") and "none` does not exist" in line and "Traceback" not in result.stderr
-    result = program("--version")
-    assert (result.returncode, result.stdout) == (0, f"skill-hf {skill_hf.__version__}\n")

@@ -323,7 +323,7 @@ def test_a_compiled_run_that_was_killed_ends_like_one_in_eager_mode(fresh_compil
     def make(name, *callbacks, **kwargs):
         settings = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0)
         few = {"conv_dim": (16, 16), "conv_kernel": (40, 16), "conv_stride": (20, 16)}  # a graph has a part for each
-        teacher = tiny_teacher(apply_spec_augment=False, **few, **settings)
+        teacher = tiny_teacher(apply_spec_augment=False, num_hidden_layers=2, **few, **settings)
         kwargs |= {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-4}
         recipe = RECIPE | {"final_steps": 2, "sparsity_warmup_steps": 2}
         return make_trainer(tmp_path / name, clips, teacher, recipe, [CloseGates(), *callbacks], **kwargs)

@@ -177,8 +177,8 @@ def results_page(name: str, tasks: Sequence[MeasuredTask], million_parameters: f
         _check_names(task.scores)
     size = "" if million_parameters is None else f", {million_parameters:.1f} M parameters"
     rows = [["metric", "result", "data"], ["---", "---:", "---"]]
-    for name, metric in METRICS.items():
-        rows += [[metric.title, f"{t.scores[name]:.{metric.digits}f}", t.dataset] for t in tasks if name in t.scores]
+    for key, metric in METRICS.items():
+        rows += [[metric.title, f"{t.scores[key]:.{metric.digits}f}", t.dataset] for t in tasks if key in t.scores]
     parts = [f"# {name}{size}", _table(rows)]
     comparable = {metric: value for task in tasks if task.superb_data for metric, value in task.scores.items()}
     if comparable:
