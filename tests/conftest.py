@@ -37,7 +37,7 @@ torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 def pytest_collection_modifyitems(items):
     # Files with long tests come first, so that no worker is left alone with one in the end.
-    lengthy = {item.path for item in items if item.get_closest_marker("slow")}
+    lengthy = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("nightly")}
     items.sort(key=lambda item: item.path not in lengthy)
 
 

@@ -101,7 +101,7 @@ def test_inference_and_clustering(directories, tmp_path, capsys):
     assert len([line for line in printed.splitlines() if line.startswith("| 2x1 | ")]) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_and_int8(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -138,9 +138,8 @@ def test_quick_compiles_nothing():
     assert [compiled[name] for name in args.training_rivals] == [False] * 4
 
 
-@pytest.mark.slow
-def test_training_step(tmp_path, capsys):
-    directories = save_models(tmp_path, layers=1, **FEW_CONVOLUTIONS)
+@pytest.mark.nightly
+def test_training_step(directories, tmp_path, capsys):
     rivals = ["--training_rivals", "skill, pruned", "skill, compiled", "--training_compiler", "eager"]
     arguments = ["--training_case", "2x0.5", *rivals, "--profile"]
     results = run(directories, tmp_path, "--parts", "training", "--training_precisions", "fp32", *arguments)

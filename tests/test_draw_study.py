@@ -370,6 +370,7 @@ def all_blocks(path):
     return path
 
 
+@pytest.mark.nightly
 def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
     rows = [row_of(name, seed) for name in ("skill", "dphubert", "one group") for seed in (0, 1)]
     write_runs(results, rows + [row_of("skill", 0, 0.5)])

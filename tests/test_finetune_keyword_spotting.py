@@ -393,7 +393,7 @@ def test_selection_refuses_more_clips_than_there_are():
 
 
 # ---------------------------------------------------------------------------------------------------------- it learns
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_half_of_the_demo_teacher_learns_keywords(tmp_path):
     """Half of the weights are cut and nothing is distilled: accuracy was 0.38, 0.40 and 0.40 with seeds 0 to 2."""
     teacher = load_teacher(DEMO / "teacher")

@@ -373,6 +373,7 @@ def shared(tmp_path, monkeypatch):
     return write_inputs(tmp_path)
 
 
+@pytest.mark.nightly
 def test_from_the_command_to_a_student(shared, tmp_path):
     file = tmp_path / "costs" / "latency.json"
     settings = {"teacher_name_or_path": shared / "teacher", "seconds": 0.2, "output": file}

@@ -171,7 +171,7 @@ for name, arguments in inputs.items():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_share_an_empty_cache_offline(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -151,7 +151,7 @@ def ctc(student, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_head_with_its_tokenizer(ctc, tmp_path):
     status, _, errors = run_main(
         export_student, {"model": ctc, "output_dir": tmp_path, "formats": ["torch_export"], **SPEECH}

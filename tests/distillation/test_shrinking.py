@@ -318,7 +318,7 @@ def test_killed_and_resumed_is_bitwise_the_same(layout, killed_at, tmp_path, cli
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_run_that_was_killed_ends_like_one_in_eager_mode(fresh_compiler, tmp_path, clips):
     def make(name, *callbacks, **kwargs):
         settings = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0)
