@@ -30,7 +30,7 @@ Args:
 Returns:
     accuracy (`float`): share of right predictions, from 0 to 1.
 Raises:
-    `ValueError`: if there is nothing to score, a class is missing (`None`), or a number is no class but a score.
+    `ValueError`: if there is nothing to score, a class is missing (`None`), or a number is a score instead of a class.
 Examples:
     >>> from skill_hf.metrics import load_metric
     >>> accuracy = load_metric("accuracy")
@@ -65,5 +65,7 @@ class Accuracy(evaluate.Metric):
         for name, classes in (("predictions", predictions), ("references", references)):
             for index, value in enumerate(classes):
                 if value is None or (isinstance(value, float) and not value.is_integer()):
-                    raise ValueError(f"`{name}` must hold classes, strings or integers, but item {index} is {value}.")
+                    raise ValueError(
+                        f"`{name}` must contain classes as strings or integers, but item {index} is {value}."
+                    )
         return {"accuracy": float(accuracy_score(references, predictions))}

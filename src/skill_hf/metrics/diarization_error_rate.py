@@ -89,7 +89,7 @@ class DiarizationErrorRate(evaluate.Metric):
             times += _times(prediction, reference, collar)
         missed, false_alarm, confusion, speech = (float(time) for time in times)
         if not speech:
-            raise ValueError("The diarization error rate is undefined: `references` hold no speech to score.")
+            raise ValueError("The diarization error rate is undefined: `references` contain no speech to score.")
         return {
             "der": (missed + false_alarm + confusion) / speech,
             "missed": missed / speech,
@@ -103,7 +103,7 @@ def _check(segments, place):
     for segment in segments:
         start, end = np.array([segment["start"], segment["end"]], dtype=float)
         if segment["speaker"] is None or not np.isfinite([start, end]).all() or end < start:
-            raise ValueError(f"{place} holds {segment}, but each segment needs a speaker and finite start <= end.")
+            raise ValueError(f"{place} contains {segment}, but each segment needs a speaker and finite start <= end.")
 
 
 def _times(prediction, reference, collar):

@@ -63,7 +63,7 @@ class EqualErrorRate(evaluate.Metric):
             raise ValueError(f"Scores (`predictions`) must be finite, but item {index} is {scores[index]}.")
         if set(labels) != {0, 1}:
             raise ValueError(
-                "Labels (`references`) must be 0 and 1, with at least one trial of each, but hold"
+                "Labels (`references`) must be 0 and 1, with at least one trial of each, but contain"
                 f" {sorted(set(labels)) or 'nothing'}."
             )
         false_acceptance, true_acceptance, thresholds = roc_curve(labels, scores, drop_intermediate=False)

@@ -69,10 +69,10 @@ class ErrorRate(evaluate.Metric):
             raise ValueError(f"`unit` must be one of {', '.join(processes)}, but is {unit!r}.")
         for name, texts in (("predictions", predictions), ("references", references)):
             if None in texts:
-                raise ValueError(f"`{name}` must hold strings, but item {texts.index(None)} is None.")
+                raise ValueError(f"`{name}` must contain strings, but item {texts.index(None)} is None.")
         # jiwer would return the number of insertions.
         if not any(text.strip() for text in references):
-            raise ValueError("The error rate is undefined: there is no reference that is not empty.")
+            raise ValueError("The error rate is undefined: all references are empty.")
         true, predicted = ([" ".join(text.split()) for text in texts] for texts in (references, predictions))
         counts = processes[unit](true, predicted)
         edits = counts.substitutions + counts.deletions + counts.insertions

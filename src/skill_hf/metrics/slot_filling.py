@@ -74,7 +74,7 @@ class SlotFilling(evaluate.Metric):
     def _compute(self, predictions, references):
         for name, texts in (("predictions", predictions), ("references", references)):
             if None in texts:
-                raise ValueError(f"`{name}` must hold strings, but item {texts.index(None)} is None.")
+                raise ValueError(f"`{name}` must contain strings, but item {texts.index(None)} is None.")
         f1 = edits = characters = 0
         for prediction, reference in zip(predictions, references, strict=True):
             predicted, true = _slots(prediction), _slots(reference)
@@ -85,7 +85,8 @@ class SlotFilling(evaluate.Metric):
                     characters += len(value)
         if not characters:
             raise ValueError(
-                "The slot-value CER is undefined: no reference holds a slot, which is written `B-type value E-type`."
+                "The slot-value CER is undefined: no reference contains a slot, which is written `B-type value"
+                " E-type`."
             )
         return {"slot_type_f1": f1 / len(references), "slot_value_cer": edits / characters}
 

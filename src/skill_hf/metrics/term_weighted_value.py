@@ -107,9 +107,9 @@ class TermWeightedValue(evaluate.Metric):
         if np.isnan(scores).any():
             raise ValueError(f"Scores (`predictions`) must be numbers, but item {np.isnan(scores).argmax()} is NaN.")
         if not set(labels) <= {0, 1}:
-            raise ValueError(f"Labels (`references`) must be 0 or 1, but hold {sorted(set(labels) - {0, 1})[:5]}.")
+            raise ValueError(f"Labels (`references`) must be 0 or 1, but contain {sorted(set(labels) - {0, 1})[:5]}.")
         if not labels.any():
-            raise ValueError("The term-weighted value is undefined: no query has a document that holds it.")
+            raise ValueError("The term-weighted value is undefined: no query has a document that contains it.")
         beta = cost_false_alarm / cost_miss * (1 / prior - 1)
 
         _, query = np.unique(queries, return_inverse=True)
