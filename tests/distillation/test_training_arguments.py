@@ -643,7 +643,7 @@ RUNS = [
     ({"load_best_model_at_end": True, **EVALUATED, "eval_delay": 99}, "`eval_delay` is 99"),
     ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, "EarlyStoppingCallback.*metric_for_best_model"),
     ({"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "loss"}, "nothing is evaluated"),
-    ({"callbacks": [3]}, "`callbacks` holds 3"),
+    ({"callbacks": [3]}, "`callbacks` contains 3"),
     ({"callbacks": 3}, "`callbacks` must be a list"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "`lr_scheduler_kwargs` is None.*num_decay_steps"),
     ({"lr_scheduler_kwargs": {"foo": 1}}, "`lr_scheduler_kwargs` is .*foo"),
@@ -693,7 +693,7 @@ class Averaging(torch.optim.SGD):
 
 
 def test_an_optimizer_with_modes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="weights that it averages"):
+    with pytest.raises(ValueError, match="its averaged weights"):
         make_trainer(tmp_path, optimizer_cls_and_kwargs=(Averaging, {})).train()
 
 

@@ -136,7 +136,7 @@ def test_a_damaged_file_is_named(content, tmp_path):
 @pytest.mark.parametrize("name", ["/dev/zero", "costs.json"])
 def test_a_recipe_of_others_names_no_file_of_this_machine(name, tmp_path):
     (tmp_path / "skill_config.json").write_text(json.dumps({"budget": "latency", "latency_costs": name}))
-    with pytest.raises(ValueError, match="`latency_costs` must be what was measured"):
+    with pytest.raises(ValueError, match="`latency_costs` must be the measured costs"):
         SkillConfig.from_pretrained(tmp_path)
 
 

@@ -171,8 +171,8 @@ class SkillConfig:
         if (self.budget == "latency") != (self.latency_costs is not None):
             missing = "no " if self.latency_costs is None else ""
             raise ValueError(
-                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they go with `latency` and with"
-                " no other budget. examples/calibrate_latency.py measures them."
+                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they are required for `latency`"
+                " and not allowed for other budgets. examples/calibrate_latency.py measures them."
             )
         if self.num_clusters is not None and self.distance_threshold is not None:
             raise ValueError(
@@ -180,7 +180,7 @@ class SkillConfig:
                 " the tree; set one of them or neither."
             )
         if self.l1_weight + self.l2_weight + self.cosine_weight == 0:
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
+            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
 
@@ -209,7 +209,7 @@ class SkillConfig:
             final = round(max_steps * FULL_FINAL_STEPS / FULL_STEPS)
         if final > max_steps:
             raise ValueError(
-                f"`final_steps` ({final}) must not be above the steps of the run, `max_steps` ({max_steps})."
+                f"`final_steps` ({final}) must not exceed the steps of the run, `max_steps` ({max_steps})."
             )
         joint = max_steps - final
         full_joint = FULL_STEPS - FULL_FINAL_STEPS
@@ -248,13 +248,13 @@ class SkillConfig:
         try:
             path = Path(directory) / SKILL_CONFIG_NAME
         except TypeError:
-            raise ValueError(f"A recipe is read from a directory, but {directory!r} is none.") from None
+            raise ValueError(f"A recipe is read from a directory, but {directory!r} is not a path.") from None
         try:
             values = parse_json(path)
             if not isinstance(values, dict):
-                raise ValueError(f"it holds a {type(values).__name__}, not names and values")
+                raise ValueError(f"it contains a {type(values).__name__}, not names and values")
             if isinstance(values.get("latency_costs"), str):  # somebody else's file may name any of this machine
-                raise ValueError("`latency_costs` must be what was measured, but is the name of a file")
+                raise ValueError("`latency_costs` must be the measured costs, but is the name of a file")
             return cls(**{name: value for name, value in values.items() if name in FIELD_KINDS})
         except ValueError as error:
             raise ValueError(f"{path} is not a recipe of skill-hf: {' '.join(str(error).split())}") from error
@@ -287,7 +287,7 @@ def _fit_warmup(name: str, steps: int | None, stage: int, full_stage: int) -> in
     if steps is None:
         return min(FULL_WARMUP_STEPS, round(stage * FULL_WARMUP_STEPS / full_stage))
     if stage and steps > stage:
-        raise ValueError(f"`{name}` ({steps}) must not be above the steps of its stage ({stage}).")
+        raise ValueError(f"`{name}` ({steps}) must not exceed the steps of its stage ({stage}).")
     return steps
 
 
