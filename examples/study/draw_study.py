@@ -87,9 +87,9 @@ STYLES = dict(zip(COMPARED, zip((*COLOURS, DARK), (*MARKERS, "X"), strict=True),
 
 @dataclass
 class DrawArguments:
-    results: Path = field(default=HERE / "results", metadata={"help": "What `run_study.py` has made."})
-    page: Path = field(default=DOCS / "study.md", metadata={"help": "Markdown page whose blocks are filled."})
-    figures: Path = field(default=DOCS / "figures", metadata={"help": "Where figures go."})
+    results: Path = field(default=HERE / "results", metadata={"help": "Results directory of `run_study.py`."})
+    page: Path = field(default=DOCS / "study.md", metadata={"help": "Markdown page whose blocks to fill."})
+    figures: Path = field(default=DOCS / "figures", metadata={"help": "Output directory for the figures."})
 
 
 def name_of(method: str) -> str:
@@ -785,7 +785,9 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
     filled = BLOCK.sub(replace, page)
     if page.count("<!-- study:") != len(BLOCK.findall(page)):
-        raise ValueError("A block has no `<!-- end -->`, or its marker is no line of the form `<!-- study: NAME -->`.")
+        raise ValueError(
+            "A block has no `<!-- end -->`, or its marker is not a line of the form `<!-- study: NAME -->`."
+        )
     return filled
 
 
@@ -805,7 +807,7 @@ def link_to(figures: Path, page: Path) -> str:
 def run(args: DrawArguments) -> None:
     require("matplotlib", "matplotlib", "The figures need")
     if not args.page.is_file():
-        raise ValueError(f"There is no page {args.page}; give one with lines of the form `<!-- study: NAME -->`.")
+        raise ValueError(f"There is no page {args.page}; pass one with lines of the form `<!-- study: NAME -->`.")
     study = read_study(args.results)
     blocks = make_blocks(study, link_to(args.figures, args.page))
     try_directory(args.figures, "figures")
