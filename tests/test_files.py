@@ -81,7 +81,7 @@ def test_sources_are_kept_whatever_the_path(tmp_path, monkeypatch):
             ):
                 keep_sources(output, {"data": None, "model": source})
     with pytest.raises(
-        ValueError, match="`output_dir`, .* holds the `model`, .*checkpoint-3, which would be overwritten"
+        ValueError, match="`output_dir`, .* contains the `model`, .*checkpoint-3, which would be overwritten"
     ):
         keep_sources("link", {"model": model / "checkpoint-3"})
     keep_sources(tmp_path / "other", {"model": model})

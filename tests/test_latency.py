@@ -327,9 +327,9 @@ def test_the_recipe_holds_what_the_file_holds(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "match"),
     [
-        ({"latency_costs": latency_costs(num_hidden_layers=2)}, "`num_hidden_layers` is 2 there and 3 here"),
-        ({"latency_costs": latency_costs(num_attention_heads=2)}, "`num_attention_heads` is 2 there and 4 here"),
-        ({"latency_costs": latency_costs("large")}, "`feat_extract_norm` is 'layer' there and 'group' here"),
+        ({"latency_costs": latency_costs(num_hidden_layers=2)}, "`num_hidden_layers` was 2, but is 3"),
+        ({"latency_costs": latency_costs(num_attention_heads=2)}, "`num_attention_heads` was 2, but is 4"),
+        ({"latency_costs": latency_costs("large")}, "`feat_extract_norm` was 'layer', but is 'group'"),
         ({"pruning_units": ["ffn_dims"]}, "ffn_dims.*predicted picoseconds for 2 seconds of audio can be removed"),
     ],
 )
@@ -346,9 +346,13 @@ def test_a_run_ends_at_its_target(layout, tmp_path, clips, caplog):
         make_trainer(tmp_path, clips, teacher, recipe, [KillAt(3)]).train()
     other = copy.deepcopy(recipe)
     other["latency_costs"]["picoseconds"]["ffn_dims"] = 7_000_000
-    with pytest.raises(ValueError, match=r"latency_costs.picoseconds.ffn_dims \(6000000 there, 7000000 here\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"latency_costs.picoseconds.ffn_dims \(checkpoint: 6000000, now: 7000000\)\.$"
+    ):
         make_trainer(tmp_path, clips, teacher, other).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match=r"budget \(latency there, .*; latency_costs \(.{,100} there, None here"):
+    with pytest.raises(
+        ValueError, match=r"budget \(checkpoint: latency, .*; latency_costs \(checkpoint: .{,100}, now: None"
+    ):
         make_trainer(tmp_path, clips, teacher).train(resume_from_checkpoint=True)
     trainer = make_trainer(tmp_path, clips, teacher, recipe)
     trainer.train(resume_from_checkpoint=True)

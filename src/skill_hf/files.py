@@ -85,7 +85,7 @@ def keep_sources(
         if ours == theirs or _identity(ours) == _identity(theirs):
             relation = "is"
         elif ours in theirs.parents and theirs.relative_to(ours).parts[0].startswith("checkpoint-"):
-            relation = "holds"
+            relation = "contains"
         elif files and files & _files(theirs):  # a data set may have very many
             relation = "shares files with"
         if relation is not None:

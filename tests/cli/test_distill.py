@@ -303,7 +303,7 @@ BAD = {
     "no groups": (lambda *_: {"layer_groups": [[0], [-1]]}, "`layer_groups` must be a list of lists of indices"),
     "another recipe": (
         lambda tmp, shared: {"resume_from_checkpoint": str(shared / "finished" / "checkpoint-2"), "linkage": "single"},
-        "belongs to a different recipe: linkage (average there, single here)",
+        "belongs to a different recipe: linkage (checkpoint: average, now: single)",
     ),
     "another number of steps": (
         lambda tmp, shared: {"resume_from_checkpoint": str(shared / "finished" / "checkpoint-2"), "max_steps": 9},

@@ -381,7 +381,7 @@ def test_settings_that_change_the_student_are_named(finished, named):
     with pytest.raises(ValueError) as refused:
         trainer.train(resume_from_checkpoint=True)
     message = str(refused.value)
-    assert "belongs to a different r" in message and f"{named} (" in message and " there, " in message
+    assert "belongs to a different r" in message and f"{named} (checkpoint: " in message and ", now: " in message
     assert not isinstance(refused.value, CheckpointError) and "\n" not in message
     assert trainer.stage == 0
 
@@ -408,7 +408,7 @@ def test_as_many_clips_a_step_in_other_batches(finished, caplog):
     reference, clips = finished
     kwargs = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     check_checkpoint(Path(reference.args.output_dir) / "checkpoint-2", ready(make("unused", clips, **kwargs)))
-    assert "batch_size (4 there, 2 here); gradient_accumulation_steps (1 there, 2 here)" in caplog.text
+    assert "batch_size (checkpoint: 4, now: 2); gradient_accumulation_steps (checkpoint: 1, now: 2)" in caplog.text
     assert "not be bit-identical" in caplog.text
 
 

@@ -407,7 +407,7 @@ def _differences(name: str, stored, present) -> list[str]:
     if isinstance(stored, dict) and isinstance(present, dict):
         entries = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in stored | present]
         return [difference for entry in entries for difference in _differences(*entry)]
-    return [] if stored == present else [f"{name} ({_short(stored)} there, {_short(present)} here)"]
+    return [] if stored == present else [f"{name} (checkpoint: {_short(stored)}, now: {_short(present)})"]
 
 
 def _check_files(directory: Path, needed: tuple[str, ...]) -> None:

@@ -92,7 +92,7 @@ def validate_recipe(
     if config.budget == "latency":
         measured = config.latency_costs["architecture"]
         differing = [
-            f"`{name}` is {measured.get(name)!r} there and {value!r} here"
+            f"`{name}` was {measured.get(name)!r}, but is {value!r}"
             for name, value in architecture_of(teacher.config, sampling_rate).items()
             if measured.get(name) != value
         ]
