@@ -218,7 +218,7 @@ class HeadArguments(FineTuningArguments):
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Test the head that is best on the validation set."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False."})
 
     def __post_init__(self):
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps

@@ -387,7 +387,7 @@ def test_from_the_command_to_a_student(shared, tmp_path):
     assert lines[0].split() == ["what", "microseconds"]
     assert lines[1].split()[-1] == f"{costs['picoseconds']['channel_pairs'][0] / 1e6:,.3f}"
     assert f"{100 * costs['picoseconds']['ffn_dims'] / 1e6:,.3f}" in {line.split()[-1] for line in lines}
-    assert f"{costs['errors']['heldout']['mean']:.1f} % off (mean" in lines[-1]
+    assert f"{costs['errors']['heldout']['mean']:.1f} % on average" in lines[-1]
     assert list(file.parent.iterdir()) == [file]
 
     # Times of so small a model are noise.
