@@ -99,8 +99,8 @@ def run(arguments: list[str] | None) -> None:
     print_costs(costs)
     heldout, unpruned = costs["errors"]["heldout"], costs["errors"]["unpruned"]
     print(
-        f"error of the predicted time of a forward pass: {heldout['mean']:.1f} % on average and {heldout['worst']:.1f} %"
-        f" at worst for {args.num_heldout} held-out architectures, {unpruned:.1f} % for the unpruned one"
+        f"error of the predicted time of a forward pass: {heldout['mean']:.1f} % on average and {heldout['worst']:.1f}"
+        f" % at worst for {args.num_heldout} held-out architectures, {unpruned:.1f} % for the unpruned one"
     )
     if heldout["mean"] > LARGE_ERROR or heldout["worst"] > 2 * LARGE_ERROR:
         logger.warning("This error is large. Measure again on an idle machine with more `num_runs`.")
