@@ -194,7 +194,7 @@ FILES = {
     "given twice": ("a.yaml", "max_steps: 3\nmax_steps: 4", "`max_steps` is set twice, to 3 and 4; keep one"),
     "given twice, JSON": ("a.json", '{"max_steps": 3, "max_steps": 4}', "`max_steps` is set twice, to 3 and 4"),
     "given twice, inside": ("a.yaml", "lr_scheduler_kwargs: {a: 1, a: 2}", "`a` is set twice, to 1 and 2"),
-    "given twice, inside JSON": ("a.json", '{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "`a` is given twice"),
+    "given twice, inside JSON": ("a.json", '{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "`a` is set twice"),
     "UTF-16": ("a.json", '{"max_steps": 3}'.encode("utf-16"), "is not UTF-8 text (byte 0xff at position 0); save"),
     "UTF-16 without mark": ("a.yaml", "max_steps: 3".encode("utf-16-le"), "unacceptable character #x0000"),
     "Latin-1": ("a.yaml", "audio_dir: é".encode("latin-1"), "is not UTF-8 text (byte 0xe9 at position 11)"),

@@ -467,7 +467,7 @@ def test_a_full_disk_leaves_the_student_that_was_there(tmp_path, clips):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with torch.no_grad():
         trainer.model.encoder.layers[0].final_layer_norm.bias += 1
-    words = f"The student could not be written.*again from `{tmp_path}/checkpoint-5`"
+    words = f"The student could not be written.*restores it from `{tmp_path}/checkpoint-5`"
     with pytest.raises(storage.StorageError, match=words), largest_file(20_000):
         trainer.save_model()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -653,7 +653,7 @@ RUNS = [
     ({"optim": "adamw_bnb_8bit"}, "`optim` is 'adamw_bnb_8bit', but"),
     ({"optim": "lomo"}, "`optim` is 'lomo', but"),
     ({"optim": "galore_adamw"}, "`optim` is 'galore_adamw', but"),
-    ({"optim_args": "foo"}, "`optim` is .* `optim_args` 'foo' cannot be made"),
+    ({"optim_args": "foo"}, "`optim` is .* `optim_args` 'foo' cannot be created"),
     ({"optim_args": "momentum=0.9"}, "`optim_args` is .*does not read `momentum`"),
     ({"optimizer_cls_and_kwargs": (torch.optim.LBFGS, {})}, "`optimizer_cls_and_kwargs` is"),
     ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"foo": 1})}, "`optimizer_cls_and_kwargs` is"),

@@ -434,9 +434,9 @@ def test_mutual_knn_samples_the_frames_of_smallest_keys(sizes, monkeypatch):
 @pytest.mark.parametrize(
     "states, message",
     [
-        ([torch.ones(2, 3, 4)], r"one shape \(frames, features\), but have \[\(2, 3, 4\)\]"),
-        ([torch.ones(3, 4), torch.ones(2, 4)], "one shape"),
-        ([], "one shape"),
+        ([torch.ones(2, 3, 4)], r"the same shape \(frames, features\), but have \[\(2, 3, 4\)\]"),
+        ([torch.ones(3, 4), torch.ones(2, 4)], "the same shape"),
+        ([], "the same shape"),
         ([torch.ones(3, 12)], "1 hidden states with 12 features do not match the earlier 4 with 12"),
         ([torch.ones(3, 5)] * 4, "4 hidden states with 5 features do not match the earlier 4 with 12"),
     ],

@@ -320,7 +320,7 @@ LOADERS = {
         (field("num_hidden_layers", 10**9), "`num_hidden_layers`"),
         (field("add_adapter", True), "`add_adapter`"),
         (one_value(torch.nan), "NaN"),
-        (runs_code, "no pickle"),
+        (runs_code, "not a pickle"),
     ],
 )
 def test_the_same_rule_wherever_an_encoder_is_loaded(teacher_files, tmp_path, load, damage, pattern):
