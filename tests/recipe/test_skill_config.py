@@ -155,7 +155,7 @@ def test_pipes_devices_and_large_files_are_not_read(tmp_path):
 
 @pytest.mark.parametrize("directory", [None, 3, b"x", ["a"]])
 def test_what_is_no_directory(directory):
-    with pytest.raises(ValueError, match="is none|is not a recipe"):
+    with pytest.raises(ValueError, match="is not a path|is not a recipe"):
         SkillConfig.from_pretrained(directory)
 
 

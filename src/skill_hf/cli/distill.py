@@ -68,7 +68,7 @@ class DataArguments:
     min_seconds: Seconds = field(
         default=2.0,
         metadata={
-            "help": "Clips shorter than this, in seconds, are padded; otherwise the others are cropped to match."
+            "help": "Minimum crop length in seconds; shorter clips are padded instead of cropping the others to match."
         },
     )
     max_eval_samples: Count | None = field(
