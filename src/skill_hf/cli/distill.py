@@ -81,8 +81,8 @@ class DataArguments:
     num_heldout: Annotated[int, Range(least=0, most=MAX_COUNT)] = field(
         default=32,
         metadata={
-            "help": "Number of training clips to hold out if no evaluation data is given, at most a tenth of all; 0 for"
-            " none. Nothing is held out of a stream."
+            "help": "Number of training clips to hold out if no evaluation data is given, at most a tenth of all; 0"
+            " for none. Nothing is held out of a stream."
         },
     )
 
