@@ -295,7 +295,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser = _Parser(
         prog=prog,
-        description="Show how much of its teacher a student keeps, or the size of an encoder. The model's code is not run.",
+        description="Show how much of its teacher a student keeps, or the size of an encoder. No model code is run.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="Hub id or directory of a student, or of a stock encoder.")
