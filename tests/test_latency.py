@@ -268,7 +268,9 @@ def test_fit_gates_meets_the_time(layout, sparsity):
     assert abs(budget.total(student) / whole - (1 - sparsity)) < 0.005
     student = gated_student(layout, ["ffn_dims"])
     costs = budget.unit_costs(student)
-    with pytest.raises(ValueError, match="predicted picoseconds for 2 clips of 3 seconds of audio: what has no gate"):
+    with pytest.raises(
+        ValueError, match="predicted picoseconds for 2 clips of 3 seconds of audio: the parts without gates"
+    ):
         fit_gates(student, min_cost(student, costs) - 1, costs)
 
 

@@ -193,7 +193,10 @@ def drop_norm(folder):
             lambda folder: edit_config(folder, architectures=None),
             "`architectures` in config.json of .* is None; known",
         ),
-        (lambda folder: edit_config(folder, architectures=["WavLMModel"]), "known are WavLMForSkillStudent, "),
+        (
+            lambda folder: edit_config(folder, architectures=["WavLMModel"]),
+            "the supported ones are WavLMForSkillStudent, ",
+        ),
         (drop_classifier, "classifier.bias is missing; classifier.weight is missing; projector.bias is missing"),
         (drop_norm, "encoder.layer_norm.weight is missing"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),

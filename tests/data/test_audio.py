@@ -389,7 +389,7 @@ def test_rows_that_are_none(row):
 @pytest.mark.parametrize("rate", [0, -1, 1.5, 2**40, math.nan, "16000", None, True, [16_000]])
 def test_rates_to_read_at_that_are_none(rate):
     """The clip is not to blame."""
-    with pytest.raises(ValueError, match="^`sampling_rate` must be an integer of Hz") as refused:
+    with pytest.raises(ValueError, match="^`sampling_rate` must be an integer from") as refused:
         read_audio(ONES, sampling_rate=rate)
     assert not isinstance(refused.value, AudioError)
 

@@ -168,7 +168,7 @@ def test_other_bad_data_is_named(tmp_path):
     task = Diarization("speakers", FRAME)
     with pytest.raises(ValueError, match="no column `speakers`"):
         task.read({"train": dataset_of([[]]).rename_column("speakers", "turns")})
-    with pytest.raises(ValueError, match="In the train set nobody speaks"):
+    with pytest.raises(ValueError, match="The train set contains no speech"):
         read(task, [[], []])
     dataset = make_dataset(tmp_path / "data", [[8] * 100], {"speakers": [[segment("a", 0, 200)]]})
     with pytest.raises(

@@ -163,7 +163,7 @@ def test_an_intent_is_right_if_all_three_are():
 @pytest.mark.parametrize(
     "sets, message",
     [
-        (splits({"word": ["a", "b"]}), "The train set has no column `label`; it has audio, word. Name yours"),
+        (splits({"word": ["a", "b"]}), "The train set has no column `label`; it has audio, word. Specify yours"),
         (splits({"label": ["a", "a"]}), "The training set has one value of `label`, 'a'; at least 2 are needed"),
         (splits({"label": ["a", None]}), "`label` of the train set is empty in some rows; leave these out"),
         (splits({"label": ["a", ""]}), "`label` of the train set is empty in some rows"),
