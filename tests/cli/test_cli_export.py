@@ -191,7 +191,7 @@ def drop_norm(folder):
         (make_stock, r"is a `wavlm`, not a student.*WavLMForSkillStudent.from_pretrained"),
         (
             lambda folder: edit_config(folder, architectures=None),
-            "`architectures` in config.json of .* is None; known",
+            "`architectures` in config.json of .* is None; the supported",
         ),
         (
             lambda folder: edit_config(folder, architectures=["WavLMModel"]),
