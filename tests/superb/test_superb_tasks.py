@@ -81,7 +81,8 @@ def test_named_columns(name, columns, chosen):
 
 @pytest.mark.parametrize("name", ["ks", "sid", "er", "asv", "pr", "asr"])
 def test_no_usual_column_is_an_error(name):
-    message = f"`{name}` needs one of the columns {', '.join(Columns.USUAL[name])}, but the dataset has audio, x; specify"
+    usual = ", ".join(Columns.USUAL[name])
+    message = f"`{name}` needs one of the columns {usual}, but the dataset has audio, x; specify"
     with pytest.raises(ValueError, match=message):
         load_task(name, table(x=["a"]))
 
