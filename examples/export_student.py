@@ -44,10 +44,10 @@ class DemoArguments(export.ExportArguments):
     """By default what `make demo` leaves, compared on the demo's held-out speech."""
 
     model: str = field(default=str(DEMO_STUDENT), metadata={"help": "Hub id or directory of a student."})
-    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Where files go."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Output directory."})
     audio_dir: str = field(
         default=str(DEMO_DATA / "audio" / "heldout"),
-        metadata={"help": "Folder of audio to compare on, with all below it."},
+        metadata={"help": "Directory of audio to compare outputs on, including its subdirectories."},
     )
 
     def __post_init__(self):

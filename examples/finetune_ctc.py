@@ -82,9 +82,9 @@ class CTCModelArguments(ModelArguments):
 
 @dataclass
 class CTCDataArguments(DataArguments):
-    text_column: str = field(default="text", metadata={"help": "Column of the dataset with the transcript."})
+    text_column: str = field(default="text", metadata={"help": "Name of the transcript column."})
     max_seconds: Seconds = field(
-        default=20.0, metadata={"help": "Length in seconds above which training clips are left out."}
+        default=20.0, metadata={"help": "Training clips longer than this, in seconds, are left out."}
     )
 
     def __post_init__(self):
@@ -98,11 +98,12 @@ class CTCDataArguments(DataArguments):
 class CTCTrainingArguments(FineTuningArguments):
     """Defaults for the demo's student and its 25 minutes of speech."""
 
-    output_dir: str = field(default=str(REPOSITORY / "outputs" / "ctc"), metadata={"help": "Where the model goes."})
-    num_train_epochs: float = field(default=30, metadata={"help": "Passes over the training set."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "ctc"), metadata={"help": "Output directory."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Epochs over the training set."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Clips per step and device."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How clips are drawn; beside their like, they are padded less."}
+        default="group_by_length",
+        metadata={"help": "Sampling of clips; grouping clips of similar length reduces padding."},
     )
 
 
@@ -177,7 +178,7 @@ def keep(dataset: datasets.Dataset, wanted: list[bool], why: str) -> datasets.Da
     if len(kept) < len(dataset):
         logger.warning("Left out %d of %d clips: %s.", len(dataset) - len(kept), len(dataset), why)
     if not len(kept):
-        raise ValueError(f"No clip is left of {len(dataset)}: {why}.")
+        raise ValueError(f"None of the {len(dataset)} clips can be used: {why}.")
     return kept
 
 
@@ -201,7 +202,7 @@ def prepare(model_args: CTCModelArguments, data_args: CTCDataArguments, training
         ctc_zero_infinity=True,
     )
     feature_extractor = feature_extractor_for(model_args.model, config)
-    with training_args.main_process_first(desc="reading the data"):
+    with training_args.main_process_first(desc="loading the data"):
         train, test = (with_transcripts(dataset, data_args.text_column) for dataset in load_splits(data_args))
         tokenizer = make_tokenizer(train["text"][:])
         train, test = (

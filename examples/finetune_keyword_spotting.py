@@ -58,8 +58,8 @@ from skill_hf.encoders import feature_extractor_for
 
 @dataclass
 class KeywordDataArguments(DataArguments):
-    label_column: str = field(default="label", metadata={"help": "Column of the dataset with the keyword."})
-    max_seconds: Seconds = field(default=2.0, metadata={"help": "Length in seconds that clips are cropped to."})
+    label_column: str = field(default="label", metadata={"help": "Name of the keyword column."})
+    max_seconds: Seconds = field(default=2.0, metadata={"help": "Length in seconds to crop clips to."})
 
     def __post_init__(self):
         if self.dataset_name is None:
@@ -70,10 +70,8 @@ class KeywordDataArguments(DataArguments):
 class KeywordTrainingArguments(FineTuningArguments):
     """Defaults for the demo's student and its 400 clips."""
 
-    output_dir: str = field(
-        default=str(REPOSITORY / "outputs" / "keywords"), metadata={"help": "Where the model goes."}
-    )
-    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the training set."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "keywords"), metadata={"help": "Output directory."})
+    num_train_epochs: float = field(default=10, metadata={"help": "Epochs over the training set."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Clips per step and device."})
 
 
@@ -105,7 +103,7 @@ def with_labels(dataset: datasets.Dataset, column: str, names: list[str]) -> dat
     labels = [known.get(str(value)) for value in values]
     if None in labels:
         wrong = values[labels.index(None)]
-        raise ValueError(f"A clip has the label {wrong!r} in `{column}`, which is none of: {', '.join(names)}.")
+        raise ValueError(f"A clip has the label {wrong!r} in `{column}`, which is not one of: {', '.join(names)}.")
     return dataset.select_columns("audio").add_column("labels", labels)
 
 
@@ -116,7 +114,7 @@ def accuracy(prediction) -> dict[str, float]:
 def prepare(model_args: ModelArguments, data_args: KeywordDataArguments, training_args: KeywordTrainingArguments):
     """The trainer, and what holds the adapters if there are any; wrong settings and data raise an error here."""
     set_seed(training_args.seed)
-    with training_args.main_process_first(desc="reading the data"):
+    with training_args.main_process_first(desc="loading the data"):
         train, test = load_splits(data_args)
         for dataset in (train, test):
             check_column(dataset, data_args.label_column, "label_column")
@@ -171,7 +169,7 @@ def report(trainer: Trainer, data_args: KeywordDataArguments, results: dict) -> 
     clip = test[0]
     audio = read_audio(clip["audio"], classifier.feature_extractor.sampling_rate, data_args.max_seconds)
     scores = ", ".join(f"{guess['label']} {guess['score']:.2f}" for guess in classifier(audio, top_k=3))
-    print(f"{trainer.model.config.id2label[clip['labels']]!r} is heard as: {scores}")
+    print(f"{trainer.model.config.id2label[clip['labels']]!r} is recognised as: {scores}")
 
 
 def main(arguments: list[str] | None = None) -> int:

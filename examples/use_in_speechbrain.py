@@ -83,22 +83,26 @@ MIN_SEGMENT_SECONDS = 0.5
 class Arguments:
     model: str = field(
         default=str(DEMO_STUDENT),
-        metadata={"help": "Hub id or directory of a speech encoder; by default what `make demo` leaves."},
+        metadata={"help": "Hub id or directory of a speech encoder; the output of `make demo` by default."},
     )
     audio_dir: str = field(
         default=str(DEMO_DATA / "audio" / "heldout"),
-        metadata={"help": "Folder with `metadata.csv`, whose columns are `file_name` and `speaker`, and the audio."},
+        metadata={
+            "help": "Directory with the audio and `metadata.csv`, which has the columns `file_name` and `speaker`."
+        },
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Fine-tunes the student and saves it there."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Output directory; if set, the student is fine-tuned and saved there."}
+    )
     segment_seconds: Annotated[float, Range(MIN_SEGMENT_SECONDS, most=MAX_SECONDS)] = field(
-        default=2.0, metadata={"help": "Length in seconds that the clips are cut to."}
+        default=2.0, metadata={"help": "Length in seconds of the segments that clips are cut into."}
     )
-    batch_size: Count = field(default=16, metadata={"help": "Segments in a batch."})
-    num_epochs: Count = field(default=8, metadata={"help": "Times that the training segments are gone through."})
+    batch_size: Count = field(default=16, metadata={"help": "Segments per batch."})
+    num_epochs: Count = field(default=8, metadata={"help": "Epochs over the training segments."})
     learning_rate: NotNegative = field(default=5e-3, metadata={"help": "Learning rate of the classifier."})
     encoder_learning_rate: NotNegative = field(default=1e-4, metadata={"help": "Learning rate of the student."})
     seed: Seed = field(default=0, metadata={"help": "Seed of the weights, the order of the segments and dropout."})
-    device: str = field(default="cpu", metadata={"help": "Such as `cpu` or `cuda:0`."})
+    device: str = field(default="cpu", metadata={"help": "Device, such as `cpu` or `cuda:0`."})
 
 
 def load_encoder(source: str, freeze: bool = True) -> Wav2Vec2:
@@ -182,7 +186,9 @@ def read_splits(args: Arguments, feature_extractor) -> tuple[DynamicItemDataset,
     if untrained := {row["speaker"] for row in test.values()} - {row["speaker"] for row in train.values()}:
         raise ValueError(f"Each speaker needs two clips, but these have one: {', '.join(sorted(untrained))}.")
     if not test:
-        raise ValueError(f"The last clips of the speakers are all shorter than {MIN_SEGMENT_SECONDS} s; give others.")
+        raise ValueError(
+            f"The last clips of the speakers are all shorter than {MIN_SEGMENT_SECONDS} s; use longer clips."
+        )
 
     @sb.utils.data_pipeline.takes("path", "start")
     @sb.utils.data_pipeline.provides("wav")
@@ -243,10 +249,10 @@ def run(args: Arguments) -> None:
     if args.output_dir is not None:
         encoder = brain.hparams.encoder
         if not all(parameter.isfinite().all() for parameter in encoder.model.parameters()):
-            raise ValueError("The weights hold NaN or infinite values and are not saved; lower the learning rates.")
+            raise ValueError("The weights contain NaN or infinite values and are not saved; lower the learning rates.")
         encoder.model.save_pretrained(args.output_dir)
         encoder.feature_extractor.save_pretrained(args.output_dir)
-        print(f"The fine-tuned student is in {args.output_dir}; it loads with AutoModel.from_pretrained")
+        print(f"The fine-tuned student is in {args.output_dir}; load it with AutoModel.from_pretrained")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def compare(trainer: SkillDistillationTrainer) -> dict:
         for name, run, step in (
             ("SKILL, both stages", trainer, total),
             ("SKILL, after the cut, before stage 2", trainer, trainer.steps.joint),
-            ("pruned at random, as many steps", by_chance, total),
+            ("pruned at random, same number of steps", by_chance, total),
         )
     }
     seconds = {"random": time.perf_counter() - start}

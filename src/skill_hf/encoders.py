@@ -41,7 +41,7 @@ def feature_extractor_for(model: str, config) -> Wav2Vec2FeatureExtractor:
     """
     feature_extractor = load_feature_extractor(model)
     if feature_extractor is None:
-        raise ValueError(f"`{model}` has no preprocessor_config.json, which says how it takes audio.")
+        raise ValueError(f"`{model}` has no preprocessor_config.json, which describes how to prepare its audio.")
     if ignores_padding(config):
         feature_extractor.return_attention_mask = True
     return feature_extractor

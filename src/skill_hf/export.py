@@ -39,7 +39,7 @@ OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")
 # Of the noise that models are traced and compared with: frames beyond the least that a model takes.
 SPARE_FRAMES = (0, 20, 90)
 
-NO_AUDIO = "There is no audio to compare outputs on; give at least one waveform."
+NO_AUDIO = "There is no audio to compare outputs on; pass at least one waveform."
 
 
 class OnnxModel:

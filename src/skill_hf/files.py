@@ -85,12 +85,12 @@ def keep_sources(
         if ours == theirs or _identity(ours) == _identity(theirs):
             relation = "is"
         elif ours in theirs.parents and theirs.relative_to(ours).parts[0].startswith("checkpoint-"):
-            relation = "holds"
+            relation = "contains"
         elif files and files & _files(theirs):  # a data set may have very many
             relation = "shares files with"
         if relation is not None:
             raise ValueError(
-                f"`{name}`, {directory}, {relation} the `{source_name}`, {source}, which would be overwritten; name"
+                f"`{name}`, {directory}, {relation} the `{source_name}`, {source}, which would be overwritten; choose"
                 " another."
             )
 
@@ -122,7 +122,7 @@ def _named(path: Path, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"`{name}`, {path}, cannot be written to ({reason}); name another.") from error
+        raise ValueError(f"`{name}`, {path}, cannot be written to ({reason}); choose another.") from error
 
 
 @contextlib.contextmanager
@@ -184,7 +184,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return parse_json(path, MAX_OWN_BYTES)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file that can be read ({error}); restore or remove it.") from error
+        raise ValueError(f"{path} is not a readable JSON file ({error}); restore or remove it.") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -313,7 +313,7 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
 
 def _check_whole_number(name: str, value, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+        raise ValueError(f"`{name}` must be an integer, but is {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
 
@@ -338,7 +338,7 @@ def _checked_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"`device` must be cpu or cuda, but is {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"`device` is {name}, but PyTorch sees {torch.cuda.device_count()} such devices here.")
+        raise ValueError(f"`device` is {name}, but PyTorch finds {torch.cuda.device_count()} such device(s) here.")
     return device
 
 

@@ -72,7 +72,7 @@ def exclusive(directory: str | os.PathLike) -> Iterator[None]:
         lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout:
         raise StorageError(
-            f"Another run is writing to `{directory}` (it holds {LOCK_NAME}): wait until it ends, or give another"
+            f"Another run is writing to `{directory}` (it contains {LOCK_NAME}): wait until it ends, or choose another"
             " `output_dir`."
         ) from None
     except NotImplementedError:  # a file system without locks

@@ -80,7 +80,7 @@ def test_every_command_has_a_module_that_is_called_by_its_name(capsys, monkeypat
 def test_distill_without_settings_says_what_it_needs(capsys):
     assert main(["distill"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    for word in ("--audio_dir", "--dataset_name", "--output_dir", "JSON or YAML file", "--help"):
+    for word in ("--audio_dir", "--dataset_name", "--output_dir", "JSON or YAML settings file", "--help"):
         assert word in line
 
 

@@ -278,7 +278,7 @@ def test_macs_take_more_from_the_convolutions_than_parameters_do(layout):
 def test_impossible_cost(layout, budget):
     student, (budget, _) = gated_student(layout, ["ffn_dims"]), budget
     costs = budget.unit_costs(student)
-    with pytest.raises(ValueError, match=f"{budget.quantity}: what has no gate.*pruning_units"):
+    with pytest.raises(ValueError, match=f"{budget.quantity}: the parts without gates.*pruning_units"):
         fit_gates(student, min_cost(student, costs) - 1, costs)
 
 

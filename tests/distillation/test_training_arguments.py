@@ -652,7 +652,7 @@ RUNS = [
     ({"load_best_model_at_end": True, **EVALUATED, "eval_delay": 99}, "`eval_delay` is 99"),
     ({"callbacks": [EarlyStoppingCallback()], **EVALUATED}, "EarlyStoppingCallback.*metric_for_best_model"),
     ({"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "loss"}, "nothing is evaluated"),
-    ({"callbacks": [3]}, "`callbacks` holds 3"),
+    ({"callbacks": [3]}, "`callbacks` contains 3"),
     ({"callbacks": 3}, "`callbacks` must be a list"),
     ({"lr_scheduler_type": "warmup_stable_decay"}, "`lr_scheduler_kwargs` is None.*num_decay_steps"),
     ({"lr_scheduler_kwargs": {"foo": 1}}, "`lr_scheduler_kwargs` is .*foo"),
@@ -662,7 +662,7 @@ RUNS = [
     ({"optim": "adamw_bnb_8bit"}, "`optim` is 'adamw_bnb_8bit', but"),
     ({"optim": "lomo"}, "`optim` is 'lomo', but"),
     ({"optim": "galore_adamw"}, "`optim` is 'galore_adamw', but"),
-    ({"optim_args": "foo"}, "`optim` is .* `optim_args` 'foo' cannot be made"),
+    ({"optim_args": "foo"}, "`optim` is .* `optim_args` 'foo' cannot be created"),
     ({"optim_args": "momentum=0.9"}, "`optim_args` is .*does not read `momentum`"),
     ({"optimizer_cls_and_kwargs": (torch.optim.LBFGS, {})}, "`optimizer_cls_and_kwargs` is"),
     ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"foo": 1})}, "`optimizer_cls_and_kwargs` is"),
@@ -702,7 +702,7 @@ class Averaging(torch.optim.SGD):
 
 
 def test_an_optimizer_with_modes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="weights that it averages"):
+    with pytest.raises(ValueError, match="its averaged weights"):
         make_trainer(tmp_path, optimizer_cls_and_kwargs=(Averaging, {})).train()
 
 

@@ -237,7 +237,7 @@ def test_a_class_of_the_user_is_loaded_as_what_it_derives_from(student):
 
 
 def test_only_students_have_a_card(teacher):
-    with pytest.raises(ValueError, match="for its students, but the model is a WavLMModel"):
+    with pytest.raises(ValueError, match="for students, but the model is a WavLMModel"):
         card_data(teacher)
 
 

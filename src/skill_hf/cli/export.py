@@ -37,17 +37,19 @@ MIN_SECONDS = 0.5
 @dataclass
 class ExportArguments:
     model: str = field(metadata={"help": "Hub id or directory of a student."})
-    output_dir: str = field(metadata={"help": "Where files go."})
-    audio_dir: str = field(metadata={"help": "Folder of audio to compare on, with all below it."})
+    output_dir: str = field(metadata={"help": "Output directory."})
+    audio_dir: str = field(
+        metadata={"help": "Directory of audio to compare outputs on, including its subdirectories."}
+    )
     formats: list[str] = field(
-        default_factory=lambda: ["onnx"], metadata={"help": "Any of them.", "choices": list(FILES)}
+        default_factory=lambda: ["onnx"], metadata={"help": "One or more formats.", "choices": list(FILES)}
     )
     output_hidden_states: bool = field(
-        default=False, metadata={"help": "Add all hidden states to the outputs of the files."}
+        default=False, metadata={"help": "Add all hidden states to the outputs of the exported models."}
     )
-    max_clips: Count = field(default=10, metadata={"help": "Clips to compare on at most."})
+    max_clips: Count = field(default=10, metadata={"help": "Maximum number of clips to compare on."})
     max_seconds: Annotated[float, Range(MIN_SECONDS, most=MAX_SECONDS)] = field(
-        default=10.0, metadata={"help": "Length in seconds that clips are cropped to."}
+        default=10.0, metadata={"help": "Length in seconds to crop clips to."}
     )
 
 
@@ -61,14 +63,16 @@ def load_student(name: str) -> PreTrainedModel:
     config = load_config(name)
     if config.model_type != WavLMSkillStudentConfig.model_type:
         raise ValueError(
-            f"`{name}` is a `{config.model_type}`, no student. Of a stock WavLM make one with"
+            f"`{name}` is a `{config.model_type}`, not a student. Convert a stock WavLM with"
             " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`."
         )
     architecture = (config.architectures or [None])[0]
     auto_classes = {path.rpartition(".")[2]: name for name, path in WavLMSkillStudentConfig().auto_map.items()}
     if architecture not in auto_classes:
         known = ", ".join(path for path in auto_classes if "Config" not in path)
-        raise ValueError(f"`architectures` in config.json of `{name}` is {config.architectures}; known are {known}.")
+        raise ValueError(
+            f"`architectures` in config.json of `{name}` is {config.architectures}; the supported ones are {known}."
+        )
     auto_class = getattr(transformers, auto_classes[architecture])
     return load_model(name, auto_class, new_head=False)
 
@@ -102,7 +106,7 @@ def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[s
             if name == "onnx":
                 saved = OnnxModel(path)
             elif name == "torch_export":
-                logger.info("Exporting a program of torch.export")
+                logger.info("Exporting with torch.export")
                 export_program(model, path, args.output_hidden_states)
                 saved = torch.export.load(path).module()
             else:
@@ -121,7 +125,7 @@ def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[s
 
 
 def print_table(results: dict[str, dict]) -> None:
-    rows = [("format", "file", "MB", "parameters", "largest difference", "least cosine similarity")]
+    rows = [("format", "file", "MB", "parameters", "largest difference", "lowest cosine similarity")]
     for name, result in results.items():
         difference = result.get("largest_difference")
         rows.append(

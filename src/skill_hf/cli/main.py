@@ -15,8 +15,8 @@ PROG = "skill-hf"
 # Name -> what it does.
 COMMANDS = {
     "distill": "distil and prune a speech encoder",
-    "export": "write a student as ONNX, as a program of torch.export or as a stock model",
-    "info": "show what is left of a student's teacher, or how large an encoder is",
+    "export": "export a student to ONNX, torch.export or a stock model",
+    "info": "show how much of its teacher a student keeps, or the size of an encoder",
 }
 
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     what = "option" if name.startswith("-") else "command"
     print(
-        f"error: There is no {what} {name[:80]!r}; the commands are {', '.join(COMMANDS)}. {PROG} --help says more.",
+        f"error: There is no {what} {name[:80]!r}; the commands are {', '.join(COMMANDS)}. See {PROG} --help.",
         file=sys.stderr,
     )
     return 2

@@ -128,7 +128,9 @@ class ArgumentParser(HfArgumentParser):
         if unknown:
             option = next((word for word in unknown if word.startswith("--")), None)
             if option is None:
-                raise ValueError(f"{show(unknown[0])} belongs to no option; a file of settings stands alone.")
+                raise ValueError(
+                    f"{show(unknown[0])} does not belong to an option; a settings file must be the only argument."
+                )
             name = option[2:].partition("=")[0].replace("-", "_")
             raise ValueError(f"There is no option {option}{self._nearest(name, '--')}; --help lists all.")
         defaults = {action.dest: action.default for action in reversed(self._actions)}  # the first of a name counts
@@ -161,7 +163,7 @@ class ArgumentParser(HfArgumentParser):
             for item in fields:
                 required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
                 if required and item.name not in checked:
-                    raise ValueError(f"`{item.name}` is missing{where}; give it.")
+                    raise ValueError(f"`{item.name}` is missing{where}; set it.")
             try:
                 objects.append(kind(**{item.name: checked[item.name] for item in fields if item.name in checked}))
             except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError, ImportError) as error:
@@ -244,7 +246,7 @@ def convert(value, hint, limits: Range | None = None):
         return value
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise Mismatch("names and values", value)
+            raise Mismatch("a mapping of names to values", value)
         return value
     return value
 
@@ -291,7 +293,7 @@ def _boolean(value) -> bool:
 
 
 def _number(value, kind: type, limits: Range | None):
-    wanted = "a whole number" if kind is int else "a number"
+    wanted = "an integer" if kind is int else "a number"
     if limits is not None:
         wanted += f" {limits}"
     elif kind is int:
@@ -353,7 +355,7 @@ def _add_scalar(name: str, pattern: str, first: list[str], read: Callable[[str],
     def construct(loader: _Loader, node: yaml.Node):
         text = loader.construct_scalar(node)
         if not compiled.match(text):  # an explicit tag such as `!!int x`
-            raise ValueError(f"{show(text)} is no {name}")
+            raise ValueError(f"{show(text)} is not a valid {name}")
         return read(text)
 
     _Loader.add_implicit_resolver(tag, compiled, first)
@@ -370,15 +372,15 @@ def _unique(pairs: list[tuple]) -> dict:
     content = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise ValueError(f"the name {show(key)} is no text")
+            raise ValueError(f"the name {show(key)} is not a string")
         if key in content:
-            raise ValueError(f"`{key}` is given twice, {show(content[key])} and {show(value)}; keep one")
+            raise ValueError(f"`{key}` is set twice, to {show(content[key])} and {show(value)}; keep one")
         content[key] = value
     return content
 
 
 def _no_constant(text: str):
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _depth(value) -> int:
@@ -397,14 +399,14 @@ def read_settings(path: str) -> dict[str, Any]:
     """
     file = Path(path)
     if not path.endswith((".json", ".yaml", ".yml")):
-        raise ValueError(f"{path} is neither an option nor a file of settings, which ends in .json, .yaml or .yml.")
+        raise ValueError(f"{path} is neither an option nor a settings file, which must end in .json, .yaml or .yml.")
     if not file.is_file():
-        what = "is no file" if file.exists() else "does not exist"
-        raise ValueError(f"The file of settings {path} {what}; correct its path.")
+        what = "is not a file" if file.exists() else "does not exist"
+        raise ValueError(f"The settings file {path} {what}; correct its path.")
     with open(file, "rb") as opened:
         content = opened.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes, too many for settings.")
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes, too many for a settings file.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -421,10 +423,10 @@ def read_settings(path: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if too_deep:
-        raise ValueError(f"{path} has more than {MAX_DEPTH} levels, too many for settings.")
+        raise ValueError(f"{path} has more than {MAX_DEPTH} levels, too many for a settings file.")
     if not isinstance(settings, dict):
         what = "nothing" if settings is None else show(settings)
-        raise ValueError(f"{path} must hold names and values, but holds {what}.")
+        raise ValueError(f"{path} must contain a mapping of names to values, but contains {what}.")
     return settings
 
 
@@ -459,7 +461,7 @@ def run_script(body: Callable[[], int | None], is_input: Callable[[Exception], b
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return complain(ValueError(f"The memory is too small; take smaller batches or shorter clips. ({error})"))
+        return complain(ValueError(f"Out of memory; use smaller batches or shorter clips. ({error})"))
 
 
 def require(module: str, package: str, what: str) -> None:

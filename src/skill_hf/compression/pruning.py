@@ -50,9 +50,9 @@ def add_gates(student, units: Iterable[str] | None = None, width_multiple: int =
     """
     kinds = list(DEFAULT_KINDS if units is None else units)
     if set(kinds) - set(KINDS) or not kinds:
-        raise ValueError(f"`units` must be some of {', '.join(KINDS)}, but is {kinds}.")
+        raise ValueError(f"`units` must be one or more of {', '.join(KINDS)}, but is {kinds}.")
     if has_gates(student):
-        raise ValueError("The student has gates already; call `prune()` before adding new ones.")
+        raise ValueError("The student already has gates; call `prune()` before adding new ones.")
     for group in units_of(student.config):
         if group.kind in kinds and group.size:
             _add_gate(student, group, width_multiple)
@@ -166,7 +166,7 @@ def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
     minimum = min_cost(student, costs)
     if wanted < minimum:
         raise ValueError(
-            f"No setting of the gates leaves {wanted:,} {costs.quantity}: what has no gate is {minimum:,} already."
+            f"The gates cannot reach {wanted:,} {costs.quantity}: the parts without gates already take {minimum:,}."
             " Lower `target_sparsity` or add `pruning_units`."
         )
     gates = dict(named_gates(student))
@@ -212,7 +212,7 @@ def prune(student) -> None:
         `ValueError`: if the student has no gates.
     """
     if not has_gates(student):
-        raise ValueError("The student has no gates to prune by; call `add_gates()` first.")
+        raise ValueError("The student has no gates to prune with; call `add_gates()` first.")
     cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
     _rebuild(student, cut.config, cut(_folded(student)))
     student.gating.handle.remove()

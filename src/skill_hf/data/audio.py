@@ -78,8 +78,8 @@ class Clip:
             samples = crop_samples(samples, samples_in(max_seconds, sampling_rate))
         if len(samples) < min_samples:
             raise AudioError(
-                f"{self.name} has {len(samples)} samples at {sampling_rate} Hz, too few (needed: {min_samples}); leave"
-                " it out."
+                f"{self.name} has {len(samples)} samples at {sampling_rate} Hz, but needs at least {min_samples};"
+                " leave it out."
             )
         return samples
 
@@ -110,7 +110,7 @@ class Clip:
             # A sum, which is finite only if all samples are, is the faster check.
             finite = np.isfinite(mono.sum(dtype=np.float64))
         if not finite:
-            raise AudioError(f"{self.name} holds NaN or infinite samples; repair it or leave it out.")
+            raise AudioError(f"{self.name} contains NaN or infinite samples; repair it or leave it out.")
         return mono
 
 
@@ -201,7 +201,7 @@ def read_audio(
     """
     if not _is_rate(sampling_rate):
         raise ValueError(
-            f"`sampling_rate` must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}, but is"
+            f"`sampling_rate` must be an integer from {MIN_RATE} to {MAX_RATE} Hz, but is"
             f" {reprlib.repr(sampling_rate)}."
         )
     sampling_rate = int(sampling_rate)
@@ -255,12 +255,12 @@ def _stored(value: Any, name: str, protocols: Sequence[str]) -> str | bytes | No
         return None
     if content is not None:
         if not isinstance(content, (bytes, bytearray, memoryview)):
-            raise AudioError(f"{name} has a {type(content).__name__} for `bytes`; give the content of a file.")
+            raise AudioError(f"{name} has a {type(content).__name__} for `bytes`; pass the content of a file.")
         return bytes(content)
     if path is None:
         raise AudioError(f"{name} has neither a path nor bytes nor an array; leave it out.")
     if not isinstance(path, (str, bytes, os.PathLike)):
-        raise AudioError(f"{name} has a {type(path).__name__} for `path`; give the path of a file.")
+        raise AudioError(f"{name} has a {type(path).__name__} for `path`; pass the path of a file.")
     path = os.fsdecode(path)
     return read_url(path, protocols) if is_url(path) else path
 
@@ -272,7 +272,7 @@ def _checked_rate(rate: Any, name: str) -> int:
     if not _is_rate(rate):
         shown = repr(rate)[:_NAME_CHARACTERS]
         raise AudioError(
-            f"{name} has the sampling rate {shown}; it must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}."
+            f"{name} has the sampling rate {shown}; it must be an integer from {MIN_RATE} to {MAX_RATE} Hz."
         )
     return int(rate)
 
@@ -286,7 +286,7 @@ def _samples(value: Any, name: str) -> np.ndarray:
     """Float samples of shape `(samples, channels)` from an array, tensor or list of floats."""
     if isinstance(value, torch.Tensor):
         if value.device.type == "meta":
-            raise AudioError(f"{name} is a tensor on the meta device, which has no samples; give it its data.")
+            raise AudioError(f"{name} is a tensor on the meta device, which has no samples; load its data.")
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).numpy()
     if value is None:
@@ -294,12 +294,12 @@ def _samples(value: Any, name: str) -> np.ndarray:
     try:
         samples = np.asarray(value)
     except ValueError:
-        raise AudioError(f"{name} is ragged; give one list of floats, or one per channel.") from None
+        raise AudioError(f"{name} is ragged; pass one list of floats, or one per channel.") from None
     if samples.dtype.kind != "f" and (samples.size or samples.dtype.kind not in "fiu"):
         kind = f"{samples.dtype}, not floats" if samples.dtype.kind != "O" else "objects (None? lists?), not floats"
-        raise AudioError(f"{name} holds {kind}; scale integers to between -1 and 1.")
+        raise AudioError(f"{name} contains {kind}; scale integers to the range from -1 to 1.")
     if samples.ndim not in (1, 2):
-        raise AudioError(f"{name} has {samples.ndim} axes; give samples, or samples and channels.")
+        raise AudioError(f"{name} has {samples.ndim} axes; pass samples, or samples and channels.")
     with np.errstate(over="ignore"):
         samples = samples.astype(np.float32, copy=False)
     if not samples.size:

@@ -92,7 +92,7 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
             if sound.frames == 0:
                 raise DecodingError("has a header but no samples; leave it out")
             if sound.frames == UNKNOWN_FRAMES:
-                raise DecodingError("does not tell its length; encode it again, into a file rather than a pipe")
+                raise DecodingError("does not state its length; encode it again to a file, not a pipe")
             content = stored if isinstance(stored, bytes) else None
             if content is None and sound.format in ("OGG", "MP3"):
                 file = stack.enter_context(open(stored, "rb"))
@@ -101,7 +101,7 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
         except (soundfile.SoundFileError, OSError) as error:
             reason = getattr(error, "error_string", "") or str(error)
             raise DecodingError(
-                f"is no audio that can be decoded ({reason.strip()}); convert it to WAV or FLAC, or leave it out"
+                f"cannot be decoded as audio ({reason.strip()}); convert it to WAV or FLAC, or leave it out"
             ) from error
 
 
@@ -113,7 +113,7 @@ def check_file(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        what = "is a link to nothing" if os.path.islink(path) else "does not exist"
+        what = "is a broken link" if os.path.islink(path) else "does not exist"
         raise DecodingError(f"{what}; correct its path") from None
     except (OSError, ValueError) as error:  # a loop of links, a name too long, no permission, a zero byte
         reason = getattr(error, "strerror", None) or str(error)
@@ -142,7 +142,9 @@ def _skip(blocks: Iterator[np.ndarray], start: int) -> Iterator[np.ndarray]:
 
 def _same_rate(sound: soundfile.SoundFile, rate: int | None) -> int:
     if rate not in (None, sound.samplerate):
-        raise DecodingError(f"changes its rate from {rate} to {sound.samplerate} Hz; encode it again, at one rate")
+        raise DecodingError(
+            f"changes its sampling rate from {rate} to {sound.samplerate} Hz; encode it again at one rate"
+        )
     return sound.samplerate
 
 

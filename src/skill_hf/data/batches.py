@@ -48,7 +48,7 @@ def checked_input_values(
             shape = _shape(row)
             if shape is not None and len(shape) != 1:
                 raise AudioError(
-                    f"`audio` must hold 1-D waveforms of one channel each, but item {index} ({type(row).__name__}) has"
+                    f"`audio` must contain 1-D waveforms with one channel, but item {index} ({type(row).__name__}) has"
                     f" shape {shape}."
                 )
             row = {"audio": row}

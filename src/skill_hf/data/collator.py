@@ -90,7 +90,7 @@ class SpeechCollator:
         check_seconds("min_seconds", self.min_seconds)
         if not 0 < self.min_seconds <= self.max_seconds:
             raise ValueError(
-                f"`min_seconds` ({self.min_seconds}) must be above 0 and not above `max_seconds` ({self.max_seconds})."
+                f"`min_seconds` ({self.min_seconds}) must be above 0 and at most `max_seconds` ({self.max_seconds})."
             )
         if samples_in(self.max_seconds, self.feature_extractor.sampling_rate) < self.min_samples:
             raise ValueError(f"`max_seconds` ({self.max_seconds}) is shorter than `min_samples` ({self.min_samples}).")
@@ -203,19 +203,19 @@ def calibration_waveforms(
             break
     num_tried = num_read + len(errors)
     if not num_tried:
-        raise AudioError("The dataset has no rows; give one with audio.")
+        raise AudioError("The dataset has no rows; pass one with audio.")
     if len(errors) > MAX_BAD_SHARE * num_tried:
         raise AudioError(f"{len(errors)} of the {num_tried} clips tried cannot be read; the first: {errors[0]}")
     warn_left_out(errors, num_tried)
     if cancelled:
         logger.warning(
-            "The channels of %d of %d clips cancel when they are averaged; keep one channel of each. The first: %s",
+            "In %d of %d clips the channels cancel out when averaged; keep one channel of each. The first: %s",
             len(cancelled),
             num_read,
             cancelled[0],
         )
     if num_silent > MAX_BAD_SHARE * num_read:
-        logger.warning("%d of %d clips are silent throughout; check the recordings.", num_silent, num_read)
+        logger.warning("%d of %d clips are completely silent; check the recordings.", num_silent, num_read)
 
 
 def check_clips(dataset: Any, num_samples: int, feature_extractor: Wav2Vec2FeatureExtractor, **kwargs) -> None:
@@ -249,7 +249,7 @@ def open_row(row: Any, sampling_rate: int, protocols: Sequence[str] = ()) -> Ite
     """
     if not isinstance(row, Mapping):
         raise AudioError(
-            f"A row is a {type(row).__name__}, not a dict; make it one with `audio`, such as {{'array': ...,"
+            f"A row is a {type(row).__name__}, not a dict; make it a dict with `audio`, such as {{'array': ...,"
             " 'sampling_rate': ...}."
         )
     column = next((name for name in ("input_values", "audio") if row.get(name) is not None), None)
@@ -260,7 +260,7 @@ def open_row(row: Any, sampling_rate: int, protocols: Sequence[str] = ()) -> Ite
         )
     value = row[column]
     if column == "input_values" and isinstance(value, (str, bytes, os.PathLike, Mapping)):
-        raise AudioError(f"A row has a {type(value).__name__} for `input_values`; give floats, or name it `audio`.")
+        raise AudioError(f"A row has a {type(value).__name__} for `input_values`; pass floats, or name it `audio`.")
     with open_clip(value, sampling_rate, protocols) as clip:
         yield clip, column == "audio"
 

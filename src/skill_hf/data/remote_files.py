@@ -58,8 +58,8 @@ def check_protocols(url: str, protocols: Sequence[str] = ()) -> None:
     unknown = next((link for link in links if link not in (*PROTOCOLS, *named)), None)
     if unknown is not None:
         raise RemoteFileError(
-            f"names the protocol `{unknown}`, which is not read, only paths and {', '.join(PROTOCOLS)} URLs are;"
-            " name it in `protocols` if you trust the data set"
+            f"uses the protocol `{unknown}`, but only paths and {', '.join(PROTOCOLS)} URLs are read; add it to"
+            " `protocols` if you trust the dataset"
         )
 
 
@@ -79,7 +79,7 @@ def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
     num_late, when = _late.get(server, (0, -math.inf))
     if num_late >= REMOTE_LATE_READS and time.monotonic() - when < REMOTE_RETRY_SECONDS:
         raise RemoteFileError(
-            f"is on a server that was late {num_late} times in a row, less than {REMOTE_RETRY_SECONDS:.0f} s ago"
+            f"is on a server that timed out {num_late} times in a row, less than {REMOTE_RETRY_SECONDS:.0f} s ago"
         )
     try:
         if protocol in PROTOCOLS or "::" not in url:
@@ -125,9 +125,7 @@ def _read_in_time(open_file: Callable[[], Any]) -> bytes:
             try:
                 chunk = chunks.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise TimeoutError(
-                    f"did not arrive in time ({len(content)} bytes in {time.monotonic() - start:.0f} s)"
-                ) from None
+                raise TimeoutError(f"timed out ({len(content)} bytes in {time.monotonic() - start:.0f} s)") from None
             if isinstance(chunk, BaseException):
                 raise chunk
             if not chunk:

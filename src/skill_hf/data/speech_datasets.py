@@ -85,13 +85,14 @@ def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
     if not isinstance(directory, (str, os.PathLike)):
         raise AudioError(f"The audio directory must be a path, but is {reprlib.repr(directory)}.")
     if not os.path.isdir(directory):
-        what = "is no directory" if os.path.exists(directory) else "does not exist"
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise AudioError(f"The audio directory `{directory}` {what}; correct its path.")
     errors: list[AudioError] = []
     paths = sorted(_audio_paths(os.path.abspath(directory), errors))
     if not paths and not errors:
         raise AudioError(
-            f"The audio directory `{directory}` has no file that ends in {', '.join(AUDIO_EXTENSIONS)}; name another."
+            f"The audio directory `{directory}` has no file that ends in {', '.join(AUDIO_EXTENSIONS)}; choose"
+            " another."
         )
     lengths, num_bad_files = {}, 0
     for path in tqdm(paths, desc="Checking audio files", unit="file"):
@@ -168,22 +169,22 @@ def load_speech_dataset(
         dataset.info.dataset_name = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
         first_row = next(iter(dataset), None)
         if first_row is None:
-            raise AudioError(f"The split `{split}` of `{name}` has no rows; name another split or dataset.")
+            raise AudioError(f"The split `{split}` of `{name}` has no rows; choose another split or dataset.")
         if audio_column not in first_row:
             if "input_values" in first_row:
                 return dataset
             if dataset.info.builder_name in _OTHER_FOLDERS:
                 raise AudioError(
-                    f"`{name}` holds no audio that is known by its ending ({', '.join(AUDIO_EXTENSIONS)}), and no"
-                    " table of it; name another directory."
+                    f"`{name}` contains no audio files ({', '.join(AUDIO_EXTENSIONS)}) and no table of them; choose"
+                    " another directory."
                 )
             raise AudioError(
-                f"`{name}` has no column `{audio_column}`; name the one with the audio: {', '.join(first_row)}."
+                f"`{name}` has no column `{audio_column}`; choose the audio column from: {', '.join(first_row)}."
             )
         if dataset.info.builder_name == "webdataset" and not _has_audio(dataset):
             raise AudioError(
-                f"`{name}` holds no files that end in .{audio_column}; `audio_column` must be the ending of the audio"
-                " files in its tar shards."
+                f"`{name}` contains no files that end in .{audio_column}; `audio_column` must be the extension of the"
+                " audio files in its tar shards."
             )
         if bases:
             dataset = _with_absolute_paths(dataset, audio_column, bases)
@@ -193,7 +194,7 @@ def load_speech_dataset(
     except Exception as error:  # its loaders raise what their libraries do: of pyarrow, pandas, fsspec, the Hub
         cause = error.__cause__ or error
         reason = str(cause).strip().partition("\n")[0] or repr(cause)
-        where = "" if os.path.isdir(name) else ", which is no local directory,"
+        where = "" if os.path.isdir(name) else ", which is not a local directory,"
         raise AudioError(f"The dataset `{name}`{where} cannot be loaded: {reason}") from error
 
 
@@ -243,7 +244,7 @@ def _audio_paths(root: str, errors: list[AudioError]) -> Iterator[str]:
                 (links if entry.is_symlink() else directories).append(entry.path)
             elif entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
                 # It may have led to a directory.
-                errors.append(AudioError(f"`{entry.path}` is a link to nothing; correct its path."))
+                errors.append(AudioError(f"`{entry.path}` is a broken link; correct its path."))
             if named_like_audio:
                 yield entry.path
 
@@ -319,7 +320,7 @@ def _load_split(
         ]
         joined = datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
         if not len(joined):
-            raise AudioError(f"The split `{split}` of `{name}` has no rows; name another split or dataset.")
+            raise AudioError(f"The split `{split}` of `{name}` has no rows; choose another split or dataset.")
         return (joined.to_iterable_dataset() if streaming else joined), root
 
     builder = datasets.load_dataset_builder(name, config_name)
@@ -350,7 +351,7 @@ def _has_audio(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
 def _load_saved(directory: str, split: str) -> datasets.Dataset:
     state = json.loads((Path(directory) / "state.json").read_text(encoding="utf-8"))
     if not state.get("_data_files"):  # which `datasets` (5.2) cannot load
-        raise AudioError(f"The split `{split}` in `{directory}` has no rows; name another split or dataset.")
+        raise AudioError(f"The split `{split}` in `{directory}` has no rows; choose another split or dataset.")
     return datasets.load_from_disk(directory)
 
 
@@ -380,13 +381,13 @@ def _table_beside(
     first_row = next(iter(tables.as_streaming_dataset(split=parts[0])), {})
     if audio_column not in first_row:
         logger.warning(
-            "`%s` is not used, since it has no column `%s`; the rows are the audio files themselves. Its columns: %s.",
+            "`%s` is not used, since it has no column `%s`, only %s; the rows are the audio files themselves.",
             first,
             audio_column,
             ", ".join(first_row),
         )
         return builder, [root]
-    logger.warning("The rows are those of `%s`, not all audio files beside it.", first)
+    logger.warning("The rows are those of `%s`; audio files that it does not list are not used.", first)
     directories = [os.path.dirname(path) for path in found.values()]
     return tables, [*directories, *(os.path.join(base, part) for base, part in zip(directories, found, strict=True))]
 

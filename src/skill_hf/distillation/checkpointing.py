@@ -85,9 +85,9 @@ def written_whole(trainer, name: str) -> Iterator[Path]:
     unfinished = storage.unfinished_name(final)
     safe = last_checkpoint_to(output_dir, math.inf)
     then = (
-        f"No checkpoint is lost: make room and resume from `{safe}` with `resume_from_checkpoint=True`."
+        f"No checkpoint is lost: free disk space and resume from `{safe}` with `resume_from_checkpoint=True`."
         if safe
-        else "There is no checkpoint yet: make room and start again."
+        else "There is no checkpoint yet: free disk space and start again."
     )
     with storage.explained(f"`{final}`", output_dir, then):
         try:
@@ -218,7 +218,7 @@ def make_room(output_dir: str, overwrite: bool) -> None:
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(
-            f"`{output_dir}` holds an earlier run ({shown}): resume it with `resume_from_checkpoint=True`, give"
+            f"`{output_dir}` contains an earlier run ({shown}): resume it with `resume_from_checkpoint=True`, choose"
             " another `output_dir`, or set `overwrite_output_dir=True` to replace it."
         )
 
@@ -255,13 +255,13 @@ def find_checkpoint(
             check(directory)
         except CheckpointError as error:
             problems.append(str(error))
-            logger.warning("%s It is passed over.", error)
+            logger.warning("%s It is skipped.", error)
             continue
         return str(directory)
     reasons = f": {' '.join(problems)}" if problems else "."
     raise ValueError(
         f"There is no checkpoint to resume from in `{output_dir}`{reasons} Start without `resume_from_checkpoint`, and"
-        " with a new trainer if this one has begun."
+        " with a new trainer if this one has already started."
     )
 
 
@@ -269,7 +269,7 @@ def how_to_resume(output_dir: str) -> str:
     """What to do after `train()` was interrupted, in a sentence."""
     checkpoint = last_checkpoint_to(output_dir, math.inf)
     if checkpoint is None:
-        return "No checkpoint was written yet, so there is nothing to resume from: start again, with a new trainer."
+        return "No checkpoint was written yet, so there is nothing to resume from: start again with a new trainer."
     return f"`train(resume_from_checkpoint=True)` resumes from `{checkpoint}`."
 
 
@@ -277,8 +277,8 @@ def where_it_is_safe(output_dir: str) -> str:
     """What to do if a trained student cannot be saved, in a sentence."""
     checkpoint = last_checkpoint_to(output_dir, math.inf)
     if checkpoint is None:
-        return "It is in memory alone: call `save_model` with a directory that has room."
-    return f"It is safe: make room, and `resume_from_checkpoint=True` gives it again from `{checkpoint}`."
+        return "It exists only in memory: call `save_model` with a directory that has enough space."
+    return f"It is safe: free disk space, then `resume_from_checkpoint=True` restores it from `{checkpoint}`."
 
 
 # ---- Reading ----
@@ -308,15 +308,17 @@ def check_checkpoint(directory: Path, trainer) -> None:
         layers = trainer.teacher.config.num_hidden_layers
         for group in state["layer_groups"]:
             if max(group) > layers:
-                raise CheckpointError(f"{SKILL_STATE_NAME} groups layer {max(group)} of a teacher with {layers}")
+                raise CheckpointError(
+                    f"{SKILL_STATE_NAME} groups layer {max(group)}, but the teacher has only {layers} layers"
+                )
         try:
             distiller = trainer.blank_distiller(directory, state)
         except RuntimeError as error:  # shapes beyond all bounds
-            raise CheckpointError(f"{CONFIG_NAME} describes no student ({_first_line(error)})") from error
+            raise CheckpointError(f"{CONFIG_NAME} does not describe a valid student ({_first_line(error)})") from error
         _check_weights(directory, distiller)
     except CheckpointError as error:
         raise CheckpointError(
-            f"`{directory}` is not a whole checkpoint of SkillDistillationTrainer: {error}."
+            f"`{directory}` is not a complete checkpoint of SkillDistillationTrainer: {error}."
         ) from error.__cause__
 
 
@@ -327,7 +329,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object, but holds {_short(content)}")
+        raise CheckpointError(f"{path.name} must contain a JSON object, but contains {_short(content)}")
     return content
 
 
@@ -363,7 +365,7 @@ def _read_states(directory: Path) -> tuple[dict, int]:
     try:
         TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
     except Exception as error:
-        raise CheckpointError(f"{TRAINER_STATE_NAME} is no state of a Trainer ({_first_line(error)})") from error
+        raise CheckpointError(f"{TRAINER_STATE_NAME} is not a valid Trainer state ({_first_line(error)})") from error
     return state, step
 
 
@@ -390,10 +392,11 @@ def _check_same_run(directory: Path, state: dict, trainer) -> None:
     differences += [] if same_batch else changed
     if recipe or differences:
         what = "recipe" if recipe else "run"
-        raise ValueError(f"`{directory}` is of another {what}: {'; '.join(recipe + differences)}.")
+        raise ValueError(f"`{directory}` belongs to a different {what}: {'; '.join(recipe + differences)}.")
     if changed:
         logger.warning(
-            "%s was written with other settings of as many clips a step: %s. The run resumes, but not bit for bit.",
+            "%s was written with different settings for the same number of clips per step: %s. The resumed run will"
+            " not be bit-identical.",
             directory,
             "; ".join(changed),
         )
@@ -404,7 +407,7 @@ def _differences(name: str, stored, present) -> list[str]:
     if isinstance(stored, dict) and isinstance(present, dict):
         entries = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in stored | present]
         return [difference for entry in entries for difference in _differences(*entry)]
-    return [] if stored == present else [f"{name} ({_short(stored)} there, {_short(present)} here)"]
+    return [] if stored == present else [f"{name} (checkpoint: {_short(stored)}, now: {_short(present)})"]
 
 
 def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
@@ -425,7 +428,9 @@ def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
         try:
             size = path.stat().st_size
             if size != expected.get("bytes"):
-                raise CheckpointError(f"{name} has {size} bytes, not the {expected.get('bytes')} that were written")
+                raise CheckpointError(
+                    f"{name} has {size} bytes instead of the {expected.get('bytes')} that were written"
+                )
             if _fingerprint(path) != expected:
                 raise CheckpointError(f"{name} has changed since it was written")
         except OSError as error:
@@ -442,13 +447,13 @@ def _check_weights(directory: Path, distiller: nn.Module) -> None:
                 if name not in shapes:
                     raise CheckpointError(f"{WEIGHTS_NAME} lacks {name}")
                 if name not in expected:
-                    raise CheckpointError(f"{WEIGHTS_NAME} holds {name}, which its {CONFIG_NAME} does not")
+                    raise CheckpointError(f"{WEIGHTS_NAME} contains {name}, which {CONFIG_NAME} does not describe")
                 if shapes[name] != expected[name]:
                     raise CheckpointError(
-                        f"{name} in {WEIGHTS_NAME} has the shape {shapes[name]}, in {CONFIG_NAME} {expected[name]}"
+                        f"{name} has shape {shapes[name]} in {WEIGHTS_NAME}, but {expected[name]} in {CONFIG_NAME}"
                     )
                 if not torch.isfinite(file.get_tensor(name)).all():
-                    raise CheckpointError(f"{name} in {WEIGHTS_NAME} holds NaN or infinite values")
+                    raise CheckpointError(f"{name} in {WEIGHTS_NAME} contains NaN or infinite values")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{WEIGHTS_NAME} cannot be read ({_first_line(error)})") from error
 
@@ -468,7 +473,7 @@ def read_student_config(directory: Path, like: PreTrainedConfig) -> PreTrainedCo
     try:
         return type(like)(**fields)
     except Exception as error:
-        raise CheckpointError(f"{CONFIG_NAME} is no config of a student ({_first_line(error)})") from error
+        raise CheckpointError(f"{CONFIG_NAME} is not a valid student config ({_first_line(error)})") from error
 
 
 def _short(value) -> str:
@@ -489,5 +494,5 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     last = max(checkpoints)[1] if checkpoints else None
     if newest is not None and newest != last:
-        logger.warning("%s is incomplete and is passed over.", newest)
+        logger.warning("%s is incomplete and is skipped.", newest)
     return last

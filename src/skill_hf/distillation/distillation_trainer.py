@@ -249,10 +249,12 @@ class DistillationTrainer(Trainer):
         return super().create_scheduler(self.steps.final if self.stage == 2 else self.steps.joint, optimizer)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        raise ValueError("`create_optimizer_and_scheduler` cannot be called: each stage of `train()` makes its own.")
+        raise ValueError("`create_optimizer_and_scheduler` cannot be called: each stage of `train()` creates its own.")
 
     def hyperparameter_search(self, *args, **kwargs):
-        raise ValueError("`hyperparameter_search` cannot be called: a trainer trains once; make one for each trial.")
+        raise ValueError(
+            "`hyperparameter_search` cannot be called: a trainer trains only once; create one for each trial."
+        )
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
@@ -326,7 +328,7 @@ class DistillationTrainer(Trainer):
             )
         means = self._eval_losses.means(self.accelerator)
         if self._eval_losses.losses and not means:
-            raise AudioError("No clip of the evaluation set can be read; the warnings above say why.")
+            raise AudioError("None of the evaluation clips can be read; the warnings above say why.")
         if means:
             output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in DISTILLATION_LOSSES})
             # The Trainer averages over batches, whatever they hold.

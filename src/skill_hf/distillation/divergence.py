@@ -86,14 +86,14 @@ class FiniteWatch(TrainerCallback):
             )
         name = first_non_finite(trainer.distiller) if weights else None
         if name is not None:
-            raise NonFiniteError(self._message(step, f"{name} holds NaN or infinite values"))
+            raise NonFiniteError(self._message(step, f"{name} contains NaN or infinite values"))
 
     def _message(self, step: int, what: str) -> str:
         checkpoint = last_checkpoint_to(self.trainer.args.output_dir, step - 1)
         safe = f"The last good checkpoint is `{checkpoint}`." if checkpoint else "There is no checkpoint before it."
         cure = "a smaller learning rate"
         if self.trainer.accelerator.mixed_precision == "fp16":
-            cure += " or bf16 in place of fp16"
+            cure += " or bf16 instead of fp16"
         return f"Step {step}: {what}. Training has ended, and nothing was saved. {safe} Start again with {cure}."
 
 
@@ -110,4 +110,4 @@ def refuse_non_finite(student: nn.Module) -> None:
     """Raises a [`NonFiniteError`] if a student that is to be saved holds NaN or infinite weights."""
     name = first_non_finite(student)
     if name is not None:
-        raise NonFiniteError(f"The student is not saved: its {name} holds NaN or infinite values. Train it again.")
+        raise NonFiniteError(f"The student is not saved: its {name} contains NaN or infinite values. Train it again.")

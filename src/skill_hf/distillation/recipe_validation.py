@@ -80,8 +80,8 @@ def validate_recipe(
     for name in ("hidden_size", "num_hidden_layers"):
         if getattr(student.config, name) != getattr(teacher.config, name):
             raise ValueError(
-                f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
-                f" {getattr(teacher.config, name)}; a student must agree with its teacher."
+                f"`model` has `{name}` {getattr(student.config, name)}, but the teacher has"
+                f" {getattr(teacher.config, name)}; they must be equal."
             )
     samples, min_samples = round(config.budget_seconds * sampling_rate), receptive_field(teacher.config)
     if config.budget == "macs" and samples < min_samples:
@@ -92,13 +92,13 @@ def validate_recipe(
     if config.budget == "latency":
         measured = config.latency_costs["architecture"]
         differing = [
-            f"`{name}` is {measured.get(name)!r} there and {value!r} here"
+            f"`{name}` was {measured.get(name)!r}, but is {value!r}"
             for name, value in architecture_of(teacher.config, sampling_rate).items()
             if measured.get(name) != value
         ]
         if differing:
             raise ValueError(
-                f"`latency_costs` were measured for another teacher: {'; '.join(differing)}. Measure this one with"
+                f"`latency_costs` were measured for a different teacher: {'; '.join(differing)}. Measure this one with"
                 " examples/calibrate_latency.py."
             )
     gated = empty_student(student.config)
@@ -122,8 +122,8 @@ def warn_of_slow_gates(config: SkillConfig, joint_steps: int) -> None:
     distance = math.log((1 - drop) / drop) - OPEN_SHIFT
     if gate_travel(rate, joint_steps) < distance:
         logger.warning(
-            "`gate_learning_rate` is %g: in the %d steps of stage 1 a gate gets no farther than %.1f, but from open to"
-            " closed are %.1f, so that the cut will have to choose. Leave it out (%.2g would be used), or raise it or"
+            "`gate_learning_rate` is %g: in the %d steps of stage 1 a gate moves at most %.1f, but needs %.1f to"
+            " close, so the cut will have to choose the units. Leave it out (%.2g would be used), or raise it or"
             " `max_steps`.",
             rate,
             joint_steps,

@@ -38,8 +38,8 @@ class ShrinkCallback(TrainerCallback):
     def __init__(self, trainer):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "`shrink_steps` needs whole parameters on every process, which FSDP and DeepSpeed divide: use data"
-                " parallelism alone, or set it to 0."
+                "`shrink_steps` needs unsharded parameters, but FSDP and DeepSpeed shard them: use data parallelism"
+                " only, or set it to 0."
             )
         cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
             trainer.args, trainer.student
@@ -75,8 +75,8 @@ def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torc
             is_number = value.numel() == 1
         if not is_number and getattr(value, "shape", None) != parameter.shape:
             raise ValueError(
-                f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` is not of the"
-                " parameter's shape and cannot be cut like it. Use another one, such as `adamw_torch`, or set"
+                f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` does not have the"
+                " parameter's shape and cannot be cut with it. Use a different one, such as `adamw_torch`, or set"
                 " `shrink_steps` to 0."
             )
 
@@ -130,7 +130,7 @@ def shrink(trainer) -> None:
                 handler.register_comm_hook(module)
             break
     logger.info(
-        "Step %d: units that are closed for good are cut, %s parameters become %s",
+        "Step %d: permanently closed units are cut, %s parameters become %s",
         step,
         f"{size:,}",
         f"{pruning.num_parameters(student):,}",

@@ -224,9 +224,9 @@ class SkillDistillationTrainer(PublishingTrainer):
                 written.
         """
         if self.stage == 3:
-            raise ValueError("This trainer has finished both stages; make a new one to train again.")
+            raise ValueError("This trainer has finished both stages; create a new one to train again.")
         if self.stage and not resume_from_checkpoint:
-            raise ValueError(f"This trainer has begun already. {how_to_resume(self.args.output_dir)}")
+            raise ValueError(f"This trainer has already started. {how_to_resume(self.args.output_dir)}")
         check_data(self)
         self.steps = self.skill_config.resolve_steps(self._total_steps())
         check_run(self, resumed=bool(resume_from_checkpoint))

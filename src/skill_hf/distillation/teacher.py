@@ -82,8 +82,7 @@ class Teacher:
             return extractor
         normalise = self.config.feat_extract_norm == "layer"
         logger.warning(
-            "The teacher comes without preprocessor_config.json; audio is %s. Pass `processing_class` if that is"
-            " wrong.",
+            "The teacher has no preprocessor_config.json; audio is %s. Pass `processing_class` if that is wrong.",
             "normalised, as usual for layer-norm models"
             if normalise
             else "not normalised, as usual for group-norm models",
@@ -144,7 +143,7 @@ def load_teacher(teacher: str | os.PathLike | PreTrainedModel) -> PreTrainedMode
 
 def _check_plain(teacher: PreTrainedModel, name: str) -> None:
     """A student is a copy: the model must have the weights of its family, and no others."""
-    with one_error(f"Teacher `{name}` is not what its config describes."):
+    with one_error(f"Teacher `{name}` does not match its config."):
         weights = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
         for weight, tensor in empty_student(teacher.config).state_dict().items():
             shape = weights.pop(weight, None)
@@ -155,7 +154,7 @@ def _check_plain(teacher: PreTrainedModel, name: str) -> None:
         # A model keeps it when masking is switched off after loading; a student has no use for it then.
         weights.pop("masked_spec_embed", None)
         if weights:
-            raise ValueError(f"{next(iter(weights))} is no weight of a {teacher.config.model_type}")
+            raise ValueError(f"{next(iter(weights))} is not a weight of a {teacher.config.model_type}")
 
 
 def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -110,7 +110,7 @@ def _tell(calibration: Calibration) -> None:
     logger.info("Groups of hidden states: %s; silhouette by number of groups: %s", calibration.groups, scores)
     if any(groups != calibration.groups for groups in calibration.half_groups):
         logger.warning(
-            "The groups depend on the audio: all of the calibration set gives %s, its halves %s. Raise"
+            "The groups depend on the audio: the whole calibration set gives %s, its halves give %s. Raise"
             " `calibration_samples`, or set `num_clusters` or `layer_groups`.",
             calibration.groups,
             " and ".join(map(str, calibration.half_groups)),

@@ -44,7 +44,7 @@ def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> 
     num_clusters = skill_config.num_clusters
     if num_clusters is not None and num_clusters > num_layers:
         raise ValueError(
-            f"`num_clusters` ({num_clusters}) is above the number of layers to group, {num_layers}; lower it."
+            f"`num_clusters` ({num_clusters}) exceeds the number of layers to group, {num_layers}; lower it."
         )
     tree = layer_tree(similarity_matrix, skill_config)
     if skill_config.distance_threshold is not None:
@@ -190,7 +190,7 @@ def _distance_matrix(similarity_matrix: np.ndarray) -> np.ndarray:
     if not np.allclose(similarity, similarity.T, rtol=0, atol=1e-6):
         raise ValueError("The similarity matrix must be symmetric.")
     if not np.allclose(similarity.diagonal(), 1, rtol=0, atol=1e-6):
-        raise ValueError("The similarity matrix must have ones on its diagonal; give similarities, not distances.")
+        raise ValueError("The similarity matrix must have ones on its diagonal; pass similarities, not distances.")
     distance = np.maximum(1 - (similarity + similarity.T) / 2, 0)
     np.fill_diagonal(distance, 0)
     return distance

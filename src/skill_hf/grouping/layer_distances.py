@@ -71,7 +71,9 @@ def layer_distances(
     for name in ("num_hidden_layers", "hidden_size"):
         sizes = [getattr(model.config, name) for model in (teacher, student)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"The teacher has a `{name}` of {sizes[0]}, the student of {sizes[1]}; they must agree.")
+            raise ValueError(
+                f"The teacher has `{name}` {sizes[0]}, but the student has {sizes[1]}; they must be equal."
+            )
     layers = range(teacher.config.num_hidden_layers + 1)
     measures = {"cka": [LinearCKA() for _ in layers], "cosine": [FrameCosine() for _ in layers]}
     waveforms = checked_input_values(audio, feature_extractor, receptive_field(teacher.config))
@@ -91,7 +93,7 @@ def layer_distances(
             num_clips += len(batch)
             bar.update(len(batch))
     if not num_clips:
-        raise ValueError("There is no audio to compare layers on; give at least one waveform.")
+        raise ValueError("There is no audio to compare layers on; pass at least one waveform.")
     return {
         name: np.array([_distance(accumulator, layer) for layer, accumulator in enumerate(accumulators)])
         for name, accumulators in measures.items()
@@ -113,5 +115,5 @@ def _distance(accumulator, layer: int) -> float:
     except ValueError as error:
         # The accumulator counts two rows, teacher and student, and would name the wrong layer.
         raise ValueError(
-            f"Hidden state {layer} of the teacher or of the student does not vary over the audio; give more audio."
+            f"Hidden state {layer} of the teacher or of the student does not vary over the audio; use more audio."
         ) from error

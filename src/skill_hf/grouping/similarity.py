@@ -56,7 +56,7 @@ class SimilarityAccumulator(ABC):
         """
         shapes = sorted({tuple(state.shape) for state in hidden_states})
         if len(shapes) != 1 or len(shapes[0]) != 2:
-            raise ValueError(f"Hidden states must all have one shape (frames, features), but have {shapes}.")
+            raise ValueError(f"Hidden states must all have the same shape (frames, features), but have {shapes}.")
         frames, features = shapes[0]
         if self._chunk is None:
             # MPS has no float64, which the sums need.
@@ -64,7 +64,7 @@ class SimilarityAccumulator(ABC):
             self._chunk = torch.empty(self.chunk_frames, len(hidden_states), features, device=device)
         elif self._chunk.shape[1:] != (len(hidden_states), features):
             raise ValueError(
-                f"{len(hidden_states)} hidden states with {features} features do not fit the earlier"
+                f"{len(hidden_states)} hidden states with {features} features do not match the earlier"
                 f" {self._chunk.shape[1]} with {self._chunk.shape[2]} features."
             )
         finite = torch.stack([torch.isfinite(state).all() for state in hidden_states]).tolist()
@@ -102,7 +102,7 @@ class SimilarityAccumulator(ABC):
         """
         self._flush()
         if not self.num_frames:
-            raise ValueError("There is no audio to compare layers on; give at least one waveform.")
+            raise ValueError("There is no audio to compare layers on; pass at least one waveform.")
         matrix = self._similarity().cpu().numpy()
         matrix = np.clip((matrix + matrix.T) / 2, -1, 1)  # rounding may leave it
         np.fill_diagonal(matrix, 1)
@@ -187,7 +187,7 @@ class LinearCKA(SimilarityAccumulator):
         if not scale.all():
             constant = self.first_layer + int((scale == 0).nonzero()[0])
             raise ValueError(
-                f"Hidden state {constant} does not vary over the {self.num_frames} frame(s), so CKA is undefined; give"
+                f"Hidden state {constant} does not vary over the {self.num_frames} frame(s), so CKA is undefined; use"
                 " more audio."
             )
         norms /= torch.outer(scale, scale)
@@ -239,7 +239,7 @@ class DistillationSimilarity(SimilarityAccumulator):
         self.l2_weight = l2_weight
         self.cosine_weight = cosine_weight
         if not any(term_weights(self).values()):
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
+            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
         self._distances = 0
 
     def _accumulate(self, frames: torch.Tensor) -> None:
@@ -307,7 +307,7 @@ class MutualKNN(SimilarityAccumulator):
         if count <= self.k:
             raise ValueError(
                 f"mutual_knn compares {self.k} neighbours and needs at least {self.k + 1} frames, but the audio has"
-                f" {count}; give more audio."
+                f" {count}; use more audio."
             )
         neighbours = torch.stack([self._nearest(self._sample[:, i]) for i in range(layers)])  # (N, count, k)
         overlap = torch.ones(layers, layers, dtype=torch.float64, device=neighbours.device)
@@ -422,7 +422,7 @@ def layer_similarity(
     refuse_adapter(teacher.config, "`teacher`")
     if teacher.main_input_name != "input_values":
         raise ValueError(
-            f"`teacher` must be a speech encoder that takes `input_values`, but {type(teacher).__name__} takes"
+            f"`teacher` must be a speech encoder with the input `input_values`, but {type(teacher).__name__} takes"
             f" `{teacher.main_input_name}`."
         )
     if source is not None and feature_extractor is None:

@@ -253,8 +253,8 @@ class SkillStudentConfig:
                 config_dict["base_model"] = str(pretrained_model_name_or_path)
         elif family != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of type `{family}`; {cls.model_type} takes a student"
-                f" of its own type or a stock `{stock_family}` checkpoint."
+                f"{pretrained_model_name_or_path} contains a model of type `{family}`; {cls.model_type} needs a"
+                f" student of its own type or a stock `{stock_family}` checkpoint."
             )
         return config_dict, kwargs
 
@@ -264,8 +264,8 @@ class SkillStudentConfig:
             missing = [name for name in _REQUIRED if name not in config_dict]
             if missing:
                 raise ValueError(
-                    f"The config of this student lacks `{'`, `'.join(missing)}`: config.json is damaged or of another"
-                    " model. Download the file again, or save the student again."
+                    f"The config of this student lacks `{'`, `'.join(missing)}`: config.json is damaged or belongs to"
+                    " a different model. Download the file again, or save the student again."
                 )
         return super().from_dict(config_dict, **kwargs)
 
@@ -306,11 +306,13 @@ class SkillStudentConfig:
                 raise ValueError(f"`{name}` must be a list of layers, but is {_short(removed)}.")
             for layer in removed:
                 if not _is_index(layer, layers):
-                    raise ValueError(f"`{name}` must hold layers below {layers}, but holds {_short(layer)}.")
+                    raise ValueError(f"`{name}` must contain layers below {layers}, but contains {_short(layer)}.")
                 if left[layer]:
                     raise ValueError(f"`{name}` names layer {layer}, but `{field}[{layer}]` is {_short(left[layer])}.")
             if list(removed) != sorted(set(removed)):
-                raise ValueError(f"`{name}` must be ascending layers, each once, but is {_short(removed)}.")
+                raise ValueError(
+                    f"`{name}` must be a sorted list of layers without duplicates, but is {_short(removed)}."
+                )
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ValueError(f"`base_model` must be a Hub id, but is {_short(self.base_model)}.")
 
@@ -370,7 +372,7 @@ def _check_field(name, value):
         wanted = "text"
     elif name == "architectures":
         right = value is None or isinstance(value, list) and all(isinstance(one, str) for one in value)
-        wanted = "a list of names of classes"
+        wanted = "a list of class names"
     else:
         return
     if not right:

@@ -19,7 +19,7 @@ STUDENT_CLASSES = {
 
 def check_student_config(config: PreTrainedConfig, name) -> None:
     """Raises a `ValueError` unless a student can be made of a teacher, `name` in errors, with `config`."""
-    with one_error(f"Of `{name}` no student can be made."):
+    with one_error(f"No student can be created from `{name}`."):
         student_config(config)
 
 
@@ -27,7 +27,7 @@ def check_family(model_type: str, name) -> None:
     """Raises a `ValueError` unless the family of a model, `name` in errors, has a student class."""
     if model_type not in STUDENT_CLASSES:
         known = ", ".join(sorted(STUDENT_CLASSES))
-        raise ValueError(f"`{name}` is of the family `{model_type}`; teachers and students can be of: {known}.")
+        raise ValueError(f"`{name}` is a `{model_type}`; teachers and students must be one of: {known}.")
 
 
 def student_config(config: PreTrainedConfig) -> PreTrainedConfig:

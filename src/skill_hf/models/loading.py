@@ -97,13 +97,13 @@ def load_config(source: str | os.PathLike, what: str = "The model", **settings) 
         `ValueError`: if there is none, it is damaged, of an unknown type or of impossible size, or has an adapter.
     """
     refuse_training_checkpoint(source)
-    with one_error(f"{what} `{source}` cannot be loaded; give a Hub id or a directory with config.json."):
+    with one_error(f"{what} `{source}` cannot be loaded; pass a Hub id or a directory with config.json."):
         fields = _read_json(_find(source, CONFIG_NAME) or _missing(CONFIG_NAME))
         model_type = fields.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(f"`model_type` in {CONFIG_NAME} is {model_type!r}, which transformers does not know")
         if fields.get("quantization_config") is not None:
-            raise ValueError("its weights are quantised, of which no float32 can be made; take the original")
+            raise ValueError("its weights are quantised and cannot be converted to float32; use the original")
         config_class = CONFIG_MAPPING[model_type]
         known = config_class().to_dict().keys() | {"num_labels", "torch_dtype"}
         fields = {name: value for name, value in fields.items() if name in known}
@@ -147,8 +147,8 @@ def load_model(
     with one_error(f"{what} `{source}` cannot be loaded as {auto_class.__name__}."):
         model_class = auto_class._model_mapping[type(config)]
         if model_class.main_input_name != "input_values":
-            raise ValueError(f"it takes `{model_class.main_input_name}`, not waveforms")
-    with one_error(f"The weights of {_lower(what)} `{source}` cannot be loaded; get them again."):
+            raise ValueError(f"its input is `{model_class.main_input_name}`, not waveforms")
+    with one_error(f"The weights of {_lower(what)} `{source}` cannot be loaded; download them again."):
         weights = load_weights(source)
         _check_memory(model_class, config, weights)
         weights = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
@@ -187,7 +187,9 @@ def load_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
             weights |= _read_pickle(path)
     for name, tensor in weights.items():
         if tensor.dtype not in FLOATS and not name.endswith(COUNTERS):
-            raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, but must be floating")
+            raise ValueError(
+                f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, but must be floating point"
+            )
     return weights
 
 
@@ -201,7 +203,7 @@ def load_feature_extractor(
     Raises:
         `ValueError`: if it is of another class, or a field has no possible value.
     """
-    advice = "get the file again or pass another feature extractor"
+    advice = "download the file again or pass another feature extractor"
     with one_error(f"The feature extractor of {_lower(what)} `{source}` cannot be used."):
         fields = None
         path = _find(source, PROCESSOR_NAME, token)
@@ -213,10 +215,10 @@ def load_feature_extractor(
                 return None
             fields = _read_json(path)
         if not isinstance(fields, dict):
-            raise ValueError(f"{path.name} holds no fields; {advice}")
+            raise ValueError(f"{path.name} contains no fields; {advice}")
         kind = fields.get("feature_extractor_type", Wav2Vec2FeatureExtractor.__name__)
         if kind != Wav2Vec2FeatureExtractor.__name__:
-            raise ValueError(f"{path.name} is of a {kind}; encoders of waveforms have a Wav2Vec2FeatureExtractor")
+            raise ValueError(f"{path.name} is for a {kind}, but waveform encoders need a Wav2Vec2FeatureExtractor")
         extractor = Wav2Vec2FeatureExtractor(**{name: fields[name] for name in EXTRACTOR_FIELDS if name in fields})
         check_feature_extractor(extractor)
         return extractor
@@ -234,17 +236,15 @@ def check_feature_extractor(extractor) -> None:
     rate = getattr(extractor, "sampling_rate", None)
     low, high = SAMPLING_RATES
     if isinstance(rate, bool) or not isinstance(rate, Integral) or not low <= rate <= high:
-        raise ValueError(
-            f"`sampling_rate` of the {name} is {rate!r}, but must be a whole number from {low} to {high} Hz."
-        )
+        raise ValueError(f"`sampling_rate` of the {name} is {rate!r}, but must be an integer from {low} to {high} Hz.")
     noise = _noise(int(rate))
     with one_error(f"The {name} does not prepare waveforms."):
         made = extractor(noise, sampling_rate=rate)
         if "input_values" not in made:
-            raise ValueError(f"it makes {', '.join(made)} instead of `input_values`")
+            raise ValueError(f"it produces {', '.join(made)} instead of `input_values`")
         shape = np.shape(made["input_values"][0])
         if shape != noise.shape:
-            raise ValueError(f"it makes {shape} of {noise.shape} samples")
+            raise ValueError(f"it produces {shape} from {noise.shape} samples")
     for field in ("do_normalize", "return_attention_mask"):
         if not isinstance(getattr(extractor, field, False), bool):
             raise ValueError(f"`{field}` of the {name} is {getattr(extractor, field)!r}, but must be true or false.")
@@ -273,8 +273,8 @@ def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
         )
         if not np.allclose(one["input_values"][0], other["input_values"][0], atol=1e-5):
             logger.warning(
-                "The student is saved with a Wav2Vec2FeatureExtractor, which does not prepare audio as your %s does:"
-                " prepare it with that before you use the student.",
+                "The student is saved with a Wav2Vec2FeatureExtractor, which prepares audio differently from your"
+                " %s: use yours to prepare audio for the student.",
                 type(extractor).__name__,
             )
     return plain
@@ -299,8 +299,8 @@ def check_encoder(model, what: str) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{what} is a {type(model).__name__}, but must be a Hub id, a directory or a model of transformers; of one"
-            " that PEFT has wrapped take `merge_and_unload()`."
+            f"{what} is a {type(model).__name__}, but must be a Hub id, a directory or a model of transformers; for a"
+            " PEFT model pass the result of `merge_and_unload()`."
         )
     encoder = model.base_model
     refuse_adapter(encoder.config, what)
@@ -310,23 +310,23 @@ def check_encoder(model, what: str) -> None:
         raise ValueError(f"{what} is a student with gates; call `prune()` first.")
     for name, module in encoder.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
-            raise ValueError(f"{what} has an adapter of PEFT in {name}; merge it first (`merge_and_unload()`).")
+            raise ValueError(f"{what} has a PEFT adapter in {name}; merge it first (`merge_and_unload()`).")
         if ".quantized." in f"{type(module).__module__}.":
-            raise ValueError(f"{what} is quantised ({name} is a {type(module).__name__}); take the original.")
+            raise ValueError(f"{what} is quantised ({name} is a {type(module).__name__}); use the original.")
     matrices = {}
     for name, tensor in encoder.state_dict().items():
         if tensor.is_meta:
-            raise ValueError(f"{what} has no values in {name}, which is on the meta device; load it for real.")
+            raise ValueError(f"{what} has no values in {name}, which is on the meta device; load its weights.")
         if name.endswith(COUNTERS):
             continue
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{what} has weights of type {kind} in {name}; load it in floating point.")
+            raise ValueError(f"{what} has weights of type {kind} in {name}; load it as a floating-point model.")
         if not tensor.numel():
             continue
         low, high = torch.aminmax(tensor.detach())
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(f"{what} has NaN or infinite weights in {name}; get the weights again.")
+            raise ValueError(f"{what} has NaN or infinite weights in {name}; download the weights again.")
         if tensor.dim() > 1:
             matrices[name] = bool(low == 0) and bool(high == 0)
     # What nothing gets through, and layers that add nothing; a single matrix may be zero where heads were cut.
@@ -336,27 +336,27 @@ def check_encoder(model, what: str) -> None:
     if layers and all(matrices[name] for name in layers):
         dead += layers
     if dead:
-        raise ValueError(f"{what} has weights that are all zeros, such as {dead[0]}; get the weights again.")
+        raise ValueError(f"{what} has weights that are all zeros, such as {dead[0]}; download the weights again.")
 
 
 def refuse_adapter(config: PreTrainedConfig, what: str) -> None:
     """Raises a `ValueError` if convolutions after the encoder make other frames than those of the hidden states."""
     if getattr(config, "add_adapter", False):
-        raise ValueError(f"{what} has `add_adapter`, which makes other frames than the encoder's; set it to false.")
+        raise ValueError(f"{what} has `add_adapter`, which changes the encoder's frames; set it to false.")
 
 
 def _find(source, name: str, token: bool | str | None = None) -> Path | None:
     """The local path of a file of a directory or repository, or `None` if it has none of this name."""
     if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise ValueError(f"{source!r} is no name")
+        raise ValueError(f"{source!r} is not a valid name")
     if os.path.isfile(source):
-        raise ValueError("it is a file; give its directory")
+        raise ValueError("it is a file; pass its directory")
     if os.path.isdir(source):
         path = Path(source, name)
         if path.is_file():
             return path
         if os.path.lexists(path):
-            raise ValueError(f"{name} in it is no file")  # but a directory, a pipe, or a link to nothing
+            raise ValueError(f"{name} in it is not a file")  # but a directory, a pipe, or a link to nothing
         return None
     path = cached_file(str(source), name, token=token, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
@@ -374,9 +374,9 @@ def _read_json(path: Path) -> dict:
     try:
         fields = parse_json(path)
     except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON file that can be read ({error})") from error
+        raise ValueError(f"{path.name} is not a readable JSON file ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path.name} holds a {type(fields).__name__} where names and values belong")
+        raise ValueError(f"{path.name} contains a {type(fields).__name__} instead of names and values")
     return fields
 
 
@@ -399,7 +399,7 @@ def weight_files(source: str | os.PathLike) -> list[Path]:
         suffix = Path(name.removesuffix(".index.json")).suffix
         for part in places.values():
             if Path(part).name != part or not part.endswith(suffix):
-                raise ValueError(f"{name} names {part!r}, which is no {suffix} file of the directory itself")
+                raise ValueError(f"{name} names {part!r}, which is not a {suffix} file in the same directory")
         return [_find(source, part) or _missing(part) for part in sorted(set(places.values()))]
     raise ValueError(f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
@@ -408,14 +408,14 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path.name} is no pickle of plain weights, the only one that is read") from error
+        raise ValueError(f"{path.name} is not a pickle of plain weights; no other kind is read") from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()
     ):
-        raise ValueError(f"{path.name} holds something else than weights by name")
+        raise ValueError(f"{path.name} contains something other than named weights")
     for name, tensor in found.items():
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} in {path.name} is larger than the file says")
+            raise ValueError(f"{name} in {path.name} is larger than its stored data")
     return found
 
 
@@ -425,7 +425,7 @@ def _check_numbers(fields: dict) -> None:
         for number in value if isinstance(value, list) else [value]:
             most = MAX_LABELS if name == "num_labels" else MAX_SIZE
             if isinstance(number, (int, float)) and not -most <= number <= most:  # NaN is not, either
-                raise ValueError(f"`{name}` in {CONFIG_NAME} is {number}, but may be {most:,} at most")
+                raise ValueError(f"`{name}` in {CONFIG_NAME} is {number}, but must be at most {most:,}")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
@@ -434,16 +434,16 @@ def _check_sizes(config: PreTrainedConfig) -> None:
     _check_numbers(config.to_dict())
     if not 1 <= config.num_hidden_layers <= MAX_LAYERS or not 1 <= len(config.conv_dim) <= MAX_LAYERS:
         raise ValueError(
-            f"{CONFIG_NAME} has {config.num_hidden_layers:,} layers and {len(config.conv_dim):,} convolutions; there"
-            f" must be 1 to {MAX_LAYERS:,}"
+            f"{CONFIG_NAME} has {config.num_hidden_layers:,} layers and {len(config.conv_dim):,} convolutions; both"
+            f" must be from 1 to {MAX_LAYERS:,}"
         )
     for name in ("conv_dim", "conv_stride", "conv_kernel"):
         value = getattr(config, name)
         if len(value) != len(config.conv_dim) or not all(type(size) is int and size > 0 for size in value):
-            raise ValueError(f"`{name}` in {CONFIG_NAME} is {list(value)!r}, but must be whole numbers above 0")
+            raise ValueError(f"`{name}` in {CONFIG_NAME} is {list(value)!r}, but must be integers above 0")
     number = num_parameters(empty_model(AutoModel._model_mapping[type(config)], config))
     if number > MAX_PARAMETERS:
-        raise ValueError(f"{CONFIG_NAME} describes {number:,} parameters; there may be {MAX_PARAMETERS:,}")
+        raise ValueError(f"{CONFIG_NAME} describes {number:,} parameters; the maximum is {MAX_PARAMETERS:,}")
 
 
 def empty_model(model_class, config: PreTrainedConfig) -> PreTrainedModel:
@@ -484,7 +484,7 @@ def _check_complete(model: PreTrainedModel, info: dict, weights: dict[str, torch
     problems = [(name, problem) for name, problem in problems if name.startswith(of_encoder)]
     # Names without the prefix are those of the head, if the file has a head.
     in_file = prefix if any(name.startswith(prefix) for name in weights) else ""
-    problems += [(name, "is not part of it") for name in info["unexpected_keys"] if name.startswith(in_file)]
+    problems += [(name, "is not part of the model") for name in info["unexpected_keys"] if name.startswith(in_file)]
     found = {name.removeprefix(prefix): problem for name, problem in problems}
     found = {
         name: problem

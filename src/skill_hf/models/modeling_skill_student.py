@@ -260,7 +260,7 @@ class SkillStudent:
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
                 f"{'; '.join(f'{name} {problem}' for name, (problem, _) in sorted(mismatched.items()))}. Pass"
-                " `ignore_mismatched_sizes=True` to initialise these weights again."
+                " `ignore_mismatched_sizes=True` to reinitialise these weights."
             )
         return (model, info) if output_loading_info else model
 
@@ -280,7 +280,9 @@ class SkillStudent:
             `ValueError`: if the student has gates or is fused.
         """
         if self.base_model.gating is not None:
-            raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
+            raise ValueError(
+                "This student has gates, which other programs cannot read; call `prune()` before saving it."
+            )
         self.base_model.refuse_fused("saved")
         for name in _PRUNED_FIELDS:  # a head may have been given another encoder since it was made
             setattr(self.config, name, copy.deepcopy(getattr(self.base_model.config, name)))
@@ -323,9 +325,9 @@ class SkillStudent:
             return _act("push_to_hub", self, repo_id, **kwargs)
         if importlib.util.find_spec("skill_hf") is not None:
             logger.warning(
-                "This student runs the code of its own repository, which may be of another version than the skill-hf"
-                " package that is installed: it is pushed as transformers does it, without the package's model card."
-                " To have the card, `import skill_hf`, load the student again and push that."
+                "This student runs the code of its own repository, which may differ from the installed skill-hf"
+                " package: it is pushed without the package's model card. To include the card, `import skill_hf`,"
+                " load the student again and push it."
             )
         return super().push_to_hub(repo_id, **kwargs)
 
@@ -403,10 +405,10 @@ class SkillStudentModel(SkillStudent):
         Raises:
             `ValueError`: if the student is fused.
         """
-        self.refuse_fused("made a stock model")
+        self.refuse_fused("converted to a stock model")
         if self.config.masked_group_norm and self.config.feat_extract_norm == "group":
             logger.warning(
-                "The stock model has no `masked_group_norm`: it gives the same outputs for clips without padding only."
+                "The stock model has no `masked_group_norm`: it gives the same outputs only for clips without padding."
             )
         stock_class = self.stock_class()
         config_class, student_fields = stock_class.config_class, self.config_class().to_dict()

@@ -32,8 +32,8 @@ def check_declared(model, declared):
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of this student is of type {kind}, but weights must be floating: the file is damaged or"
-                " of another model. Get it again."
+                f"{name} of this student is of type {kind}, but weights must be floating point: the file is damaged or"
+                " belongs to a different model. Download it again."
             )
     declared = {name.removeprefix(prefix): tensor.shape for name, tensor in declared.items()}
     wanted = {name.removeprefix(prefix): tensor.shape for name, tensor in model.state_dict().items()}
@@ -45,7 +45,7 @@ def check_declared(model, declared):
         name = max(absent, key=absent.get)
         field = _field_of(name, model.config.num_hidden_layers) or _HEAD_FIELDS.get(name.partition(".")[0], name)
         raise ValueError(
-            f"The config of this student describes far more than its weights hold, {stored:,} numbers: {name} of"
+            f"The config of this student describes far more than its weights contain ({stored:,} numbers): {name} of"
             f" shape {tuple(wanted[name])}. Check `{field}`."
         )
 
@@ -64,9 +64,9 @@ def check_weights(model, found, fewer_layers=False):
         field = _field_of(name, model.config.num_hidden_layers, shapes)
         if field is not None and not (fewer_layers and field == "num_hidden_layers"):
             raise ValueError(
-                f"Weights and config of this student disagree about `{field}`: {name} {problem}. One of them"
-                " is damaged or of another model: get both again, or leave out the argument that has changed the"
-                " config."
+                f"Weights and config of this student disagree about `{field}`: {name} {problem}. One of them is"
+                " damaged or belongs to a different model: download both again, or leave out the argument that"
+                " changed the config."
             )
 
 
@@ -84,10 +84,10 @@ def declared_weights(model, state_dict, checkpoint_files):
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(
-                f"{os.path.basename(path)} of this student cannot be read: get it again. ({reason})"
+                f"{os.path.basename(path)} of this student cannot be read: download it again. ({reason})"
             ) from error
         if sum(tensor.nbytes for tensor in weights.values()) > 2 * os.path.getsize(path):
-            raise ValueError(f"{os.path.basename(path)} of this student declares more weights than it holds.")
+            raise ValueError(f"{os.path.basename(path)} of this student declares more weights than it contains.")
         declared |= weights
     return declared
 
@@ -108,7 +108,9 @@ def check_finite(model, but):
         if name in but or tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
             continue
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-            raise ValueError(f"{name} of this student has NaN or infinite weights: the file is damaged. Get it again.")
+            raise ValueError(
+                f"{name} of this student has NaN or infinite weights: the file is damaged. Download it again."
+            )
 
 
 def _mismatch(there, here):
@@ -120,7 +122,7 @@ def mismatched_weights(info):
     found = {}
     for entry in info["mismatched_keys"]:
         name, *shapes = [entry] if isinstance(entry, str) else entry  # transformers 4 gives the name alone
-        found[name] = _mismatch(*shapes) if shapes else ("has another shape", None)
+        found[name] = _mismatch(*shapes) if shapes else ("has a different shape", None)
     return found
 
 

@@ -208,8 +208,8 @@ def _explain_failure(output_dir: Path, repo_id: str):
         yield
     except HFValidationError as error:
         raise OSError(
-            f"The student is saved in `{output_dir}`, but `{repo_id}` is no name for a repository: set `hub_model_id`"
-            f" and call `trainer.push_to_hub()` again. ({error})"
+            f"The student is saved in `{output_dir}`, but `{repo_id}` is not a valid repository name: set"
+            f" `hub_model_id` and call `trainer.push_to_hub()` again. ({error})"
         ) from error
     except (HTTPError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -58,7 +58,7 @@ TASKS = {
     "AutoModelForCTC": Task(
         "automatic-speech-recognition",
         "    tokens = model(**inputs).logits.argmax(-1)\n"
-        "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` makes text of them",
+        "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` turns them into text",
     ),
     "AutoModelForAudioClassification": Task(
         "audio-classification",
@@ -72,7 +72,7 @@ TASKS = {
     "AutoModelForAudioXVector": Task(
         "feature-extraction",
         "    embeddings = torch.nn.functional.normalize(model(**inputs).embeddings, dim=-1)\n"
-        "print(embeddings.shape)  # two clips are as alike as the dot product of their embeddings is large",
+        "print(embeddings.shape)  # the dot product of two clips' embeddings is their similarity",
     ),
 }
 
@@ -85,7 +85,7 @@ name = {name}
 feature_extractor = AutoFeatureExtractor.from_pretrained(name)
 model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
 
-audio = np.random.default_rng(0).standard_normal({rate})  # one second, mono, {rate} Hz: yours goes here
+audio = np.random.default_rng(0).standard_normal({rate})  # one second, mono, {rate} Hz: replace it with yours
 inputs = feature_extractor(audio, sampling_rate={rate}, return_tensors="pt").to(model.device, model.dtype)
 with torch.no_grad():
 {last_lines}"""
@@ -185,7 +185,7 @@ def write_model_card(directory: str | Path, report: RunReport) -> None:
             printed = _run(_snippet(student, str(directory), rate))
         except Exception as error:
             raise RuntimeError(
-                f"The student was saved in `{directory}`, but the snippet of its model card fails there, so that no"
+                f"The student was saved in `{directory}`, but the snippet of its model card fails, so no"
                 f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
             ) from error
     training = _training_content(report, described, printed, save_figures(directory, report))
@@ -297,7 +297,7 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
             terms = [f"{term}_loss" for term in _weighted_terms(config)]
             figures["training.png"] = plot_training(history, terms, cut=report.steps and report.steps.joint)
     except ImportError as error:
-        logger.info("The model card has tables in place of figures. %s", error)
+        logger.info("The model card has tables instead of figures. %s", error)
     for name in FIGURES:
         (Path(directory) / name).unlink(missing_ok=True)  # that of an earlier run would be published with this one
     for name, figure in figures.items():
@@ -399,7 +399,7 @@ def _classes(model: PreTrainedModel) -> tuple[str, str]:
     for name in [cls.__name__ for cls in type(model).__mro__]:
         if auto_class_of.get(name) in TASKS:
             return name, auto_class_of[name]
-    raise ValueError(f"A model card of this package is for its students, but the model is a {type(model).__name__}.")
+    raise ValueError(f"The model card of skill-hf is for students, but the model is a {type(model).__name__}.")
 
 
 def _snippet(model: PreTrainedModel, name: str | None, rate: int) -> str:

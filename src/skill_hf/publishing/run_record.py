@@ -71,8 +71,8 @@ class RunRecord:
             lines += [f"  {name:<32}{loss:>8.3f}{cosine:>8.3f}" for name, loss, cosine in self.loss_rows()]
         if self.cut is not None and self.cut["shift"]:
             lines.append(
-                f"The gates of stage 1 left {self.cut['left']:,} where {self.cut['wanted']:,} were asked for; a shift"
-                f" of {self.cut['shift']:+.3f} chose the units to cut."
+                f"The gates of stage 1 left {self.cut['left']:,}, but the target was {self.cut['wanted']:,}; they were"
+                f" shifted by {self.cut['shift']:+.3f} to choose the units to cut."
             )
         return lines + self.advice()
 
@@ -94,7 +94,7 @@ class RunRecord:
         if end is None or end["cosine_similarity"] >= MIN_COSINE_SIMILARITY:
             return []
         return [
-            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the"
-            f" teacher's (below {MIN_COSINE_SIMILARITY} it is of little use): train for more steps or lower"
+            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the teacher's"
+            f" (below {MIN_COSINE_SIMILARITY} the student is of little use): train for more steps or lower"
             " `target_sparsity`."
         ]

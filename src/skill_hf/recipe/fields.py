@@ -39,7 +39,7 @@ def some_of(allowed: Collection[str]) -> Kind:
     def check(name: str, value: Any) -> list[str]:
         listed = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
         if not listed or not value or not set(value) <= set(allowed) or len(set(value)) < len(value):
-            refuse(name, f"a list of at least one of {', '.join(allowed)}, each once", value)
+            refuse(name, f"a list of one or more of {', '.join(allowed)}, without duplicates", value)
         return list(map(str, value))
 
     return check
@@ -57,7 +57,7 @@ def whole(least: int) -> Kind:
 
     def check(name: str, value: Any) -> int:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            refuse(name, f"a whole number of at least {least}", value)
+            refuse(name, f"an integer of at least {least}", value)
         return int(value)
 
     return check
@@ -88,7 +88,7 @@ def number(least: float = -math.inf, above: float = -math.inf, below: float = ma
 
 def index_groups(name: str, value: Any) -> list[list[int]]:
     """Lists of indices; a string is read as JSON, since a command line has no lists of lists."""
-    wanted = "a list of lists of indices such as [[0],[1,2]], each index once in a list"
+    wanted = "a list of lists of indices such as [[0],[1,2]], without duplicates within a list"
     if isinstance(value, str):
         try:
             value = json.loads(value)

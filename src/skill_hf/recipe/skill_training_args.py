@@ -46,18 +46,20 @@ class SkillTrainingArguments(TrainingArguments):
 
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps of both stages, 75000 by default; -1 to go by num_train_epochs."},
+        metadata={"help": "Optimizer steps of both stages, 75000 by default; -1 to use num_train_epochs."},
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the data in both stages together, if max_steps is not given."}
+        default=None, metadata={"help": "Passes over the data in both stages together, if max_steps is not set."}
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the first stage."})
     warmup_steps: float = field(
         default=0.3, metadata={"help": "Share of the first stage's steps (below 1) or a number of steps."}
     )
-    max_grad_norm: float = field(default=10.0, metadata={"help": "Norm that gradients are clipped to."})
+    max_grad_norm: float = field(
+        default=10.0, metadata={"help": "Maximum norm of the gradient; larger gradients are clipped."}
+    )
     logging_steps: float | None = field(
-        default=None, metadata={"help": "Optimizer steps between two log lines, 50 by default; fewer in short runs."}
+        default=None, metadata={"help": "Optimizer steps between log lines, 50 by default; fewer in short runs."}
     )
     per_device_train_batch_size: int = field(default=10, metadata={"help": "Clips per step and device."})
     overwrite_output_dir: bool = field(

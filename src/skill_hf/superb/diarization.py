@@ -74,12 +74,10 @@ class Diarization(Task):
         """Segments in seconds, within what is heard of the clip."""
         segments = []
         if not isinstance(value, list):
-            raise ValueError(
-                f"{place} must be a list, of speaker_id, start and end for each segment, but is {value!r}."
-            )
+            raise ValueError(f"{place} must be a list of segments with speaker_id, start and end, but is {value!r}.")
         for segment in value:
             if not isinstance(segment, Mapping) or not {"speaker_id", "start", "end"} <= segment.keys():
-                raise ValueError(f"{place} has {segment!r}, which is no dict of speaker_id, start and end.")
+                raise ValueError(f"{place} has {segment!r}, which is not a dict with speaker_id, start and end.")
             speaker, start, end = (segment[key] for key in ("speaker_id", "start", "end"))
             if speaker is None or not all(isinstance(time, (int, float)) for time in (start, end)):
                 raise ValueError(f"{place} has {segment!r}; `speaker_id` must be a name, `start` and `end` numbers.")
@@ -99,14 +97,14 @@ class Diarization(Task):
             `ValueError`: if somebody speaks after the end of a clip, as where `time_unit` is wrong; or nobody speaks.
         """
         if not any(targets):
-            raise ValueError(f"In the {split} set nobody speaks, by `{self.column}`.")
+            raise ValueError(f"The {split} set contains no speech according to `{self.column}`.")
         for (row, frames), segments in zip((num_frames or {}).items(), targets, strict=num_frames is not None):
             end, last = frames * self.frame_seconds, max((segment["end"] for segment in segments), default=0)
             if last > end + 1:
                 raise ValueError(
-                    f"`{self.column}` in row {row} of the {split} set goes on to {last:g} s, but the clip ends at"
-                    f" {end:.2f} s; correct it, or say by `time_unit` how many seconds a unit of `start` and `end` is"
-                    f" (now {self.time_unit:g})."
+                    f"`{self.column}` in row {row} of the {split} set extends to {last:g} s, but the clip ends at"
+                    f" {end:.2f} s; correct it, or set `time_unit` to the seconds per unit of `start` and `end` (now"
+                    f" {self.time_unit:g})."
                 )
 
     def train_examples(self, examples) -> "Chunks":

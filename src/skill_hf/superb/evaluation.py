@@ -156,9 +156,9 @@ def evaluate_task(
             of other settings, or training comes to NaN with every learning rate.
     """
     if not learning_rates:
-        raise ValueError("`learning_rates` is empty; give at least one.")
+        raise ValueError("`learning_rates` is empty; pass at least one.")
     if args.eval_strategy == "no":
-        raise ValueError("`eval_strategy` is no, but the validation set chooses the head; make it steps or epoch.")
+        raise ValueError("`eval_strategy` is no, but the validation set chooses the head; set it to steps or epoch.")
     first = examples["train"][0]["hidden_states"]
     try_directory(args.output_dir)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def evaluate_task(
     usable = [rate for rate, result in results.items() if math.isfinite(result["validation"][task.metric])]
     if not usable:
         raise ValueError(
-            f"Training {task.name} came to NaN with every learning rate ({', '.join(map(str, learning_rates))}); try"
+            f"Training {task.name} produced NaN with every learning rate ({', '.join(map(str, learning_rates))}); try"
             " smaller ones."
         )
     best = (max if task.greater_is_better else min)(usable, key=lambda rate: results[rate]["validation"][task.metric])

@@ -94,7 +94,9 @@ def cache_hidden_states(
             too small for them, or they are NaN or too large for `dtype`.
     """
     if "audio" not in dataset.column_names:
-        raise ValueError(f"The data set has no column `audio`, but {', '.join(dataset.column_names)}; rename yours.")
+        raise ValueError(
+            f"The dataset has no column `audio`, only {', '.join(dataset.column_names)}; rename the audio column."
+        )
     if max_seconds is not None:
         check_seconds("max_seconds", max_seconds)
     check_seconds("batch_seconds", batch_seconds)
@@ -137,8 +139,8 @@ def cache_hidden_states(
                         raise
                     seconds = max(map(len, waveforms)) / encoder.sampling_rate
                     raise ValueError(
-                        f"The memory is too small for rows {', '.join(map(str, rows))} of up to {seconds:.0f} s; crop"
-                        " clips by `max_seconds`."
+                        f"Out of memory for rows {', '.join(map(str, rows))} of up to {seconds:.0f} s; crop clips with"
+                        " `max_seconds`."
                     ) from error
                 for row, states in zip(rows, encoded, strict=True):
                     states = states.mean(0, keepdim=True) if mean_over_time else states
@@ -194,7 +196,9 @@ def cast_states(states: torch.Tensor, dtype: str, clip: str, setting: str) -> np
     values = states.cpu().numpy()
     largest = float(np.abs(values).max(initial=0))
     if not np.isfinite(largest):
-        raise ValueError(f"The hidden states of {clip} hold NaN or infinite values; check the weights of the model.")
+        raise ValueError(
+            f"The hidden states of {clip} contain NaN or infinite values; check the weights of the model."
+        )
     if largest > float(np.finfo(dtype).max):
         raise ValueError(
             f"The hidden states of {clip} reach {largest:.3g}, too large for {dtype} (at most"
@@ -214,11 +218,11 @@ def check_settings(directory: Path, settings: dict, what: str) -> None:
     settings = json.loads(json.dumps(settings))  # as it is read back: a tuple is a list
     before = read_json(path) if path.is_file() else settings
     if not isinstance(before, dict):
-        raise ValueError(f"{path} holds no settings of {what}; name another directory.")
+        raise ValueError(f"{path} contains no settings of {what}; choose another directory.")
     for name in before | settings:
         if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{directory} has {what} with `{name}` {before.get(name)!r}, not {settings.get(name)!r}; name"
+                f"{directory} has {what} with `{name}` {before.get(name)!r}, not {settings.get(name)!r}; choose"
                 " another directory."
             )
     if not path.is_file():
@@ -236,7 +240,7 @@ def _read_index(directory: Path) -> list[tuple[int, int, int]]:
         path.write_text(complete, encoding="utf-8")
     rows = [line.split(",") for line in complete.splitlines()]
     if not all(len(row) == 3 and all(value.isascii() and value.isdigit() for value in row) for row in rows):
-        raise ValueError(f"{path} is no index of hidden states; remove {directory}, they are then computed again.")
+        raise ValueError(f"{path} is not a valid index of hidden states; remove {directory} to compute them again.")
     return [tuple(map(int, row)) for row in rows]
 
 
@@ -255,6 +259,6 @@ def _check_disk(directory: Path, needed: float) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(
-            f"The hidden states need another {needed / 1e9:.1f} GB, but the disk of {directory} has"
-            f" {free / 1e9:.1f} GB left; name another `cache_dir`, or take fewer clips or shorter ones."
+            f"The hidden states need {needed / 1e9:.1f} GB more, but the disk of {directory} has {free / 1e9:.1f} GB"
+            " left; choose another `cache_dir`, or use fewer or shorter clips."
         )

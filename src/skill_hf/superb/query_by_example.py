@@ -54,7 +54,7 @@ def read_truth(queries: datasets.Dataset, documents: datasets.Dataset, column: s
     else:
         truth = _read_names(queries, documents, column)
     if not truth.any():
-        raise ValueError(f"No document holds any of the {len(queries)} queries, by `{column}`.")
+        raise ValueError(f"No document contains any of the {len(queries)} queries, according to `{column}`.")
     return truth
 
 
@@ -71,8 +71,8 @@ def _read_names(queries: datasets.Dataset, documents: datasets.Dataset, column: 
             found = rows.get(name, [])
             if len(found) != 1:
                 raise ValueError(
-                    f"`{column}` of query {row} names {name}, which {'fits several' if found else 'is none'} of the"
-                    " documents."
+                    f"`{column}` of query {row} names {name}, which {'matches several' if found else 'matches none'}"
+                    " of the documents."
                 )
             truth[row, found[0]] = True
     return truth

@@ -48,7 +48,7 @@ class Columns:
             return self.label or list(self.INTENT)
         named = self.speaker if task == "asv" else self.text if task in ("asr", "pr", "sf", "qbe") else None
         if named is None and self.label and len(self.label) > 1:
-            raise ValueError(f"`{task}` has one label, but {len(self.label)} columns are named.")
+            raise ValueError(f"`{task}` has one label column, but {len(self.label)} were given.")
         named = named or (self.label or [None])[0]
         if named is not None:
             return named
@@ -56,8 +56,8 @@ class Columns:
             if column in dataset.column_names:
                 return column
         raise ValueError(
-            f"`{task}` needs one of the columns {', '.join(self.USUAL[task])}, but the data set has"
-            f" {', '.join(dataset.column_names)}; name yours."
+            f"`{task}` needs one of the columns {', '.join(self.USUAL[task])}, but the dataset has"
+            f" {', '.join(dataset.column_names)}; specify yours."
         )
 
 

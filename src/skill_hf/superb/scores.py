@@ -183,14 +183,14 @@ def results_page(name: str, tasks: Sequence[MeasuredTask], million_parameters: f
     comparable = {metric: value for task in tasks if task.superb_data for metric, value in task.scores.items()}
     if comparable:
         parts += [
-            "## Beside published models",
-            "On SUPERB's own data alone. Learning rates of published results were swept for each model.",
+            "## Comparison with published models",
+            "Only results on SUPERB's own data. Learning rates of published results were swept for each model.",
             comparison_table(name, comparable, million_parameters),
         ]
     if not all(task.superb_data for task in tasks):
         whose = "The other results" if comparable else "These results"
         parts.append(
-            f"{whose} are not of SUPERB's own data: they do not compare with published ones, which are left out."
+            f"{whose} do not use SUPERB's own data: they are not comparable with published ones, which are left out."
         )
     return "\n\n".join(parts) + "\n"
 

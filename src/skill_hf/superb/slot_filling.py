@@ -47,8 +47,8 @@ class SlotFilling(Transcription):
         for split, texts in targets.items():
             if not any(_MARK.fullmatch(word) for text in texts for word in text.split()):
                 raise ValueError(
-                    f"The {split} set has no slot in `{self.column}`; write them as `B-type words E-type`, or give"
-                    " every word a tag in a column `iob`."
+                    f"The {split} set has no slot in `{self.column}`; write them as `B-type words E-type`, or tag"
+                    " every word in a column `iob`."
                 )
         return targets
 
@@ -68,7 +68,7 @@ class SlotFilling(Transcription):
                 raise ValueError(f"Row {row} of the {split} set: {error}") from None
             targets.append(self.normalise(" ".join(words)))
             if not targets[-1]:
-                raise ValueError(f"Row {row} of the {split} set has nothing in `{self.column}`; leave out such rows.")
+                raise ValueError(f"Row {row} of the {split} set has no text in `{self.column}`; leave out such rows.")
         return targets
 
     def normalise(self, text: str) -> str:
@@ -96,7 +96,9 @@ class SlotFilling(Transcription):
 def _add_marks(words: list[str], tags: Sequence[str]) -> Iterator[str]:
     """Words with the marks that their tags stand for."""
     if len(words) != len(tags):
-        raise ValueError(f"it has {len(words)} words, but {len(tags)} tags; give each word one, `O` outside of slots.")
+        raise ValueError(
+            f"it has {len(words)} words, but {len(tags)} tags; each word needs one, `O` outside of slots."
+        )
     slot = None
     for word, tag in zip(words, tags, strict=True):
         tag_slot = None if tag == "O" else re.sub(r"^[BI]-", "", tag)
@@ -133,7 +135,7 @@ def _check_marks(words: list[str]) -> None:
                 began = "none began" if slot is None else f"the slot that began is `{slot}`"
                 raise ValueError(f"`{word}` ends a slot, but {began}; words must not start with `B-` or `E-`.")
             if not size:
-                raise ValueError(f"the slot `{slot}` holds no word; leave out its marks.")
+                raise ValueError(f"the slot `{slot}` contains no word; leave out its marks.")
             slot = None
     if slot is not None:
         raise ValueError(f"the slot `{slot}` has no end, `E-{slot}`.")

@@ -190,7 +190,7 @@ class Verification(Task):
         same = set(self._pairs(targets)[2].tolist())
         for value, which in ((1, "one speaker"), (0, "different speakers")):
             if value not in same:
-                raise ValueError(f"The {split} set compares no two clips of {which}; give it some.")
+                raise ValueError(f"The {split} set has no pair of clips of {which}; add some.")
 
     def build_head(self, num_layers: int, hidden_size: int) -> MeanSpeakerHead:
         head = XVectorHead if self.x_vector else MeanSpeakerHead
@@ -258,7 +258,7 @@ class Transcription(Task):
         texts = [" ".join(text.split()) for text in joined]
         if not all(texts):
             raise ValueError(
-                f"Row {texts.index('')} of the {split} set has nothing in `{self.column}`; leave out such rows."
+                f"Row {texts.index('')} of the {split} set has no text in `{self.column}`; leave out such rows."
             )
         return [self.normalise(text) for text in texts]
 
@@ -317,7 +317,7 @@ class Lexicon:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"The lexicon {path} does not exist; correct its path.")
         if not self._words:
-            raise ValueError(f"The lexicon {path} has no lines of a word and its phonemes.")
+            raise ValueError(f"The lexicon {path} has no line with a word and its phonemes.")
 
     @cached_property
     def _words(self) -> dict[str, list[str]]:
@@ -348,7 +348,7 @@ class Lexicon:
 def check_column(dataset: datasets.Dataset, column: str, split: str) -> None:
     if column not in dataset.column_names:
         raise ValueError(
-            f"The {split} set has no column `{column}`; it has {', '.join(dataset.column_names)}. Name yours."
+            f"The {split} set has no column `{column}`; it has {', '.join(dataset.column_names)}. Specify yours."
         )
 
 
@@ -380,7 +380,7 @@ def _paths(dataset: datasets.Dataset) -> list[str]:
 def _read_trials(path: Path, names: list[str]) -> list[tuple[int, int, int]]:
     """Rows of both clips, and whether they are of one speaker."""
     if not path.is_file():
-        raise ValueError(f"The trials {path} do not exist; correct the path.")
+        raise ValueError(f"The trials file {path} does not exist; correct its path.")
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     depth = {len(Path(name).parts) for line in lines for name in line[1:]}
     rows = {}
@@ -395,8 +395,8 @@ def _read_trials(path: Path, names: list[str]) -> list[tuple[int, int, int]]:
         for name, clips in zip(line[1:], found, strict=True):
             if len(clips) != 1:
                 raise ValueError(
-                    f"Line {number} of {path} names {name}, which {'fits several clips' if clips else 'is none'} of"
-                    " the test set."
+                    f"Line {number} of {path} names {name}, which"
+                    f" {'matches several clips' if clips else 'matches no clip'} of the test set."
                 )
         pairs.append((found[0][0], found[1][0], int(line[0])))
     return pairs
