@@ -52,9 +52,9 @@ def fit_latency(
     depends on shapes alone. Each takes turns with the unpruned one, so that a device that slows down for a while, for
     heat or for other work, does not count as a slow architecture.
 
-    The model of costs is that of [`UnitCosts`], linear in the numbers of units and in the products
-    of the channels of neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths
-    of all sorts are drawn, and architectures that the fit hasn't seen tell how far it is off.
+    The model of costs is that of [`UnitCosts`], linear in the numbers of units and in the products of the channels of
+    neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths of all sorts are
+    drawn, and architectures that the fit hasn't seen tell how far it is off.
 
     Args:
         config (`PreTrainedConfig`):

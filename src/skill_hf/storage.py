@@ -110,8 +110,8 @@ def unfinished_name(directory: Path) -> Path:
 
 def replace_directory(directory: Path) -> None:
     """
-    Puts `unfinished_name(directory)`, which is whole, where `directory` is. Killed at any instant, it leaves
-    the old or the new one there, or what `finish_replacements` makes the new one of.
+    Puts `unfinished_name(directory)`, which is whole, where `directory` is. Killed at any instant, it leaves the old
+    or the new one there, or what `finish_replacements` makes the new one of.
     """
     unfinished, replaced = unfinished_name(directory), directory.with_name(REPLACED) / directory.name
     sync(unfinished)

@@ -35,8 +35,8 @@ class HardConcreteGate(nn.Module):
             then `min_open` is one such multiple, if it is anything.
 
     Attributes:
-        shift (`float`): what [`fit_gates`] adds to `log_alpha` where units are chosen, and nowhere
-            else: a negative shift closes more units, but does not scale down the ones that stay.
+        shift (`float`): what [`fit_gates`] adds to `log_alpha` where units are chosen, and nowhere else: a negative
+            shift closes more units, but does not scale down the ones that stay.
     """
 
     def __init__(self, size: int, drop_probability: float, min_open: int = 0, multiple_of: int = 1):

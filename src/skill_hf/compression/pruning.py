@@ -2,8 +2,8 @@
 From gates to a smaller model: where each prunable unit's gate acts, the exact expected cost, and the cut.
 
 The gated model in eval mode and the pruned model give the same outputs. Two places where the peers break this:
-LayerNorm over gated channels (see [`KeptLayerNorm`]), and the relative position embedding, which here
-belongs to no head and stays when layer 0 loses its attention.
+LayerNorm over gated channels (see [`KeptLayerNorm`]), and the relative position embedding, which here belongs to no
+head and stays when layer 0 loses its attention.
 """
 
 import bisect
@@ -33,14 +33,14 @@ FIT_TOLERANCE = 0.002
 
 def add_gates(student, units: Iterable[str] | None = None, width_multiple: int = 1) -> None:
     """
-    Puts a [`HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws
-    the gates at random, once per forward; in eval mode their deterministic values count.
+    Puts a [`HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws the gates at
+    random, once per forward; in eval mode their deterministic values count.
 
     Args:
         student (`WavLMForSkillStudent`): may be pruned already; what was cut stays cut.
         units (`Iterable[str]`, *optional*):
-            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`,
-            `attention_blocks`, `ffn_blocks`. The first three by default.
+            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
+            `ffn_blocks`. The first three by default.
         width_multiple (`int`, *optional*, defaults to 1):
             What `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of,
             where there are as many. Heads have a width of their own.

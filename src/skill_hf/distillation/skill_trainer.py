@@ -82,8 +82,8 @@ class SkillDistillationTrainer(PublishingTrainer):
             The feature extractor; the teacher's own by default. With the student a `Wav2Vec2FeatureExtractor` of the
             same fields is saved, whatever the class.
         data_collator (*optional*):
-            [`SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
-            them in evaluation.
+            [`SpeechCollator`] by default: crops the clips of a batch to one length in training, pads them in
+            evaluation.
         kwargs:
             Anything else that [`~transformers.Trainer`] takes, but `model_init`, `optimizers`, `compute_metrics`,
             `compute_loss_func` and `preprocess_logits_for_metrics`.
@@ -93,8 +93,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         teachers (`list[Teacher]`): it, with its name, size and feature extractor; one, for now.
         layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer), once
             `train()` has clustered or a checkpoint was resumed.
-        layer_similarity (`numpy.ndarray` of shape `(N, N)`): what was clustered; `None` with `layer_groups` set
-            by hand.
+        layer_similarity (`numpy.ndarray` of shape `(N, N)`): what was clustered; `None` with `layer_groups` set by
+            hand.
         model (`PreTrainedModel`): the student; pruned after `train()`.
 
     Raises:
@@ -217,11 +217,9 @@ class SkillDistillationTrainer(PublishingTrainer):
 
         Raises:
             `ValueError`: if `args.output_dir` holds another run, or the teacher; if the checkpoint is not whole, or of
-                another recipe or run; if `train()` was finished. A [`NonFiniteError`] if the run
-                diverges.
+                another recipe or run; if `train()` was finished. A [`NonFiniteError`] if the run diverges.
             [`~skill_hf.storage.StorageError`]: if another run uses `args.output_dir`, or the disk is full.
-            `KeyboardInterrupt`, [`Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is
-                written.
+            `KeyboardInterrupt`, [`Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is written.
         """
         if self.stage == 3:
             raise ValueError("This trainer has finished both stages; make a new one to train again.")

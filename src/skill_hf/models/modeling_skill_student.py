@@ -381,8 +381,8 @@ class SkillStudentModel(SkillStudent):
 
     def forward(self, input_values, attention_mask=None, mask_time_indices=None, *args, **kwargs):
         """
-        As the stock model's, with `config.masked_group_norm`, for which padding must be on the right, where
-        feature extractors put it.
+        As the stock model's, with `config.masked_group_norm`, for which padding must be on the right, where feature
+        extractors put it.
         """
         # To look at values costs nothing on the CPU alone. Subclasses of tensors may have none.
         readable = type(attention_mask) is torch.Tensor and attention_mask.is_cpu and not is_traced()
