@@ -179,7 +179,7 @@ def test_pairs_of_one_machine(results):
     assert compare(study, SCORES["ks_accuracy"], "dphubert", 0.75).differences.tolist() == [10, 20, 20]
     assert compare_on_one_machine(study, SCORES["ks_accuracy"], "dphubert", 0.75).differences.tolist() == [10, 25]
     assert compare_on_one_machine(study, SCORES["ks_accuracy"], "last layer", 0.75) is None
-    assert "The same of pairs that were trained on one machine" in draw_study.significance(study)
+    assert "The same for pairs trained on one machine" in draw_study.significance(study)
     assert "| SKILL | – | AAA | – |" in draw_study.machines(study)
     assert "| DPHuBERT | – | ABB | – |" in draw_study.machines(study)
 

@@ -1,10 +1,10 @@
 """
-Tables and figures of the study, from what `run_study.py` has left in `results`, as far as it has come.
+Tables and figures of the study, from the results of `run_study.py`, finished or not.
 
     python examples/study/draw_study.py
 
-It prints the tables, draws the figures, and puts both into the docs page, between `<!-- study: NAME -->` and
-`<!-- end -->`, so that the page says what the results say. Run it again whenever there are new results.
+It prints the tables, draws the figures, and inserts both into the docs page between `<!-- study: NAME -->` and
+`<!-- end -->`. Run it again whenever there are new results.
 """
 
 import io
@@ -136,8 +136,8 @@ def floors_note(study: Study, floor: str) -> str:
     if not left_out or not study.score("teacher", METRICS[0]).size or not study.score(floor, METRICS[0]).size:
         return ""
     return (
-        f"\n\nThe teacher does not beat {floor} with every seed in {', '.join(left_out)}: there is no gain to keep,"
-        f" and these tasks don't count in the mean share over {floor}."
+        f"\n\nThe teacher does not beat {floor} with every seed in {', '.join(left_out)}. Without such a gain, a task"
+        f" is left out of the mean share over {floor}."
     )
 
 
@@ -165,11 +165,11 @@ def setting(study: Study) -> str:
     )
     rows = [
         ("teacher", f"{num_hidden_states(study) - 1} layers, {teacher_parameters(study):,} parameters"),
-        ("students", f"{done} of {len(study.planned)} that are planned; methods with the same groups share them"),
+        ("students", f"{done} of {len(study.planned)} planned; methods with the same groups share them"),
         ("seeds", f"{', '.join(map(str, sorted(study.similarities)))}: of calibration, training and heads"),
         ("calibration", f"{CALIBRATION_SAMPLES} clips of at most {CALIBRATION_SECONDS:g} s"),
         (
-            "a student's training",
+            "training of a student",
             f"{first['max_steps']} steps of {first['batch_size']} crops of {first['max_seconds']:g} s",
         ),
         ("audio per student", f"{seconds / 60:.0f} min"),
@@ -197,7 +197,7 @@ def machines(study: Study) -> str:
             ]
             rows.append([name_of(name), *(cell or "–" for cell in cells)])
     names = ", ".join(f"{letter}: {machine}" for machine, letter in letters.items())
-    header = ["trained and probed on, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
+    header = ["machine of training and probing, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
     return f"{table(header, rows, texts=len(header))}\n\n{names}."
 
 
@@ -226,9 +226,7 @@ def repeats_note(study: Study) -> str:
     ]
     places = Counter(" and ".join(sorted(run["settings"]["processor"] for run in pair)) for pair in pairs)
     where = "; ".join(f"{count} on {names}" for names, count in sorted(places.items()))
-    return (
-        f"\n\n{len(pairs)} students were trained twice: {where}. They are at most this far apart: {', '.join(most)}."
-    )
+    return f"\n\n{len(pairs)} students were trained twice: {where}. Their largest differences: {', '.join(most)}."
 
 
 def teacher_parameters(study: Study) -> int:
@@ -255,7 +253,7 @@ def references(study: Study) -> str:
             for task, task_rates in study.references["teacher"]["learning_rates"].items()
         ]
         text += (
-            f"\n\nLearning rates that were best for the teacher on the validation sets, with the first seed:"
+            f"\n\nBest learning rates for the teacher on the validation sets, with the first seed:"
             f" {', '.join(rates)}. All students are probed with these."
         )
     return text + "".join(floors_note(study, floor) for floor in FLOORS)
@@ -307,8 +305,8 @@ def scores_caption(study: Study) -> str:
     if not any(study.runs_of(name, sparsity) for name in COMPARED for sparsity in SPARSITIES):
         return ""
     return (
-        "A mark is a seed, a bar the mean of a method. Axes of error rates are reversed, so that better is"
-        " up. The line of the untrained network is left out where it is far from the others."
+        "Each mark is a seed, each bar the mean of a method. Axes of error rates are reversed: better is always up."
+        " The line of the untrained network is left out where it is far from the others."
     )
 
 
@@ -358,7 +356,7 @@ def against_teacher(study: Study) -> str:
             rows.append([name_of(name), len(comparison.differences), *cells])
         header = [f"sparsity {sparsity:g}: student minus teacher (p)", "seeds"]
         tables.append(table([*header, *(SCORES[metric].label for metric in METRICS)], rows))
-    note = "Paired by the seed of the heads; bold: below 0.05 with Holm's correction over a table."
+    note = "Differences are paired by the seed of the heads; bold: p below 0.05 after Holm's correction over a table."
     return "\n\n".join([*tables, note]) if tables else ""
 
 
@@ -387,21 +385,21 @@ def significance(study: Study) -> str:
         # Where all pairs are, it is the same table.
         if on_one and [found.p for *_, found in on_one] != [found.p for *_, found in compared]:
             text = comparisons(on_one, several)
-            tables.append(f"The same of pairs that were trained on one machine:\n\n{text}")
+            tables.append(f"The same for pairs trained on one machine:\n\n{text}")
     if not tables:
         return ""
     text = (
-        "Differences are paired by seed; intervals and p are those of the paired t test, two-sided, and Holm's"
-        " correction is over all rows of a table. *Detectable* is the true difference that such a test, at 5 % and"
-        " without correction, would find in 80 % of all cases, if the differences spread as they do here."
+        "Differences are paired by seed. Intervals and p values are from two-sided paired t tests; Holm's correction"
+        " is over all rows of a table. *Detectable* is the true difference that such a test, at 5 % and without"
+        " correction, would find in 80 % of all cases, with the standard deviation observed here."
     )
     if most > 1:
         text += (
-            f" With {most} seeds that takes {detectable_effect(most):.1f} standard deviations of the differences; a"
-            f" difference of one is missed in {100 * (1 - power(1, most)):.0f} % of all cases, so one that is not"
-            f" significant may well be there. Even {most} seeds on one side have p = {0.5 ** (most - 1):.3g}"
-            " by a sign test. Seeds stand for calibration clips, training and heads: another teacher or other data may"
-            " come to something else."
+            f" With {most} seeds, this is {detectable_effect(most):.1f} standard deviations of the differences. A"
+            f" difference of one standard deviation is missed in {100 * (1 - power(1, most)):.0f} % of all cases, so a"
+            f" difference that is not significant may still exist. Even if all {most} seeds agree in sign, a sign test"
+            f" gives p = {0.5 ** (most - 1):.3g}. Seeds cover calibration clips, training and heads; results may"
+            " differ for another teacher or other data."
         )
     return "\n\n".join([*tables, text])
 
@@ -453,8 +451,8 @@ def distances(study: Study) -> str:
                 )
     if not rows:
         return ""
-    header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
-    text = table([*header, "DPHuBERT's four", "all but these", "heads left, by seed"], rows, texts=2)
+    header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "distilled", "not distilled"]
+    text = table([*header, "DPHuBERT's four", "all others", "heads left, by seed"], rows, texts=2)
     return text + lacking(study, COMPARED, MAIN_SPARSITY)
 
 
@@ -500,8 +498,8 @@ def variants(study: Study) -> str:
         return ""
     header = ["", "usual groups", "distinct", "same as SKILL's", "seeds run"]
     labels = [outcome.label for outcome in (*SCORES.values(), *means)]
-    text = table([*header, *labels, "p of the share", "p of the distance"], rows, texts=2)
-    note = "p: paired by seed against SKILL, without correction; 1 where all groups are the same, thus the students."
+    text = table([*header, *labels, "p, share", "p, distance"], rows, texts=2)
+    note = "p: paired by seed against SKILL, without correction; 1 if all groups, thus all students, are the same."
     return f"{text}\n\n{note}{lacking(study, VARIANTS, MAIN_SPARSITY)}"
 
 
@@ -565,9 +563,9 @@ def groups_table(study: Study) -> str:
         )
     tables = [
         table(("measure", "number", "groups", "seeds"), found, texts=4),
-        "Mean silhouette by the number of groups, mean over the seeds:\n\n"
+        "Mean silhouette for each number of groups, averaged over the seeds:\n\n"
         + table(("measure", *numbers), silhouettes),
-        "Mean similarity of two hidden states, ± over the seeds:\n\n"
+        "Mean similarity of two hidden states, ± standard deviation over the seeds:\n\n"
         + table(("measure", "all pairs", "in a group", "in different groups"), alike),
     ]
     return "\n\n".join(tables)
@@ -582,10 +580,10 @@ def stability(study: Study) -> str:
         return ""
     tables = []
     seeds = ", ".join(map(str, study.groups))
-    most = f"those of {most_clips(study)} clips with the same seed, of which they are a part"
+    most = f"those from all {most_clips(study)} clips of the same seed"
     titles = {
-        True: f"Groups of so many clips against {most}: mean adjusted Rand index over the seeds {seeds} (lowest).",
-        False: f"Groups of two seeds, of as many clips: mean over all pairs of the seeds {seeds} (lowest).",
+        True: f"Groups from some of the clips against {most}: mean adjusted Rand index over seeds {seeds} (lowest).",
+        False: f"Groups of two seeds, from equally many clips: mean over all pairs of seeds {seeds} (lowest).",
     }
     for with_largest, title in titles.items():
         if not with_largest and len(study.groups) < 2:

@@ -47,7 +47,7 @@ _PRUNED_FIELDS = (
 
 
 def _conv_layers(config):
-    """The stock convolutions with `conv_dim` channels. Base models have a norm in the first one, Large models in all."""
+    """The stock convolutions with `conv_dim` channels. Base models have a norm in the first, Large models in all."""
     inputs = 1
     for index, channels in enumerate(config.conv_dim):
         conv = FastConv1d(
