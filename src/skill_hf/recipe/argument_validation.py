@@ -1,6 +1,6 @@
 """
-Which of transformers' arguments a run honours, checked before it starts: of what type and in what range each is, and
-which ones are refused since both stages could not keep their promise.
+Checks before a run which of transformers' arguments it can honour: the type and range of each, and the ones rejected
+because a two-stage run cannot honour them.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 
 
 class Number(NamedTuple):
-    """A range; both ends belong to it unless `above` or `below` says otherwise."""
+    """A range that includes its ends, except those given by `above` or `below`."""
 
     whole: bool
     least: float
@@ -183,13 +183,13 @@ _CHECKPOINT_SETTINGS = ("use_reentrant", "preserve_rng_state", "determinism_chec
 
 def check_arguments(args: TrainingArguments) -> None:
     """
-    Types, ranges and refused values of training arguments, by themselves. Numbers of numpy become Python's.
+    Checks types, ranges and rejected values of single training arguments. NumPy numbers become Python numbers.
 
     Args:
         args ([`~transformers.TrainingArguments`]): before or after its `__post_init__`.
 
     Raises:
-        `ValueError`: that names one argument, its value, and what it may be.
+        `ValueError`: states one argument, its value, and the valid values.
     """
     if not isinstance(args, TrainingArguments):
         raise ValueError(f"`args` must be TrainingArguments, but is a {type(args).__name__}.")
@@ -218,7 +218,7 @@ def check_arguments(args: TrainingArguments) -> None:
 def check_trainer_arguments(arguments: dict[str, Any]) -> None:
     """
     Raises:
-        `ValueError`: if `arguments`, those of `Trainer.__init__` by name, have one that a run cannot honour.
+        `ValueError`: if `arguments`, those of `Trainer.__init__` by name, contain one that a run cannot honour.
     """
     for name, why in REFUSED_OF_TRAINER.items():
         if arguments.get(name) not in (None, (None, None)):
@@ -235,7 +235,7 @@ def check_trainer_arguments(arguments: dict[str, Any]) -> None:
 def check_devices(args: TrainingArguments) -> None:
     """
     Raises:
-        `ValueError`: if one process would train on several devices, or another handler of SIGTERM is asked for.
+        `ValueError`: if one process would train on several devices, or another SIGTERM handler is requested.
     """
     if args.n_gpu > 1:
         raise ValueError(
@@ -247,7 +247,7 @@ def check_devices(args: TrainingArguments) -> None:
 
 
 def refuse(name: str, value, why: str):
-    """Raises the one error of this module: argument, value, and why it is refused or what to do."""
+    """Raises the error of this module: argument, value, and why it is rejected or what to do."""
     value = getattr(value, "value", value)
     shown = "***" if name == "hub_token" else reprlib.repr(value)
     raise ValueError(f"`{name}` is {shown}, but {why}.")
@@ -396,7 +396,7 @@ def _check_accelerator_config(args) -> None:
 
 
 def _dict_of(args, name: str) -> dict | None:
-    """Value of a field that may be a dict or its JSON; a file's name is left to transformers."""
+    """Value of a field that may be a dict or its JSON; file names are left to transformers."""
     value = getattr(args, name, None)
     if isinstance(value, str) and value.startswith("{"):
         try:

@@ -1,4 +1,4 @@
-"""The format of `latency_costs`, which `fit_latency` measures, and which models they are valid for."""
+"""The format of `latency_costs`, measured by `fit_latency`, and the models that they are valid for."""
 
 import json
 import math
@@ -34,13 +34,13 @@ ARCHITECTURE = (
 
 
 def architecture_of(config: PreTrainedConfig, sampling_rate: int = 16_000) -> dict:
-    """What a teacher must have in common with the one whose latency was measured, for audio of `sampling_rate`."""
+    """The properties in which a teacher must equal the measured one, for audio of `sampling_rate`."""
     values = {name: getattr(config, name) for name in ARCHITECTURE} | {"sampling_rate": sampling_rate}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def check_latency_costs(name: str, value) -> dict:
-    """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
+    """Checks a result of `fit_latency`, or the path of a JSON file that contains one."""
     try:
         # As it will be read back from skill_config.json: a tuple is a list.
         value = parse_json(value) if isinstance(value, str) else json.loads(json.dumps(value))

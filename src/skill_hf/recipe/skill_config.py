@@ -1,4 +1,4 @@
-"""`SkillConfig`: the recipe of one compression, every number of it."""
+"""`SkillConfig`: the complete recipe of one compression."""
 
 import dataclasses
 import json
@@ -30,11 +30,11 @@ GATE_TRAVEL = 12.0
 @dataclass
 class SkillConfig:
     r"""
-    Recipe of one compression: how layers are grouped, what may be pruned, how far, and what the losses weigh.
+    Recipe of one compression: grouping of layers, units to prune, target sparsity, and weights of the losses.
 
-    The defaults are DPHuBERT's (arXiv 2305.17651) for pruning and distillation and this project's own for similarity
-    and clustering, which the SKILL paper (arXiv 2402.16830) does not state. Usable with
-    [`~transformers.HfArgumentParser`]; saved as `skill_config.json` beside every student.
+    The defaults are DPHuBERT's (arXiv 2305.17651) for pruning and distillation, and this project's own for similarity
+    and clustering, which the SKILL paper (arXiv 2402.16830) does not state. It can be used with
+    [`~transformers.HfArgumentParser`] and is saved as `skill_config.json` with every student.
 
     > Parameters that group the layers
 
@@ -161,10 +161,10 @@ class SkillConfig:
 
     def validate(self) -> None:
         """
-        Checks every field and gives it its own type: numpy's numbers become Python's, tuples become lists.
+        Checks every field and converts it to its type: NumPy numbers become Python numbers, tuples become lists.
 
         Raises:
-            `ValueError`: if a field has a value of another type or outside its range; the message names both.
+            `ValueError`: if a field's value has the wrong type or is out of range; the message states field and value.
         """
         for name, kind in FIELD_KINDS.items():
             setattr(self, name, kind(name, getattr(self, name)))
@@ -185,7 +185,7 @@ class SkillConfig:
             self.validate_projection_groups(len(self.layer_groups))
 
     def validate_projection_groups(self, num_groups: int) -> None:
-        """Raises a `ValueError` unless `projection_groups` names each of `num_groups` groups exactly once."""
+        """Raises a `ValueError` unless `projection_groups` contains each of `num_groups` groups exactly once."""
         if self.projection_groups is None:
             return
         named = sorted(index for group in self.projection_groups for index in group)
@@ -197,8 +197,8 @@ class SkillConfig:
 
     def resolve_steps(self, max_steps: int) -> "StageSteps":
         """
-        The steps of both stages for a run of `max_steps` optimizer steps in all. Defaults shrink in proportion to the
-        full recipe; what was set by hand is kept.
+        The steps of both stages for a run of `max_steps` optimizer steps in total. Defaults are scaled in proportion
+        to the full recipe; values set by hand are kept.
 
         Raises:
             `ValueError`: if a stage or its warm-up does not fit.
@@ -222,8 +222,8 @@ class SkillConfig:
 
     def resolve_gate_learning_rate(self, joint_steps: int) -> float:
         """
-        The learning rate of the gates for a first stage of `joint_steps`: what was set by hand, or else 0.02, or more
-        where [`gate_travel`] would be below `GATE_TRAVEL` with it.
+        The learning rate of the gates for a first stage of `joint_steps`: the value set by hand; otherwise 0.02, or
+        more if [`gate_travel`] would be below `GATE_TRAVEL` with it.
         """
         if self.gate_learning_rate is not None:
             return self.gate_learning_rate
@@ -240,10 +240,10 @@ class SkillConfig:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "SkillConfig":
         """
-        Reads `skill_config.json` of `directory`; fields that this version does not know are left out.
+        Reads `skill_config.json` from `directory`; fields unknown to this version are ignored.
 
         Raises:
-            `ValueError`: if the file is missing, is not such a file, or a field has an impossible value.
+            `ValueError`: if the file is missing or invalid, or a field has an invalid value.
         """
         try:
             path = Path(directory) / SKILL_CONFIG_NAME
@@ -262,7 +262,10 @@ class SkillConfig:
 
 @dataclass(frozen=True)
 class StageSteps:
-    """Optimizer steps: `joint` distils and prunes, `final` distils after the cut; both warm-ups lie inside them."""
+    """
+    Optimizer steps: `joint` for distilling and pruning, `final` for distilling after the cut; each includes its
+    warm-up.
+    """
 
     joint: int
     final: int
@@ -276,14 +279,14 @@ class StageSteps:
 
 def gate_travel(learning_rate: float, joint_steps: int) -> float:
     """
-    How far `log_alpha` can go in a first stage of `joint_steps`, all of them in one direction: an adaptive optimizer
-    moves it by about the learning rate in each, which is half of its peak on average.
+    How far `log_alpha` can move in a first stage of `joint_steps` if all steps have the same direction: an adaptive
+    optimizer moves it by about the learning rate per step, which on average is half of its peak.
     """
     return learning_rate * joint_steps / 2
 
 
 def _fit_warmup(name: str, steps: int | None, stage: int, full_stage: int) -> int:
-    """The default shrinks in proportion to the full recipe; a number set by hand must fit as it is."""
+    """The default is scaled in proportion to the full recipe; a number set by hand must fit unchanged."""
     if steps is None:
         return min(FULL_WARMUP_STEPS, round(stage * FULL_WARMUP_STEPS / full_stage))
     if stage and steps > stage:

@@ -15,32 +15,33 @@ LOG_LINES = 20  # that even a short run has, so that there is something to see
 @dataclass
 class SkillTrainingArguments(TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] whose defaults are those of DPHuBERT's recipe (arXiv 2305.17651, section 3.1).
-    Steps, warm-up and learning rate of the second stage are fields of [`SkillConfig`].
+    [`~transformers.TrainingArguments`] with the defaults of DPHuBERT's recipe (arXiv 2305.17651, section 3.1). Steps,
+    warm-up and learning rate of the second stage are fields of [`SkillConfig`].
 
     > Changed defaults
 
     Args:
-        max_steps (`int`, *optional*): optimizer steps of both stages; -1 to go by epochs. By default 75000, or epochs
-            if `num_train_epochs` is given.
+        max_steps (`int`, *optional*): optimizer steps of both stages; -1 to use `num_train_epochs`. By default 75000,
+            or epochs if `num_train_epochs` is set.
         num_train_epochs (`float`, *optional*): passes over the data in both stages together, if `max_steps` is not
-            given; 3 with a `max_steps` of -1.
-        learning_rate (`float`, *optional*, defaults to 2e-4): peak of the first stage.
+            set; 3 with a `max_steps` of -1.
+        learning_rate (`float`, *optional*, defaults to 2e-4): peak learning rate of the first stage.
         warmup_steps (`float`, *optional*, defaults to 0.3): share of the first stage's steps, or a number of steps.
-        max_grad_norm (`float`, *optional*, defaults to 10.0): norm that gradients are clipped to.
-        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, and fewer where a
-            run would have less than `LOG_LINES` lines.
+        max_grad_norm (`float`, *optional*, defaults to 10.0): maximum gradient norm.
+        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, or fewer if a run
+            would have less than `LOG_LINES` lines.
         per_device_train_batch_size (`int`, *optional*, defaults to 10): clips per step and device. The published
-            recipe sees 640 s of audio per step in all: reach it with `gradient_accumulation_steps` and devices.
+            recipe uses 640 s of audio per step in total: set `gradient_accumulation_steps` and the number of devices
+            accordingly.
 
     > Of skill_hf
 
     Args:
-        overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may begin in an `output_dir`
-            that holds another one, whose checkpoints are removed.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may start in an `output_dir`
+            that contains another run, whose checkpoints are then removed.
 
     Raises:
-        `ValueError`: if an argument is out of its range, or a run of two stages cannot honour it.
+        `ValueError`: if an argument is out of range, or a two-stage run cannot honour it.
     """
 
     max_steps: int | None = field(
