@@ -58,7 +58,7 @@ TASKS = {
     "AutoModelForCTC": Task(
         "automatic-speech-recognition",
         "    tokens = model(**inputs).logits.argmax(-1)\n"
-        "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` makes text of them",
+        "print(tokens.shape)  # convert to text with the tokenizer's `batch_decode(tokens)`",
     ),
     "AutoModelForAudioClassification": Task(
         "audio-classification",
@@ -72,7 +72,7 @@ TASKS = {
     "AutoModelForAudioXVector": Task(
         "feature-extraction",
         "    embeddings = torch.nn.functional.normalize(model(**inputs).embeddings, dim=-1)\n"
-        "print(embeddings.shape)  # two clips are as alike as the dot product of their embeddings is large",
+        "print(embeddings.shape)  # the dot product of two clips' embeddings is their similarity",
     ),
 }
 
