@@ -9,7 +9,7 @@ _DESCRIPTION = """
 Accuracy: the share of predictions that equal their reference, between 0 and 1.
 
 SUPERB uses it for keyword spotting (KS), speaker identification (SID), emotion recognition (ER) and intent
-classification (IC). An utterance of IC is right if its action, object and location all are, so give the three as one
+classification (IC). An utterance of IC is correct if its action, object and location all are, so pass the three as one
 label, such as "activate|lights|kitchen".
 """
 
@@ -28,9 +28,9 @@ Args:
     predictions (`list[str]` or `list[int]`): predicted classes.
     references (`list[str]` or `list[int]`): true classes, of the same type.
 Returns:
-    accuracy (`float`): share of right predictions, from 0 to 1.
+    accuracy (`float`): share of correct predictions, from 0 to 1.
 Raises:
-    `ValueError`: if there is nothing to score, a class is missing (`None`), or a number is no class but a score.
+    `ValueError`: if there is nothing to score, a class is missing (`None`), or a number is a score instead of a class.
 Examples:
     >>> from skill_hf.metrics import load_metric
     >>> accuracy = load_metric("accuracy")

@@ -9,16 +9,16 @@ from scipy.optimize import linear_sum_assignment
 _DESCRIPTION = """
 Diarization error rate (DER): `(missed + false alarm + confusion) / speech` in speaker time, so a second in which two
 speakers talk is two seconds of speech. Overlaps are scored. All times are summed over the recordings before they are
-divided. It is a share, not percent; false alarms may take it above 1.
+divided. It is a share, not percent; false alarms may increase it above 1.
 
-At a time with N speakers in the reference and M in the prediction, of whom C are right, `max(0, N - M)` are missed,
-`max(0, M - N)` are false alarms and `min(N, M) - C` are confused. Who is right is decided by the one-to-one mapping of
-predicted to true speakers of a recording with the largest total time in common. Times are those of the segments, not
-rounded to frames.
+At a time with N speakers in the reference and M in the prediction, of which C are correct, `max(0, N - M)` are missed,
+`max(0, M - N)` are false alarms and `min(N, M) - C` are confused. Correct speakers are determined by the one-to-one
+mapping of predicted to true speakers of a recording with the largest total time in common. Times are those of the
+segments, not rounded to frames.
 
-SUPERB scores speaker diarization (SD) with collar 0, the default here. The collar is the total width of what is left
-out around each boundary of the reference, half of it on either side, as in pyannote.metrics. NIST's md-eval and dscore
-count it on each side: their collar 0.25 is 0.5 here. What is left out takes no part in the mapping.
+SUPERB scores speaker diarization (SD) with collar 0, the default here. The collar is the total width of the
+excluded region around each boundary of the reference, half of it on either side, as in pyannote.metrics. NIST's md-eval
+and dscore count it on each side: their collar 0.25 is 0.5 here. Excluded regions are not used for the mapping.
 
 Segments of one speaker that touch or overlap count as one.
 """
@@ -43,18 +43,18 @@ _CITATION = """
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[list[dict]]`): for each recording its segments, with the keys `speaker` (`str`), `start` and
-        `end` (`float`, seconds). Names of speakers need not be those of the reference.
+        `end` (`float`, seconds). Speaker names may differ from the reference.
     references (`list[list[dict]]`): true segments of the same recordings, in the same order.
-    collar (`float`, *optional*, defaults to 0.0): seconds left out around each boundary of the reference, in total.
+    collar (`float`, *optional*, defaults to 0.0): seconds excluded around each boundary of the reference, in total.
 Returns:
     der (`float`): sum of the next three.
     missed (`float`): share of speech in which too few speakers are predicted.
     false_alarm (`float`): speaker time in which too many are predicted, relative to speech.
-    confusion (`float`): share of speech that is given to another speaker.
-    reference_seconds (`float`): speech of the references, collars left out.
+    confusion (`float`): share of speech assigned to the wrong speaker.
+    reference_seconds (`float`): speech of the references, without collars.
 Raises:
     `ValueError`: if a segment ends before it starts or has a time that is not finite, the collar is negative, or the
-        references hold no speech.
+        references contain no speech.
 Examples:
     >>> from skill_hf.metrics import load_metric
     >>> der = load_metric("diarization_error_rate")

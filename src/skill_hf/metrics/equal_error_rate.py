@@ -11,10 +11,10 @@ Equal error rate (EER): the rate at which false acceptances, FP / (FP + TN), and
 equal, between 0 and 1. SUPERB uses it for automatic speaker verification (ASV) on the VoxCeleb1 test trials, with
 cosine similarities as scores.
 
-A trial is accepted if its score is at least the threshold. The two rates are followed along scikit-learn's `roc_curve`
-as the threshold falls; between the last point with more false rejections and the next one both are taken as linear,
-and the EER is where they cross. Trials of equal score are accepted together. The threshold is interpolated likewise,
-from the largest score on, since none above it has a meaning.
+A trial is accepted if its score is at least the threshold. The two rates are read from scikit-learn's `roc_curve` with
+falling threshold. Between the last point with more false rejections and the next point, both are interpolated linearly,
+and the EER is where they cross. Trials with equal scores are accepted together. The threshold is interpolated in the
+same way, starting from the largest score, since thresholds above it have no meaning.
 """
 
 _CITATION = """
@@ -33,7 +33,7 @@ Args:
     references (`list[int]`): 1 for trials of the same speaker, 0 for those of different speakers.
 Returns:
     equal_error_rate (`float`): from 0 to 1; 0.5 is chance.
-    threshold (`float`): score from which on trials are accepted.
+    threshold (`float`): trials with at least this score are accepted.
 Raises:
     `ValueError`: if a score is not finite, a label is not 0 or 1, or all labels are equal.
 Examples:

@@ -7,19 +7,19 @@ import jiwer
 
 _DESCRIPTION = """
 Error rate of transcripts: the fewest substitutions, deletions and insertions that turn the reference into the
-prediction, summed over the set and divided by the summed length of the references. 0 is perfect; insertions may take
-it above 1. It is a share, not percent, and not the mean of the utterances' own rates.
+prediction, summed over the set and divided by the summed length of the references. 0 is perfect; insertions may
+increase it above 1. It is a share, not percent, and not the mean of the utterances' own rates.
 
 SUPERB reports
 - WER of speech recognition (ASR, LibriSpeech test-clean, without a language model): unit "word";
-- PER of phoneme recognition (PR): unit "word" too, on phonemes separated by spaces, such as "HH AH L OW";
+- PER of phoneme recognition (PR): also unit "word", on phonemes separated by spaces, such as "HH AH L OW";
 - CER of the values of slots (SF), for which there is the metric slot_filling; unit "character" is the CER of whole
   transcripts.
 
-A run of whitespace is one space, at either end of a transcript none; in unit "character" a space is a character like
-others. Case and punctuation count: normalise both sides alike before.
+Consecutive whitespace counts as one space, and is ignored at both ends of a transcript; with unit "character", a space
+is a character like others. Case and punctuation count: normalise both sides in the same way before.
 
-With an empty reference all that is predicted counts as insertions, and nothing is added to the length of the
+With an empty reference, everything predicted counts as insertions, and nothing is added to the length of the
 references.
 """
 
@@ -37,7 +37,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): transcripts to score.
     references (`list[str]`): true transcripts.
-    unit (`str`, *optional*, defaults to `"word"`): what is counted, `"word"` (phonemes too) or `"character"`.
+    unit (`str`, *optional*, defaults to `"word"`): unit that is counted, `"word"` (also for phonemes) or `"character"`.
 Returns:
     error_rate (`float`): edits per unit of the references, 0 or larger.
 Raises:
