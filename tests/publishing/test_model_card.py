@@ -145,10 +145,8 @@ def test_the_card_tells_how_clear_the_groups_are_and_what_the_cut_did(tmp_path, 
     text = written(tmp_path, report)
     assert "Mean silhouette of each number of groups (larger means clearer groups): 2: 0.481, 3: 0.470." in text
     assert "the two halves of the calibration set give [[0, 1], [2, 3]] and [[0], [1, 2, 3]]." in text
-    assert (
-        "the gates left 30,000 parameters; the target was 20,000. The units to cut were chosen with a shift of all gates by -4.400"
-        in text
-    )
+    assert "the gates left 30,000 parameters; the target was 20,000. The units to cut were chosen" in text
+    assert "20,000. The units to cut were chosen with a shift of all gates by -4.400." in text
     assert "| Measured on 32 held-out clips | Distillation loss | Cosine similarity to the teacher |" in text
     assert "| After the cut | -0.5000 | 0.7500 |" in text
     assert "](layer_distances.png)" in text

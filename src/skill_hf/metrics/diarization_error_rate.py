@@ -16,9 +16,9 @@ At a time with N speakers in the reference and M in the prediction, of which C a
 mapping of predicted to true speakers of a recording with the largest total time in common. Times are those of the
 segments, not rounded to frames.
 
-SUPERB scores speaker diarization (SD) with collar 0, the default here. The collar is the total width of the
-excluded region around each boundary of the reference, half of it on either side, as in pyannote.metrics. NIST's md-eval
-and dscore count it on each side: their collar 0.25 is 0.5 here. Excluded regions are not used for the mapping.
+SUPERB scores speaker diarization (SD) with collar 0, the default here. The collar is the total width of the excluded
+region around each boundary of the reference, half of it on either side, as in pyannote.metrics. NIST's md-eval and
+dscore count it on each side: their collar 0.25 is 0.5 here. Excluded regions are not used for the mapping.
 
 Segments of one speaker that touch or overlap count as one.
 """

@@ -12,9 +12,9 @@ equal, between 0 and 1. SUPERB uses it for automatic speaker verification (ASV) 
 cosine similarities as scores.
 
 A trial is accepted if its score is at least the threshold. The two rates are read from scikit-learn's `roc_curve` with
-falling threshold. Between the last point with more false rejections and the next point, both are interpolated linearly,
-and the EER is where they cross. Trials with equal scores are accepted together. The threshold is interpolated in the
-same way, starting from the largest score, since thresholds above it have no meaning.
+falling threshold. Between the last point with more false rejections and the next point, both are interpolated
+linearly, and the EER is where they cross. Trials with equal scores are accepted together. The threshold is
+interpolated in the same way, starting from the largest score, since thresholds above it have no meaning.
 """
 
 _CITATION = """

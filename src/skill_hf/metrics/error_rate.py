@@ -37,7 +37,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): transcripts to score.
     references (`list[str]`): true transcripts.
-    unit (`str`, *optional*, defaults to `"word"`): unit that is counted, `"word"` (also for phonemes) or `"character"`.
+    unit (`str`, *optional*, defaults to `"word"`): unit to count, `"word"` (also for phonemes) or `"character"`.
 Returns:
     error_rate (`float`): edits per unit of the references, 0 or larger.
 Raises:

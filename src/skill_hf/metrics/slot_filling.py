@@ -10,10 +10,10 @@ import jiwer
 _DESCRIPTION = """
 Slot filling (SF of SUPERB, on Audio SNIPS): whether the slots of an utterance are found and their values transcribed.
 
-In transcripts, each slot is between two marks, `B-type` and `E-type`, as in
-"PLAY B-artist NINA SIMONE E-artist NOW". The first `E-type` after a `B-type` ends it; a `B-type` without one is not
-a slot. Marks of other slots within a value are dropped. As in s3prl, a mark is also recognised if a word is attached to
-its outer side ("PLAYB-artist", "E-artistNOW").
+In transcripts, each slot is between two marks, `B-type` and `E-type`, as in "PLAY B-artist NINA SIMONE E-artist NOW".
+The first `E-type` after a `B-type` ends it; a `B-type` without one is not a slot. Marks of other slots within a value
+are dropped. As in s3prl, a mark is also recognised if a word is attached to its outer side ("PLAYB-artist",
+"E-artistNOW").
 
 - Slot-type F1: `2 |R & P| / (|R| + |P|)` of the sets of types in reference and prediction, 1 if both are empty,
   averaged over utterances. Values are ignored.

@@ -21,8 +21,8 @@ Defaults are those of QUESST 2014, which SUPERB uses (QbE): prior P = 0.0008, C_
 SUPERB reports the MTWV of the test queries, for the layer with the largest MTWV of the development queries.
 
 List every trial, that is each document for each query. s3prl scores only English queries on English documents, and the
-scorer sets every other trial of the ground truth to -10. To compare with published values, also list those trials, with
-a score below all others: their queries count as missed.
+scorer sets every other trial of the ground truth to -10. To compare with published values, also list those trials,
+with a score below all others: their queries count as missed.
 """
 
 _CITATION = """
