@@ -1,23 +1,23 @@
 """
-Measures on this machine how long each unit of a student takes, for recipes whose target is a share of the time.
+Measures on this machine how long each unit of a student takes, for recipes with a target in time.
 
-A teacher's shape, one clip of 10 seconds at a time, on two threads of the CPU; ten minutes for WavLM Base:
+For the shape of a teacher, one clip of 10 seconds, two CPU threads; this takes ten minutes for WavLM Base:
 
     python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
         --num_threads 2 --output latency.json
 
-Batches in half precision on a GPU:
+For batches in half precision on a GPU:
 
     python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
         --device cuda --dtype float16 --batch_size 16 --output latency.json
 
-Then a student that takes a quarter of the teacher's time there:
+Then train a student that needs a quarter of the teacher's time there:
 
     python examples/run_skill.py --teacher_name_or_path microsoft/wavlm-base-plus --budget latency \\
         --latency_costs latency.json --target_sparsity 0.75 --audio_dir recordings/train --output_dir wavlm-fast
 
-Only the teacher's config is read. Random students of its family are timed part by part, and costs are fitted to that;
-others that the fit has not seen tell by how much it errs. Let nothing else run meanwhile.
+Only the teacher's config is read. Random students of its family are timed part by part, and costs are fitted to these
+times; the error of the fit is measured on held-out students. Run nothing else on the machine meanwhile.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What several examples share: models, speech from a dataset to rows, and the course of a fine-tuning."""
+"""Code shared by several examples: models, rows of speech from a dataset, and fine-tuning."""
 
 import logging
 import math

@@ -1,32 +1,32 @@
 """
 Writes the hidden states of a student, or of any speech encoder, one file for each clip.
 
-Of the demo's held-out speech, by the student that `make demo` leaves, offline:
+For the demo's held-out speech, with the student of `make demo`, offline:
 
     python examples/extract_hidden_states.py
 
-Of a folder of audio (wav, flac, mp3, ogg, opus; any rate): two of the hidden states, in half precision:
+For a folder of audio (wav, flac, mp3, ogg, opus; any sampling rate): two of the hidden states, in half precision:
 
     python examples/extract_hidden_states.py --model you/wavlm-base-plus-skill --audio_dir recordings \\
         --layers 6 9 --dtype bfloat16 --save_dtype float16 --batch_seconds 600 --output_dir hidden_states
 
-Of a dataset: one vector for each layer, the mean over time, as numpy arrays that are named by a column:
+For a dataset: one vector per layer, the mean over time, as NumPy arrays named by a column:
 
     python examples/extract_hidden_states.py --model you/wavlm-base-plus-skill \\
         --dataset_name openslr/librispeech_asr --dataset_config_name clean --split test --id_column id \\
         --mean_over_time --file_format npy --output_dir hidden_states
 
-Every file holds one array of shape `(layers, frames, hidden size)`, or `(layers, hidden size)` for means, in the order
-of `--layers`; 0 is what enters the first layer. In safetensors its name is `hidden_states`. `index.csv` lists the
-clips, their files, and how many samples and frames they have. The same command resumes a run that was stopped.
+Every file contains one array of shape `(layers, frames, hidden size)`, or `(layers, hidden size)` for means, in the
+order of `--layers`; 0 is the input of the first layer. In safetensors files its name is `hidden_states`. `index.csv`
+lists the clips, their files, and their numbers of samples and frames. The same command resumes an interrupted run.
 
-Memory grows with the square of a clip's length. Clips longer than `--longest_seconds` are therefore left out, as are
-those that the memory turns out too small for; each is named. `--max_seconds` crops clips instead. Values too large for
-`--save_dtype float16` are an error, which names the clip.
+Memory grows with the square of a clip's length. Clips longer than `--longest_seconds`, and clips for which memory is
+not sufficient, are therefore skipped with a warning that names each. `--max_seconds` crops clips instead. Values too
+large for `--save_dtype float16` are an error that names the clip.
 
-Hidden states are those of the clip alone, whatever is beside it in a batch: to 1e-4 in float32. Students and models
-with layer norms ignore padding. Other models with a group norm, such as WavLM Base, can't: with these, only clips of
-the very same length share a batch.
+The hidden states of a clip do not depend on the rest of its batch (to 1e-4 in float32). Students and models with layer
+norms ignore padding. Other models with a group norm, such as WavLM Base, can't; for these, a batch contains only clips
+of exactly the same length.
 """
 
 import csv

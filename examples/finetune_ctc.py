@@ -1,8 +1,8 @@
 """
-Fine-tunes a student, or any speech encoder, to write down what is said, in characters (CTC, Graves et al. 2006).
+Fine-tunes a student, or any speech encoder, for speech recognition in characters (CTC, Graves et al. 2006).
 
-On the 25 minutes of `examples/demo/audio` with the student that `make demo` leaves, offline (so little speech teaches
-a small network some spelling, no words; `examples/README.md` has the figures):
+On the 25 minutes of `examples/demo/audio`, with the student of `make demo`, offline (from so little speech, a small
+network learns some spelling but no words; results are in `examples/README.md`):
 
     python examples/finetune_ctc.py
 
@@ -14,13 +14,13 @@ A student from the Hub on 100 hours of LibriSpeech:
         --num_train_epochs 30 --learning_rate 1e-4 --per_device_train_batch_size 16 --mask_time_prob 0.05 \\
         --save_strategy steps --output_dir ctc
 
-`--lora` trains low-rank adapters and the head alone; `--from_scratch` the same architecture with random weights.
+`--lora` trains only low-rank adapters and the head; `--from_scratch` trains the same architecture from random weights.
 
-A dataset has a column of audio, of any rate, and a column of transcripts. Characters are those of the training
-transcripts, in capitals, without punctuation and symbols; marks such as the vowels of Hindi stay. `output_dir` then
-holds a model for `AutoModelForCTC`, its `Wav2Vec2Processor`, and `all_results.json`;
-`pipeline("automatic-speech-recognition")` takes it as it is, and the error rates are those of that pipeline, which
-hears each test clip alone.
+The dataset needs a column of audio, at any sampling rate, and a column of transcripts. Characters are those of the
+training transcripts, in capitals, without punctuation and symbols; combining marks such as the vowels of Hindi are
+kept. `output_dir` then contains a model for `AutoModelForCTC`, its `Wav2Vec2Processor`, and `all_results.json`. The
+model works directly with `pipeline("automatic-speech-recognition")`; error rates are those of this pipeline, which
+processes each test clip alone.
 """
 
 import itertools

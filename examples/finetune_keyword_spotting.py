@@ -1,29 +1,30 @@
 """
-Fine-tunes a student, or any speech encoder, to tell which keyword a clip holds.
+Fine-tunes a student, or any speech encoder, to recognise keywords.
 
-On the ten keywords of `examples/demo/keywords` with the student that `make demo` leaves, offline, in two minutes on
-2 CPU cores:
+On the ten keywords of `examples/demo/keywords`, with the student of `make demo`, offline, in two minutes on 2 CPU
+cores:
 
     python examples/finetune_keyword_spotting.py
 
-A student from the Hub on all of Speech Commands, whose test speakers are others than those trained on:
+A student from the Hub on all of Speech Commands, whose test speakers are not in the training set:
 
     hf download google/speech_commands --repo-type dataset --revision refs/convert/parquet --local-dir speech_commands
     python examples/finetune_keyword_spotting.py --model you/wavlm-base-plus-skill \\
         --dataset_name speech_commands/v0.02 --train_split train --test_split test --label_column label \\
         --num_train_epochs 10 --learning_rate 1e-4 --per_device_train_batch_size 32 --output_dir keywords
 
-Low-rank adapters (LoRA, arXiv 2106.09685) in place of all weights, merged at the end:
+Low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights, merged at the end:
 
     python examples/finetune_keyword_spotting.py --lora --learning_rate 3e-3 --output_dir outputs/keywords-lora
 
-The same architecture with random weights, to compare with:
+The same architecture with random weights, for comparison:
 
     python examples/finetune_keyword_spotting.py --from_scratch --output_dir outputs/keywords-from-scratch
 
-A dataset has a column of audio, of any rate, and a column of labels: names, or classes as `datasets` stores them. The
-classifier reads a trained weighted sum of all hidden states, as in SUPERB (arXiv 2105.01051). `output_dir` then holds
-a model for `AutoModelForAudioClassification` and `pipeline("audio-classification")`, and `all_results.json`.
+The dataset needs a column of audio, at any sampling rate, and a column of labels: names, or classes as stored by
+`datasets`. The classifier uses a trained weighted sum of all hidden states, as in SUPERB (arXiv 2105.01051).
+`output_dir` then contains a model for `AutoModelForAudioClassification` and `pipeline("audio-classification")`, and
+`all_results.json`.
 """
 
 import sys

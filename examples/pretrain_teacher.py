@@ -1,16 +1,16 @@
 """Trains the small WavLM of `examples/demo/` from scratch by masked prediction of clustered targets.
 
 The recipe is HuBERT's (arXiv 2106.07447) with WavLM's utterance mixing (arXiv 2110.13900, section 3.2), scaled down to
-a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later one goes on from the
-weights that it finds and predicts k-means clusters of that network's own hidden states. `--init_from` starts from
-another network instead, which may have fewer layers: the study's teacher grew from the demo's that way.
+a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC; each later one starts from the
+weights of the previous iteration and predicts k-means clusters of that network's hidden states. `--init_from` starts
+from another network instead, which may have fewer layers: the study's teacher was trained in this way from the demo's.
 
     python examples/pretrain_teacher.py --output_dir teacher \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
 
-Both directories have the `audiofolder` form: a `metadata.csv` with `file_name` and `speaker` beside the audio, which
-has a rate of 16 kHz. `heldout_split` says what the network never sees; `examples/demo/probe_teacher.py` tests on just
-that. A run that was stopped goes on where it was when the same command is given again.
+Both directories have the `audiofolder` format: 16 kHz audio and a `metadata.csv` with `file_name` and `speaker`.
+`heldout_split` defines the data that the network never sees, on which `examples/demo/probe_teacher.py` tests it. The
+same command resumes an interrupted run.
 """
 
 import json

@@ -1,19 +1,19 @@
 """
-What a frozen speech encoder knows, by the tasks of SUPERB (arXiv 2105.01051): teacher, student, or any other model.
+Evaluates a frozen speech encoder, such as a teacher or a student, on the tasks of SUPERB (arXiv 2105.01051).
 
-Of the demo, offline: keywords, by the student that `make demo` leaves, by its teacher, and by filterbanks:
+The demo's keywords, offline, with the student of `make demo`, its teacher, and filterbanks:
 
     python examples/run_superb.py
     python examples/run_superb.py --model examples/demo/teacher
     python examples/run_superb.py --model fbank
 
-A published model, on data of the Hub:
+A published model, on data from the Hub:
 
     python examples/run_superb.py --task asr --model you/wavlm-base-plus-skill \\
         --dataset_name openslr/librispeech_asr --dataset_config_name clean \\
         --train_split train.100 --validation_split validation --test_split test
 
-A local directory, in any form that `datasets` reads, such as `audiofolder` (a `metadata.csv` with `file_name` and
+A local directory, in any format that `datasets` reads, such as `audiofolder` (a `metadata.csv` with `file_name` and
 labels in each split's folder):
 
     python examples/run_superb.py --task sid --model microsoft/wavlm-base-plus --dataset_name voxceleb \\
@@ -32,24 +32,24 @@ labels in each split's folder):
 | sd | speaker diarization, `--time_unit` for other times than seconds | speakers | diarization error rate |
 | qbe | query by example: spoken words are searched in documents | word or text, or documents | term-weighted value |
 
-`iob` has `O` or the slot's type for each word. `speakers` is a list of `speaker_id`, `start` and `end`, as a
-`metadata.jsonl` can hold it. For qbe the training split has the documents, the others have queries; a document that
-has the query's words in its text holds it, or the queries have a column `documents` with lists of file names. Nothing
-is trained: the layer that is best on the validation set is tested.
+`iob` has `O` or the slot's type for each word. `speakers` is a list of `speaker_id`, `start` and `end`, for instance
+in a `metadata.jsonl`. For qbe, the training split contains the documents, the others contain queries. A document
+matches if the query's words are in its text; or the queries have a column `documents` with lists of file names.
+Nothing is trained: the best layer on the validation set is tested.
 
-The encoder's hidden states are written to `cache_dir` once, in half precision. A head over their weighted sum is then
-trained for each of `--learning_rates`; the one that is best on the validation set is tested. The same command resumes
-a run that was stopped. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`, a table
-of its results and of their data. Run several tasks into one `output_dir`, and the table fills up.
+The encoder's hidden states are written to `cache_dir` once, in half precision. A head on their weighted sum is then
+trained for each of `--learning_rates`, and the best one on the validation set is tested. The same command resumes an
+interrupted run. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`, a table of its
+results and their data. Several tasks with the same `output_dir` are collected in one table.
 
-Results compare with published ones only on SUPERB's own data: its splits of Speech Commands, Fluent Speech Commands,
-VoxCeleb1, IEMOCAP, LibriSpeech and so on. Say so by `--superb_data`: `superb.md` then sets what was measured on them
-beside published models, and with all ten tasks it has a score.
+Results are comparable with published ones only on SUPERB's own data: its splits of Speech Commands, Fluent Speech
+Commands, VoxCeleb1, IEMOCAP, LibriSpeech and so on. If you use them, pass `--superb_data`: `superb.md` then compares
+the results with published models and, with all ten tasks, has a score.
 
-Means over time are all that ks, ic, sid and er need; for the others, and x-vectors, a model of Base size takes 3.6 GB
-for an hour of speech.
+For ks, ic, sid and er only means over time are stored; for the others and for x-vectors, a model of Base size needs
+3.6 GB for an hour of speech.
 
-The published protocol takes far more steps than the default (keywords: 200,000) and larger data than the demo's.
+The published protocol uses far more steps than the default (keywords: 200,000) and more data than the demo.
 """
 
 import hashlib

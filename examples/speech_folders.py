@@ -1,4 +1,4 @@
-"""Folders of speech with a `metadata.csv`, read with one clear error: which file, what is wrong."""
+"""Reads folders of speech with a `metadata.csv`; errors name the file and what is wrong."""
 
 import csv
 from collections.abc import Sequence

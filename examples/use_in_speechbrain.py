@@ -1,20 +1,20 @@
 """
-Uses a student in SpeechBrain: a classifier of speakers over its hidden states.
+Uses a student in SpeechBrain: a speaker classifier on its hidden states.
 
-On the demo's held-out speech, with the student that `make demo` leaves, offline:
+On the demo's held-out speech, with the student of `make demo`, offline:
 
     pip install speechbrain
     python examples/use_in_speechbrain.py
 
-Any other student or speech encoder, a directory or a Hub id, which here is trained as well and then saved, as a
-directory that `AutoModel` loads:
+Any other student or speech encoder, a directory or a Hub id; here it is also trained, and saved as a directory that
+`AutoModel` loads:
 
     python examples/use_in_speechbrain.py --model you/wavlm-base-plus-skill --audio_dir recordings \\
         --device cuda:0 --output_dir wavlm-speakers
 
 Each speaker's last clip is kept for the test.
 
-What to take over into a recipe is `load_encoder`: SpeechBrain's own wrapper takes a student as it is. In YAML:
+To use a student in your own recipe, copy `load_encoder`: SpeechBrain's own wrapper accepts students. In YAML:
 
     encoder: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2
         source: you/wavlm-base-plus-skill
@@ -22,20 +22,20 @@ What to take over into a recipe is `load_encoder`: SpeechBrain's own wrapper tak
         output_all_hiddens: True
         freeze: True
 
-after `import skill_hf` in the training script, or with `trust_remote_code: True` where skill-hf is not installed. Four
-things to know about the wrapper:
+after `import skill_hf` in the training script, or with `trust_remote_code: True` if skill-hf is not installed. Four
+notes on the wrapper:
 
-- `Brain.fit` puts all of its modules into training mode, even frozen ones, which switches their dropout on. A frozen
-  encoder is therefore kept out of `modules`.
+- `Brain.fit` sets all of its modules to training mode, even frozen ones, which enables dropout. A frozen encoder is
+  therefore not part of `modules`.
 - If the model wants normalised audio, the wrapper normalises each row of a batch, padding included. Here clips are
-  normalised as they are read, before they are padded.
-- `wav_lens` becomes the attention mask. Students with group norm need `masked_group_norm` to keep padding out of the
-  convolutions as well.
-- In training mode a model with `layerdrop` returns no hidden state for a layer that it skips, so that their number
-  changes from batch to batch. `SkillDistillationTrainer` sets it to 0.
+  normalised when they are read, before padding.
+- `wav_lens` becomes the attention mask. Students with group norm also need `masked_group_norm` to exclude padding in
+  the convolutions.
+- In training mode, a model with `layerdrop` returns no hidden states for skipped layers, so their number changes from
+  batch to batch. `SkillDistillationTrainer` sets `layerdrop` to 0.
 
 SpeechBrain 1.0 has the same class in `speechbrain.lobes.models.huggingface_transformers.wav2vec2`, but can't be
-imported beside transformers 5; beside transformers 4.57 it loads students with `trust_remote_code`.
+imported with transformers 5; with transformers 4.57, it loads students with `trust_remote_code`.
 """
 
 import math

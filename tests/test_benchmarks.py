@@ -338,7 +338,7 @@ def test_the_page_says_what_units_cost():
         picoseconds[name] / 1e9 for name in ("attention_heads", "any_head", "ffn_dims", "any_ffn_dim")
     )
     assert f"{head:.1f} ms for a head, {heads:.1f} ms for what the heads of a layer share |" in page
-    assert f"{100 * units:.1f} ms for 100 units, {block:.1f} ms for what a block has besides |" in page
+    assert f"{100 * units:.1f} ms for 100 units, {block:.1f} ms for the rest of a block |" in page
     heldout = errors["heldout"]
     assert f"{heldout['mean']:.1f} % off on average and {heldout['worst']:.1f} % at worst" in page
     assert f"the unpruned model {errors['unpruned']:.1f} %. " in page

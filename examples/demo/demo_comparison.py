@@ -1,7 +1,7 @@
 """
-What the demo compares its student with, all on the same held-out audio:
+Models that the demo compares its student with, all on the same held-out audio:
 
-- itself right after the cut, before stage 2;
+- the student itself right after the cut, before stage 2;
 - a student that was pruned at random to the same size and distilled for as many steps;
 - a student of the same recipe whose loss sees DPHuBERT's layers instead of groups.
 """

@@ -1,10 +1,10 @@
-"""Shows by a linear probe that the demo's teacher is trained: its layers against the untrained network and MFCC.
+"""Linear probes of the demo's teacher: compares its layers with the untrained network and MFCC.
 
-Each clip becomes one vector, the mean over time of its features; one and the same classifier reads every kind of
+Each clip becomes one vector, the mean over time of its features; the same classifier is used for every kind of
 feature. Two tasks, on audio that `examples/pretrain_teacher.py` leaves out:
 
-- *word*: ten keywords of Speech Commands, by speakers that neither the network nor the classifier has heard;
-- *speaker*: who reads a segment of 2 s of LibriSpeech, in recordings that neither has heard.
+- *word*: ten keywords of Speech Commands, by speakers that neither the network nor the classifier was trained on;
+- *speaker*: who reads a segment of 2 s of LibriSpeech, in recordings that neither was trained on.
 
     python examples/demo/probe_teacher.py --librispeech DIR/librispeech-train-clean-5 \\
         --speech_commands DIR/speech-commands-test --output probe.json

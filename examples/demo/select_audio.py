@@ -2,9 +2,9 @@
 
     python examples/demo/select_audio.py --source DIR/librispeech-train-clean-5 --output examples/demo/audio
 
-`heldout` has the speakers that neither the teacher nor the student ever hears. `train` has recordings of the others
-that the teacher was trained on; those that it was not trained on stay free for `probe_teacher.py`. The same seed picks
-the same files on every machine.
+`heldout` has speakers that neither the teacher nor the student is trained on. `train` has recordings of the others
+that the teacher was trained on; the remaining ones are reserved for `probe_teacher.py`. The same seed picks the same
+files on every machine.
 """
 
 import csv

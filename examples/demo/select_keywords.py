@@ -2,8 +2,8 @@
 
     python examples/demo/select_keywords.py --source DIR/speech-commands-test --output examples/demo/keywords
 
-`test` has speakers that the demo's teacher never heard, `train` has speakers of its training set: none is in both.
-The same seed picks the same files on every machine.
+`test` has speakers that the demo's teacher was not trained on, `train` has speakers of its training set. The same seed
+picks the same files on every machine.
 """
 
 import hashlib

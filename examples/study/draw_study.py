@@ -1,10 +1,10 @@
 """
-Tables and figures of the study, from what `run_study.py` has left in `results`, as far as it has come.
+Tables and figures of the study, from the results of `run_study.py`, finished or not.
 
     python examples/study/draw_study.py
 
-It prints the tables, draws the figures, and puts both into the docs page, between `<!-- study: NAME -->` and
-`<!-- end -->`, so that the page says what the results say. Run it again whenever there are new results.
+It prints the tables, draws the figures, and inserts both into the docs page between `<!-- study: NAME -->` and
+`<!-- end -->`. Run it again whenever there are new results.
 """
 
 import io
@@ -197,7 +197,7 @@ def machines(study: Study) -> str:
             ]
             rows.append([name_of(name), *(cell or "–" for cell in cells)])
     names = ", ".join(f"{letter}: {machine}" for machine, letter in letters.items())
-    header = ["trained and probed on, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
+    header = ["machine of training and probing, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
     return f"{table(header, rows, texts=len(header))}\n\n{names}."
 
 
@@ -256,7 +256,7 @@ def references(study: Study) -> str:
             for task, task_rates in study.references["teacher"]["learning_rates"].items()
         ]
         text += (
-            f"\n\nLearning rates that were best for the teacher on the validation sets, with the first seed:"
+            f"\n\nBest learning rates for the teacher on the validation sets, with the first seed:"
             f" {', '.join(rates)}. All students are probed with these."
         )
     return text + "".join(floors_note(study, floor) for floor in FLOORS)
@@ -359,7 +359,7 @@ def against_teacher(study: Study) -> str:
             rows.append([name_of(name), len(comparison.differences), *cells])
         header = [f"sparsity {sparsity:g}: student minus teacher (p)", "seeds"]
         tables.append(table([*header, *(SCORES[metric].label for metric in METRICS)], rows))
-    note = "Paired by the seed of the heads; bold: below 0.05 with Holm's correction over a table."
+    note = "Differences are paired by the seed of the heads; bold: p below 0.05 after Holm's correction over a table."
     return "\n\n".join([*tables, note]) if tables else ""
 
 

@@ -1,19 +1,19 @@
 """
-Does it help to distil groups of layers that are alike? Trains and probes students of one teacher that differ in
-nothing but what their loss sees: SKILL's groups, DPHuBERT's layers, other baselines and variants (`study_design.py`).
+Does it help to distil groups of similar layers? Trains and probes students of one teacher that differ only in what
+their loss compares: SKILL's groups, DPHuBERT's layers, other baselines and variants (`study_design.py`).
 
     python examples/study/run_study.py \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
 
-Both directories are those of `examples/pretrain_teacher.py`. The study takes hours; whatever is in `results` is not
-done again, so it can be stopped at any time, and several workers can share it, each with a core of its own:
+The directories are the same as for `examples/pretrain_teacher.py`. The study takes hours; runs in `results` are not
+repeated, so it can be stopped at any time, and several workers can share it, each with its own core:
 
     python examples/study/run_study.py ... --worker 0 --num_workers 2 --num_threads 1 &
     python examples/study/run_study.py ... --worker 1 --num_workers 2 --num_threads 1
 
-`results` then holds `clusters.*.json` (for each seed the similarity of the teacher's layers by four measures, and
+`results` then contains `clusters.*.json` (for each seed the similarity of the teacher's layers by four measures, and
 groups by calibration size), `references.json` (teacher, untrained network and filterbanks on the same tasks) and
-`runs.*.jsonl`, a student a line; `draw_study.py` makes tables and figures of them.
+`runs.*.jsonl`, one student per line; `draw_study.py` makes tables and figures from them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the study has found so far: its results, shares of the teacher's gain, and comparisons by seed."""
+"""The study's results so far: scores, shares of the teacher's gain, and comparisons by seed."""
 
 import json
 import logging

@@ -1,8 +1,8 @@
 """
-Compression of speech models by SKILL (arXiv 2402.16830): similar layers are distilled as groups, structures pruned.
+Compresses speech models with SKILL (arXiv 2402.16830): distils groups of similar layers and prunes structures.
 
 Importing this package registers the student with the auto classes of transformers, so that
-`AutoModel.from_pretrained(student)` works without `trust_remote_code`. The rest is imported at first use.
+`AutoModel.from_pretrained(student)` works without `trust_remote_code`. Everything else is imported at first use.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """
 `skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`.
 
-Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
-both of which write a checkpoint first.
+Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
+Both signals write a checkpoint first.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
 
 
 class UnfinishedError(ValueError):
-    """A run that ended before its last step, so that there is no student to save."""
+    """The run ended before its last step, so there is no student to save."""
 
 
 class StageClock(TrainerCallback):
@@ -132,10 +132,10 @@ def parse(
     arguments: list[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]:
     """
-    Settings from the command line, or from the one JSON or YAML file that it names.
+    Settings from the command line, or from the JSON or YAML file that is its only argument.
 
     Raises:
-        `ValueError`: if there are none, or one is wrong.
+        `ValueError`: if settings are missing or invalid.
     """
     if not arguments:
         raise ValueError(
@@ -146,7 +146,7 @@ def parse(
 
 
 def load_data(args: DataArguments, seed: int) -> tuple:
-    """Training set, and evaluation set or `None`."""
+    """Returns the training set, and the evaluation set or `None`."""
     if args.audio_dir is not None:
         train = load_audio_dir(args.audio_dir)
     else:
@@ -172,7 +172,7 @@ def load_data(args: DataArguments, seed: int) -> tuple:
 
 
 def hold_out(train: datasets.Dataset, num_clips: int) -> tuple:
-    """Some clips of the training set, to tell what a student is worth on clips that it has not been trained on."""
+    """Takes some clips out of the training set, to evaluate the student on clips that it was not trained on."""
     num_clips = min(num_clips, len(train) // 10)
     if not num_clips:
         return train, None
@@ -233,7 +233,7 @@ def check_saved_student(trainer: SkillDistillationTrainer) -> None:
 
 
 def run(arguments: list[str], clock: StageClock, prog: str | None = None, report: Callable | None = None) -> None:
-    """What [`main`] does; raises what goes wrong."""
+    """Does the work of [`main`]; errors are raised."""
     model_args, data_args, skill_config, training_args = parse(arguments, prog)
     require("matplotlib", "matplotlib", "The figures need")
     main_process = training_args.process_index == 0
@@ -302,10 +302,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None, report: Ca
     Distils, prunes, saves and reports.
 
     Args:
-        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        arguments (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
         prog (`str`, *optional*): what the help calls the program.
-        report (`Callable`, *optional*): takes the trainer at the end of training and returns a dict, which goes into
-            `all_results.json`.
+        report (`Callable`, *optional*): called with the trainer at the end of training; the dict that it returns is
+            added to `all_results.json`.
 
     Returns:
         `int`: the exit code.

@@ -1,4 +1,7 @@
-"""`skill-hf export`: ONNX in float32 and int8, a program of `torch.export`, a stock `WavLMModel`; each compared."""
+"""
+`skill-hf export`: to ONNX in float32 and int8, `torch.export` or a stock `WavLMModel`; each is compared with the
+model.
+"""
 
 import logging
 import tempfile
@@ -55,10 +58,10 @@ class ExportArguments:
 
 def load_student(name: str) -> PreTrainedModel:
     """
-    The student in float32, with the head that it was saved with.
+    Loads the student in float32, with the head that it was saved with.
 
     Raises:
-        `ValueError`: if there is none, or something else, or weights are missing.
+        `ValueError`: if there is no student, or weights are missing.
     """
     config = load_config(name)
     if config.model_type != WavLMSkillStudentConfig.model_type:
@@ -79,7 +82,7 @@ def load_student(name: str) -> PreTrainedModel:
 
 def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[str, dict]:
     """
-    Writes all formats that are asked for and compares each with the model.
+    Writes all requested formats and compares each with the model.
 
     Returns:
         `dict[str, dict]`: for each format `file`, `megabytes` (10^6 bytes), `parameters`, `cosine_similarity` of each
@@ -144,7 +147,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def run(arguments: list[str] | None, prog: str | None = None, kind: type[ExportArguments] = ExportArguments) -> None:
-    """What [`main`] does; raises what goes wrong."""
+    """Does the work of [`main`]; errors are raised."""
     (args,) = parse(arguments, (kind,), prog)
     try_directory(args.output_dir)
     keep_sources(args.output_dir, {"model": args.model})
@@ -191,9 +194,9 @@ def main(
     Exports, compares and reports.
 
     Args:
-        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        arguments (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
         prog (`str`, *optional*): what the help calls the program.
-        kind (`type`, *optional*, defaults to [`ExportArguments`]): the settings, maybe with other defaults.
+        kind (`type`, *optional*, defaults to [`ExportArguments`]): the settings, possibly with other defaults.
 
     Returns:
         `int`: the exit code.

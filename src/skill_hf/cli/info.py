@@ -1,8 +1,8 @@
 """
-`skill-hf info`: what is left of a student's teacher, or how large an encoder is.
+`skill-hf info`: how much of its teacher a student keeps, or how large an encoder is.
 
-Sizes follow from config.json. The weights in a directory are checked against it by their names and shapes; those of a
-repository on the Hub are not downloaded. Nothing that a directory or repository holds is run.
+Sizes are computed from config.json. Weights in a directory are checked against it by name and shape; weights on the
+Hub are not downloaded. No code from a directory or repository is run.
 """
 
 import argparse
@@ -49,19 +49,20 @@ SHARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 
 def describe(source: str, teacher: str | None = None, seconds: float = 10.0) -> dict[str, Any]:
     """
-    What is left of a student's teacher, or how large an encoder is.
+    How much of its teacher a student keeps, or how large an encoder is.
 
     Args:
         source (`str`): Hub id or directory of a student, or of a stock encoder of waveforms, with or without a head.
-        teacher (`str`, *optional*): Hub id or directory of the student's teacher; by default the one that it names.
+        teacher (`str`, *optional*): Hub id or directory of the student's teacher; by default the one named in its
+            config.
         seconds (`float`, *optional*, defaults to 10.0): length of the clip that multiply-accumulates are counted for.
 
     Returns:
-        `dict`: what `--json` prints. `None` stands for what is not known, or does not apply to a stock encoder.
+        `dict`: what `--json` prints. `None` means unknown, or not applicable to a stock encoder.
 
     Raises:
         `ValueError`: if there is no such encoder, its weights do not fit its config, or it is not a student of the
-            teacher that is named.
+            given teacher.
     """
     config = _load_config(source, "The model")
     is_student = hasattr(config, "remaining_heads")
@@ -122,7 +123,9 @@ def _size(source: str, config: PreTrainedConfig, seconds: float, rate: int) -> d
 def _teacher_size(
     source: str, config, size: dict, named: str | None, seconds: float, rate: int, notes: list[str]
 ) -> dict[str, Any]:
-    """Of the teacher that is named, or that the student names; else what the student's config tells of it."""
+    """
+    Size of the given teacher, or of the one named by the student; otherwise, what the student's config says about it.
+    """
     layers, teacher = config.num_hidden_layers, hub_id_of(config.base_model) if named is None else named
     try:
         if teacher is None:
@@ -140,7 +143,7 @@ def _teacher_size(
 
 
 def _base_model_files(repo_id: str) -> str:
-    """Where config.json of a repository is read: in the cache, or on the Hub if that answers at once."""
+    """Where config.json of a repository is read from: the cache, or the Hub if it answers immediately."""
     cached = try_to_load_from_cache(repo_id, CONFIG_NAME)
     if isinstance(cached, str):
         return str(Path(cached).parent)
@@ -263,7 +266,7 @@ def format_text(info: dict[str, Any]) -> str:
 
 
 def _share(ours: int, theirs: int | None, is_removed: bool = False) -> str:
-    """What the model has, and of how many if that is known."""
+    """Count of the model, and of the teacher if known."""
     if theirs is None:
         return f"{ours:,}"
     note = "block removed" if is_removed else f"{100 * ours / theirs:.1f} %" if theirs else "-"
@@ -276,13 +279,13 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 
 def _shorten(text: str, width: int) -> str:
-    """At most `width` columns; the end of a path says more than its middle."""
+    """Shortens to at most `width` columns and keeps the end, the most informative part of a path."""
     text = _printable(text)
     return text if len(text) <= width else f"{text[: width // 4]}...{text[-(width - width // 4 - 3) :]}"
 
 
 def _printable(text: str) -> str:
-    """Names in a file may hold line breaks and codes that a terminal obeys."""
+    """Removes line breaks and terminal control codes, which names in a file may contain."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -316,7 +319,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     Prints what [`describe`] finds.
 
     Args:
-        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        arguments (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
         prog (`str`, *optional*): what the help calls the program.
 
     Returns:

@@ -1,8 +1,8 @@
 """
-`skill-hf COMMAND`, or `python -m skill_hf.cli.main COMMAND`, which is the form that `accelerate launch -m` takes.
+`skill-hf COMMAND`, or `python -m skill_hf.cli.main COMMAND`, the form for `accelerate launch -m`.
 
-A command is one line of `COMMANDS`, and the module of its name in this folder. Its `main(arguments, prog)` returns the
-exit code. The module is imported when its command is called.
+A command is one line of `COMMANDS` and a module with its name in this folder. The module is imported when the command
+is called; its `main(arguments, prog)` returns the exit code.
 """
 
 import importlib
@@ -37,10 +37,10 @@ def make_help() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs the command that the first argument names with the other arguments.
+    Runs the command named by the first argument, with the other arguments.
 
     Args:
-        arguments (`list[str]`, *optional*): by default those of the process.
+        arguments (`list[str]`, *optional*): by default `sys.argv[1:]`.
 
     Returns:
         `int`: the exit code of the command; 2 if there is no such command.

@@ -1,4 +1,4 @@
-"""The cut between the two stages: which units go, if the gates have not come to the target by themselves."""
+"""The cut between the two stages: which units are removed if the gates have not reached the target."""
 
 import logging
 
@@ -20,8 +20,8 @@ def fit_to_cost(student: PreTrainedModel, target_cost: int, costs: UnitCosts, te
 
     Args:
         student (`PreTrainedModel`): with gates.
-        target_cost, teacher_cost (`int`): in what `costs` count.
-        costs ([`~skill_hf.compression.budgets.UnitCosts`]): of the student's units.
+        target_cost, teacher_cost (`int`): in the unit of `costs`.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units.
 
     Returns:
         `dict`: see `cut` of [`~skill_hf.publishing.run_record.RunRecord`].

@@ -1,4 +1,4 @@
-"""One clip: from whatever a row holds to samples at one rate, or to one error that says what is wrong."""
+"""Reads one clip, in any form that a row contains, as samples at one rate, or raises one clear error."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ _NAME_CHARACTERS = 200
 
 
 class AudioError(ValueError):
-    """Audio, or a set of it, that cannot be used; the message is one line: which, why, and what to do."""
+    """Audio, or a set of audio, that cannot be used; the message is one line: which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ClipLevels:
     """
     Attributes:
         silent (`bool`): no sample of any channel reaches [`SILENT_PEAK`].
-        cancelled (`bool`): the channels are each other's opposite, so that their mean is nearly nothing.
+        cancelled (`bool`): the channels cancel each other, so that their mean is nearly 0.
     """
 
     silent: bool
@@ -46,7 +46,7 @@ class ClipLevels:
 
 class Clip:
     """
-    One clip that is open. Stored audio is decoded as it is asked for, a block at a time.
+    One open clip. Stored audio is decoded on demand, one block at a time.
 
     Attributes:
         rate (`int`): in Hz.
@@ -64,7 +64,7 @@ class Clip:
         choose_start: Callable[[int], int] | None = None,
         min_samples: int = 1,
     ) -> np.ndarray:
-        """As [`read_audio`]."""
+        """See [`read_audio`]."""
         length = samples_in(max_seconds, self.rate)
         start = 0
         if choose_start is not None:
@@ -84,14 +84,14 @@ class Clip:
         return samples
 
     def seconds(self) -> float:
-        """Length, from the header, or by decoding where the header's is an estimate."""
+        """Length in seconds, from the header, or by decoding if the header contains only an estimate."""
         num_frames = self._stream.num_frames()
         if not num_frames:
             raise AudioError(f"{self.name} has a header but no samples; leave it out.")
         return num_frames / self.rate
 
     def levels(self) -> ClipLevels:
-        """Goes through the whole clip in blocks, so that what is wrong anywhere in it shows, in little memory."""
+        """Reads the whole clip in blocks, to find errors anywhere in it with little memory."""
         peak = energy = mono_energy = 0.0
         for block in self._stream.blocks():
             mono = self._mono(block)
@@ -115,7 +115,7 @@ class Clip:
 
 
 class _Array:
-    """Samples in memory, with what [`Clip`] asks of a stream."""
+    """Samples in memory, with the interface of a stream that [`Clip`] uses."""
 
     def __init__(self, samples: np.ndarray):
         self.samples = samples  # (samples, channels)
@@ -132,10 +132,10 @@ class _Array:
 @contextlib.contextmanager
 def open_clip(value: Any, sampling_rate: int = 16_000, protocols: Sequence[str] = ()) -> Iterator[Clip]:
     """
-    Opens what [`read_audio`] takes.
+    Opens any `value` that [`read_audio`] accepts.
 
     Raises:
-        [`AudioError`]: if it is none of that, or cannot be used; also for what goes wrong while it is open.
+        [`AudioError`]: if it is not such a value or cannot be used; also for errors while the clip is open.
     """
     name = _clip_name(value)
     try:
@@ -171,33 +171,33 @@ def read_audio(
     """
     Reads one clip as a mono waveform: channels are averaged, then resampled (by soxr, in its high quality).
 
-    Stored audio is read until its decoder ends: the length that an mp3 tells may be an estimate, and an Ogg file may
-    be a chain of streams.
+    Stored audio is read until the decoder reaches its end: the length stated in an mp3 file may be an estimate, and an
+    Ogg file may be a chain of streams.
 
     Args:
         value (`str`, `PathLike`, `bytes`, `dict`, `np.ndarray`, `torch.Tensor` or `list[float]`):
             Path or URL of a file, its content, a dict of `path` and `bytes`, a dict of `array` and `sampling_rate`, a
-            torchcodec decoder, or floats that already have `sampling_rate`, of shape `(samples,)`, or with channels as
-            the shorter of two axes.
+            torchcodec decoder, or floats at `sampling_rate`, of shape `(samples,)` or with channels as the shorter of
+            two axes.
         sampling_rate (`int`, *optional*, defaults to 16000):
-            Rate in Hz of the result.
+            Sampling rate of the result in Hz.
         max_seconds (`float`, *optional*):
-            Length that is read at most; the rest of a file is not decoded, unless its length is unknown.
+            Maximum length to read; the rest of a file is not decoded, unless its length is unknown.
         choose_start (`Callable[[int], int]`, *optional*):
-            Picks where a longer clip is read, from 0 to the number of spare samples that it is given, both included;
-            the beginning by default.
+            Chooses the start in a longer clip: called with the number of spare samples, it returns a sample index from
+            0 to this number, both included. By default, the beginning is read.
         min_samples (`int`, *optional*, defaults to 1):
-            Samples that the result must have.
+            Minimum number of samples of the result.
         protocols (`Sequence[str]`, *optional*):
-            Protocols of URLs to read beside `http`, `https` and `hf`, such as `s3`; also those of chained ones.
+            URL protocols to allow in addition to `http`, `https` and `hf`, such as `s3`; also for chained URLs.
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float32.
 
     Raises:
-        [`AudioError`]: if the clip is missing, empty, no audio, corrupt, too short, holds NaN or infinite samples, has
-            a rate outside 2 to 384 kHz or a URL that is not read, or a server that takes too long.
-        `ValueError`: if `sampling_rate` is no such rate, or `max_seconds` is not above 0.
+        [`AudioError`]: if the clip is missing, empty, not audio, corrupt or too short, contains NaN or infinite
+            samples, has a rate outside 2 to 384 kHz, has a URL that is not allowed, or the server takes too long.
+        `ValueError`: if `sampling_rate` is outside this range, or `max_seconds` is not above 0.
     """
     if not _is_rate(sampling_rate):
         raise ValueError(
@@ -213,10 +213,10 @@ def read_audio(
 
 def audio_seconds(path: str) -> float:
     """
-    Length of a local file in seconds: from its header, or by decoding it where the header's is an estimate.
+    Length of a local file in seconds: from its header, or by decoding it if the header contains only an estimate.
 
     Raises:
-        [`AudioError`]: if it cannot be used.
+        [`AudioError`]: if the file cannot be used.
     """
     with open_clip(path) as clip:
         return clip.seconds()
@@ -242,7 +242,7 @@ def crop_samples(
 
 
 def _stored(value: Any, name: str, protocols: Sequence[str]) -> str | bytes | None:
-    """The local path or the content of stored audio, after it was fetched; `None` if `value` holds samples."""
+    """The local path or the (downloaded) content of stored audio; `None` if `value` contains samples."""
     if isinstance(value, (str, os.PathLike)):
         path, content = value, None
     elif isinstance(value, (bytes, bytearray, memoryview)):
@@ -266,7 +266,7 @@ def _stored(value: Any, name: str, protocols: Sequence[str]) -> str | bytes | No
 
 
 def _checked_rate(rate: Any, name: str) -> int:
-    """A rate as a whole number of Hz, whichever kind of number it is."""
+    """A rate as an integer in Hz, from any type of number."""
     if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
         rate = rate.item()
     if not _is_rate(rate):
@@ -310,7 +310,7 @@ def _samples(value: Any, name: str) -> np.ndarray:
 
 
 def _clip_name(value: Any) -> str:
-    """The path, in printable characters; else what kind of value it is."""
+    """The path, in printable characters; otherwise the type of the value."""
     path = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(path, (str, os.PathLike)):
         shown = "".join(

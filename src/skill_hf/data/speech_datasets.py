@@ -1,4 +1,4 @@
-"""Sets of speech: folders of audio, and whatever `datasets` loads. Nothing is decoded, no code of a set is run."""
+"""Speech datasets: folders of audio, and what `datasets` loads. Nothing is decoded; no code from a dataset is run."""
 
 import dataclasses
 import functools
@@ -50,9 +50,9 @@ _OTHER_FOLDERS = ("text", "imagefolder", "videofolder", "pdffolder", "xml")
 
 class _StoredAudio(datasets.Audio):
     """
-    `datasets.Audio` for rows that are made one by one: folders, tar shards, streams. There `datasets` (5.2) imports
-    torchcodec to *encode* audio, even a path that stays a path; its wheels need CUDA libraries, which not all machines
-    have.
+    `datasets.Audio` for rows that are created one by one: folders, tar shards, streams. There `datasets` (5.2) imports
+    torchcodec to *encode* audio, even a path that stays a path, and wheels of torchcodec need CUDA libraries, which
+    not all machines have.
     """
 
     def encode_example(self, value: str | os.PathLike | bytes | Mapping) -> dict[str, str | bytes | None]:
@@ -65,22 +65,22 @@ class _StoredAudio(datasets.Audio):
 
 def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
     """
-    Lists the audio of a directory and of all below it, in sorted order, without decoding more of it than its length
-    takes. Each real directory is listed once, however many links lead to it; hidden files and directories are not.
-    What has the name of audio but cannot be read (also a link to nothing, a directory, a FIFO) is left out, counted
-    and named in a warning.
+    Lists the audio in a directory and all its subdirectories, in sorted order, decoding only what is needed for the
+    length. Each real directory is listed once, however many links lead to it; hidden files and directories are
+    ignored. Files that are named like audio but cannot be read (also broken links, directories, FIFOs) are skipped,
+    counted and named in a warning.
 
     Args:
         directory (`str` or `PathLike`):
-            Directory of .wav, .flac, .mp3, .ogg or .opus files of any rate and number of channels.
+            Directory of .wav, .flac, .mp3, .ogg or .opus files with any sampling rate and number of channels.
 
     Returns:
         `datasets.Dataset` with the columns `audio`, dicts of `path` (absolute) and `bytes` (`None`), and `length`, in
         seconds, for `train_sampling_strategy="group_by_length"`.
 
     Raises:
-        [`AudioError`]: if the directory is missing, has no audio, none that can be read, or more than half of its
-            audio files cannot be.
+        [`AudioError`]: if the directory is missing, has no readable audio, or more than half of its audio files cannot
+            be read.
     """
     if not isinstance(directory, (str, os.PathLike)):
         raise AudioError(f"The audio directory must be a path, but is {reprlib.repr(directory)}.")
@@ -130,33 +130,33 @@ def load_speech_dataset(
     protocols: Sequence[str] = (),
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Loads speech from the Hub or from a local directory in any form that `datasets` reads: parquet, csv or json with a
-    column of paths (relative ones start at the directory or at that of their table), `save_to_disk`, `audiofolder`
-    (with metadata or with plain folders), tar shards (WebDataset; `audio_column` is then the ending of the audio
-    files, such as `flac`). A table that is named like the split and lies beside a folder of audio (`train.csv` beside
-    `train/`) is its list; a warning says so.
+    Loads speech from the Hub or from a local directory in any format that `datasets` reads: parquet, csv or json with
+    a column of paths (relative to the directory, or to that of their table), `save_to_disk`, `audiofolder` (with
+    metadata or with plain folders), tar shards (WebDataset; `audio_column` is then the extension of the audio files,
+    such as `flac`). If a table has the name of the split and is next to a folder of audio (`train.csv` next to
+    `train/`), it is used as the list of clips, with a warning.
 
     Args:
         name (`str` or `PathLike`):
             Hub id or local directory.
         config_name (`str`, *optional*):
-            Configuration of a Hub dataset that has several.
+            Configuration, if a Hub dataset has several.
         split (`str`, *optional*, defaults to `"train"`):
-            Split, or in memory also a slice such as `train[:10%]` or a sum such as `train+validation`.
+            Split; without streaming also a slice such as `train[:10%]` or a sum such as `train+validation`.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read rows on the fly instead of preparing all of them first.
         audio_column (`str`, *optional*, defaults to `"audio"`):
             Column with the audio; it is renamed to `audio`.
         protocols (`Sequence[str]`, *optional*):
-            Protocols that the dataset's card may name for its files beside `http`, `https` and `hf`.
+            Protocols that the dataset's card may use for its files, in addition to `http`, `https` and `hf`.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if `streaming`, with a column `audio`, not decoded, or a
         precomputed column `input_values`.
 
     Raises:
-        [`AudioError`]: if the dataset or the split does not exist, is empty, or has no audio column, or its card names
-            files by a protocol that is not read.
+        [`AudioError`]: if the dataset or the split does not exist, is empty, or has no audio column, or its card
+            refers to files with a protocol that is not allowed.
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise AudioError(f"The dataset must be a Hub id or a directory, but is {reprlib.repr(name)}.")
@@ -200,8 +200,9 @@ def load_speech_dataset(
 
 def disable_audio_decoding(dataset: Any) -> Any:
     """
-    Switches off the decoding of a `datasets` dataset, so that its audio arrives as a dict of `path` and `bytes`; every
-    other dataset is returned as it is. So is that of images and the like: what decodes them opens any URL of a row.
+    Switches off decoding in a `datasets` dataset, so that its audio is returned as a dict of `path` and `bytes`.
+    Decoding of images and the like is switched off as well, since it would open any URL in a row. Other datasets are
+    returned unchanged.
     """
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         stored = datasets.Audio if isinstance(dataset, datasets.Dataset) else _StoredAudio
@@ -223,7 +224,7 @@ def warn_left_out(errors: list[AudioError], num_tried: int) -> None:
 
 
 def _audio_paths(root: str, errors: list[AudioError]) -> Iterator[str]:
-    """Paths below `root` that are named like audio, of whatever kind; directories that can't be listed are errors."""
+    """Paths below `root` that are named like audio, of any kind; directories that can't be listed are errors."""
     seen, directories, links = set(), [root], []
     while directories or links:
         # Links come last, so that what they lead to is listed under its own path if it lies below `root`.
@@ -263,7 +264,9 @@ def _undecoded(feature: Any, stored: type[datasets.Audio]) -> Any:
 
 
 def _check_card(name: str, protocols: Sequence[str]) -> None:
-    """`datasets` opens whatever URLs a card names as data files, with chains and protocols that run code, too."""
+    """
+    Checks the URLs of data files in a card: `datasets` opens all of them, even chains and protocols that run code.
+    """
     for file_name in ("README.md", ".huggingface.yaml"):
         if os.path.isdir(name):
             path = os.path.join(name, file_name)
@@ -300,7 +303,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _load_split(
     name: str, config_name: str | None, split: str, streaming: bool, audio_column: str
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
-    """The split, and the directories that relative paths may start at."""
+    """The split, and the directories that relative paths may refer to."""
     root = [os.path.abspath(name)] if os.path.isdir(name) else []
     # A split may be sliced and added to others: `train[:10%]+validation`.
     parts = re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split)
@@ -359,8 +362,8 @@ def _table_beside(
     builder: datasets.DatasetBuilder, root: str, parts: list[str], audio_column: str
 ) -> tuple[datasets.DatasetBuilder, list[str]]:
     """
-    What reads the tables that are named like the splits, if each has one, rather than the audio beside them; and the
-    directories that their paths may start at. `datasets` ignores all tables but those called metadata.
+    The loader for tables named like the splits, if each split has one, used instead of the audio next to them; and the
+    directories that their paths may refer to. `datasets` itself only reads tables called metadata.
     """
     found = {}
     for part in dict.fromkeys(parts):
@@ -399,7 +402,7 @@ def _check_split(name: str, wanted: list[str], splits: list[str]) -> None:
 
 
 def _with_absolute_paths(dataset: Any, column: str, bases: list[str]) -> Any:
-    """Relative paths of the rows, of files that are not embedded, start at the first directory that has them."""
+    """Makes relative paths of files that are not embedded absolute, from the first directory that contains them."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(functools.partial(_absolute_row, column=column, bases=bases), features=dataset.features)
     stored_type = dataset.features.arrow_schema.field(column).type

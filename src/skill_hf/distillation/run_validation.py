@@ -1,4 +1,4 @@
-"""What arguments, data, optimizer and metrics of a run must agree on, checked when `train()` starts."""
+"""Checks when `train()` starts that arguments, data, optimizer and metrics of a run fit together."""
 
 import copy
 import math
@@ -24,12 +24,12 @@ BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 def check_run(trainer, resumed: bool = False) -> None:
     """
     Args:
-        trainer ([`SkillDistillationTrainer`]): as it is when `train()` starts, with its `steps`.
-        resumed (`bool`, *optional*, defaults to `False`): whether the student is that of a checkpoint.
+        trainer ([`SkillDistillationTrainer`]): the trainer at the start of `train()`, with its `steps`.
+        resumed (`bool`, *optional*, defaults to `False`): whether the student is from a checkpoint.
 
     Raises:
-        `ValueError`: if an optimizer or a schedule cannot be made, a metric is asked for that evaluation doesn't give,
-            or nothing would be pruned.
+        `ValueError`: if the optimizer or the schedule cannot be created, a metric is requested that evaluation does
+            not return, or nothing would be pruned.
     """
     for stage, steps in ((1, trainer.steps.joint), (2, trainer.steps.final)):
         if steps:
@@ -47,7 +47,7 @@ def check_run(trainer, resumed: bool = False) -> None:
 def check_rows(name: str, dataset) -> None:
     """
     Raises:
-        `ValueError`: if `dataset` is nothing that rows can be taken from, such as a dict of splits or of columns.
+        `ValueError`: if `dataset` does not consist of rows, such as a dict of splits or of columns.
     """
     if isinstance(dataset, Mapping):
         keys = ", ".join(map(str, list(dataset)[:5]))
@@ -61,8 +61,8 @@ def check_rows(name: str, dataset) -> None:
 def check_data(trainer) -> None:
     """
     Raises:
-        `ValueError`: if an argument has become invalid, `trainer` has no batch to train on, or not what its sampling
-            strategy needs.
+        `ValueError`: if an argument has become invalid, or `trainer` has no batch to train on, or lacks what its
+            sampling strategy needs.
     """
     args, dataset = trainer.args, trainer.train_dataset
     check_arguments(args)
@@ -106,10 +106,10 @@ def check_data(trainer) -> None:
 
 def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
     """
-    The optimizer of a stage over one parameter of its own, which has taken a step.
+    Creates the optimizer of a stage over one dummy parameter and takes a step.
 
     Raises:
-        `ValueError`: if it is not installed, doesn't take its arguments, or can't be used in two stages.
+        `ValueError`: if it is not installed, rejects its arguments, or can't be used in two stages.
     """
     args = trainer.args
     given = trainer.optimizer_cls_and_kwargs
@@ -144,7 +144,7 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
 
 
 def _check_optimizer_arguments(trainer, kwargs: dict) -> None:
-    """transformers passes over the `optim_args` that the optimizer of its choice does not read."""
+    """Rejects unused `optim_args`, which transformers silently ignores."""
     without = copy.copy(trainer.args)
     for pair in trainer.args.optim_args.replace(" ", "").split(","):
         key = pair.partition("=")[0]
@@ -185,7 +185,7 @@ def _check_schedule(trainer, stage: int, steps: int, optimizer: torch.optim.Opti
 
 
 def _check_metric(trainer) -> None:
-    """What chooses by a metric needs one that evaluation gives, and evaluation."""
+    """Options that select by a metric need evaluation, and a metric that it returns."""
     args = trainer.args
     users = {
         "load_best_model_at_end": args.load_best_model_at_end,

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher at every hidden state, distilled or not."""
+"""Distance between student and teacher at every hidden state, distilled or not."""
 
 from collections.abc import Iterable, Iterator
 
@@ -26,23 +26,24 @@ def layer_distances(
     Distance between student and teacher at every hidden state, distilled or not, in one pass over `audio`.
 
     - `cka`: `1 - CKA(h_l^T, h_l^S)`, linear CKA over all frames (Kornblith et al., arXiv 1905.00414, table 1; see
-      [`~skill_hf.grouping.similarity.LinearCKA`]). Blind to rotations, thus to what a linear projection could undo.
-    - `cosine`: `1 - mean_t <h_l^T, h_l^S> / (|h_l^T| |h_l^S|)` between the hidden states as they are, without the
+      [`~skill_hf.grouping.similarity.LinearCKA`]). Invariant to rotations, which a linear projection could undo.
+    - `cosine`: `1 - mean_t <h_l^T, h_l^S> / (|h_l^T| |h_l^S|)` between the hidden states themselves, without the
       projections of the distillation loss.
 
-    Sums are in float64. A batch holds only neighbouring waveforms of the same length, so nothing is ever padded.
+    Sums are computed in float64. A batch contains only consecutive waveforms of the same length, so there is no
+    padding.
 
     Args:
         teacher, student ([`~transformers.PreTrainedModel`]):
-            Speech encoders that take `input_values` and have hidden states of the same number and size. They run in
-            eval mode, each on the device where it is.
+            Speech encoders with the input `input_values` and the same number and size of hidden states. Each runs in
+            eval mode on its own device.
         audio (iterable of waveforms):
-            Each a 1-D float `numpy.ndarray`, `torch.Tensor` or list of samples at the models' sampling rate, best held
-            out from training. It is read once and lazily.
+            Each a 1-D float `numpy.ndarray`, `torch.Tensor` or list of samples at the models' sampling rate,
+            preferably not used in training. It is read once and lazily.
         feature_extractor ([`~transformers.SequenceFeatureExtractor`], *optional*):
-            Prepares each waveform; without one, waveforms are the `input_values` as they stand.
+            Prepares each waveform; without one, waveforms are used as `input_values` unchanged.
         batch_size (`int`, *optional*, defaults to 8):
-            Largest number of waveforms in one forward pass.
+            Maximum number of waveforms in one forward pass.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -51,8 +52,8 @@ def layer_distances(
         the input of the first layer.
 
     Raises:
-        `ValueError`: if the two models' hidden states do not match, there is no audio, a waveform is not 1-D float,
-            not finite or too short for one frame, or a hidden state is not finite or does not vary.
+        `ValueError`: if the hidden states of the two models do not match, there is no audio, a waveform is not 1-D
+            float, not finite or too short for one frame, or a hidden state is constant or not finite.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Share of right answers: keyword spotting, intents, speakers and emotions of SUPERB (arXiv 2105.01051)."""
+"""Accuracy, for SUPERB's keyword spotting, intents, speakers and emotions (arXiv 2105.01051)."""
 
 import datasets
 import evaluate

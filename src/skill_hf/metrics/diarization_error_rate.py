@@ -107,7 +107,7 @@ def _check(segments, place):
 
 
 def _times(prediction, reference, collar):
-    """Missed, false alarm, confusion and speech of a recording, in seconds."""
+    """Missed speech, false alarm, confusion and total speech of a recording, in seconds."""
     edges = np.array([time for segment in reference for time in (segment["start"], segment["end"])])
     others = [time for segment in prediction for time in (segment["start"], segment["end"])]
     # Between two neighbours of the grid nothing changes.
@@ -125,7 +125,7 @@ def _times(prediction, reference, collar):
 
 
 def _activity(segments, times):
-    """Whether each speaker talks at each time, `(speakers, times)`."""
+    """Whether each speaker is speaking at each time, `(speakers, times)`."""
     rows = {speaker: row for row, speaker in enumerate(sorted({segment["speaker"] for segment in segments}))}
     activity = np.zeros((len(rows), len(times)), dtype=bool)
     for segment in segments:

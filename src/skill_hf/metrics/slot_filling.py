@@ -8,7 +8,7 @@ import jiwer
 
 
 _DESCRIPTION = """
-Slot filling (SF of SUPERB, on Audio SNIPS): are the slots of an utterance found, and are their values transcribed?
+Slot filling (SF of SUPERB, on Audio SNIPS): whether the slots of an utterance are found and their values transcribed.
 
 Transcripts contain each slot between two marks, `B-type` and `E-type`, as in "PLAY B-artist NINA SIMONE E-artist NOW".
 The first `E-type` after a `B-type` ends it; a `B-type` without one is not a slot. Marks of other slots within a value

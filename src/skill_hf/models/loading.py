@@ -1,9 +1,9 @@
 """
-Speech encoders by name: the one way in which the trainer, `layer_similarity` and the examples load them.
+Loads speech encoders by name, for the trainer, `layer_similarity` and the examples.
 
-Of a directory or repository three files are read: config.json, the weights, and the feature extractor's. Nothing in
-them is run, nothing but fields of the classes that transformers and this package define is used, and sizes are checked
-before memory is asked for. Whatever goes wrong is a `ValueError` of one line.
+Three files of a directory or repository are read: config.json, the weights, and the feature extractor's. No code in
+them is run, only fields of classes defined by transformers and this package are used, and sizes are checked before
+memory is allocated. All errors are a `ValueError` of one line.
 """
 
 import logging
@@ -56,8 +56,8 @@ EXTRACTOR_FIELDS += ("do_normalize",)
 @contextmanager
 def one_error(what: str):
     """
-    Makes a `ValueError` of one line of whatever loading raises: `what`, and the reason. transformers and what it calls
-    raise some twenty kinds of error for files that are broken in different ways.
+    Turns any error of loading into a `ValueError` of one line: `what`, and the reason. transformers and its
+    dependencies raise some twenty kinds of errors for broken files.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def one_error(what: str):
 
 
 def valid_hub_id(name) -> str | None:
-    """`name` if it could be an id on the Hub."""
+    """`name` if it is a valid id for the Hub."""
     name = str(name or "")
     try:
         validate_repo_id(name)
@@ -79,7 +79,7 @@ def valid_hub_id(name) -> str | None:
 
 
 def hub_id_of(name) -> str | None:
-    """`name` if it is an id on the Hub; a local path tells others nothing and must not be published."""
+    """`name` if it is an id on the Hub; a local path means nothing to others and must not be published."""
     name = valid_hub_id(name)
     return name if name and "/" in name and not Path(name).exists() else None
 
@@ -90,11 +90,11 @@ def load_config(source: str | os.PathLike, what: str = "The model", **settings) 
 
     Args:
         source (`str` or `PathLike`): Hub id or local directory.
-        what (`str`, *optional*, defaults to `"The model"`): what errors call it.
+        what (`str`, *optional*, defaults to `"The model"`): name in errors.
         settings: fields to set.
 
     Raises:
-        `ValueError`: if there is none, it is damaged, of an unknown type or of impossible size, or has an adapter.
+        `ValueError`: if it is missing, damaged, of an unknown type or impossible size, or has an adapter.
     """
     refuse_training_checkpoint(source)
     with one_error(f"{what} `{source}` cannot be loaded; pass a Hub id or a directory with config.json."):
@@ -124,24 +124,25 @@ def load_model(
     new_head: bool = True,
 ) -> PreTrainedModel:
     """
-    A speech encoder, or one with a head, whose encoder is complete: each of its weights comes from the file.
+    Loads a speech encoder, with or without a head, and checks that all weights of the encoder come from the file.
 
     Args:
-        source (`str` or `PathLike`): Hub id or local directory; may have been saved with another head, or with one of
-            pretraining.
-        auto_class (*optional*, defaults to `AutoModel`): auto class of transformers that says which head. A head that
-            the file lacks, or has in other shapes, is drawn at random.
-        config (`PreTrainedConfig`, *optional*): what `load_config` returned, maybe changed.
+        source (`str` or `PathLike`): Hub id or local directory; may have been saved with another head, including a
+            pretraining head.
+        auto_class (*optional*, defaults to `AutoModel`): auto class of transformers, which determines the head. A head
+            that the file lacks, or has in different shapes, is initialised at random.
+        config (`PreTrainedConfig`, *optional*): result of `load_config`, possibly modified.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights.
-        what (`str`, *optional*, defaults to `"The model"`): what errors call it.
-        new_head (`bool`, *optional*, defaults to `True`): whether the head may be drawn at random.
+        what (`str`, *optional*, defaults to `"The model"`): name in errors.
+        new_head (`bool`, *optional*, defaults to `True`): whether the head may be initialised at random.
 
     Returns:
         [`~transformers.PreTrainedModel`], in eval mode.
 
     Raises:
-        `ValueError`: if it cannot be loaded, takes no waveforms, or weights of its encoder are missing, unexpected, of
-            another shape, not floating, not finite or all zeros. Only `masked_spec_embed` may be missing or unused.
+        `ValueError`: if it cannot be loaded, does not take waveforms, or weights of its encoder are missing,
+            unexpected, of the wrong shape, not floating-point, not finite or all zeros. Only `masked_spec_embed` may
+            be missing or unused.
     """
     config = load_config(source, what) if config is None else config
     with one_error(f"{what} `{source}` cannot be loaded as {auto_class.__name__}."):
@@ -171,12 +172,11 @@ def load_model(
 
 def load_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The weights in a directory or repository, by name: those of model.safetensors (or of its parts, which an index
-    lists) or else of pytorch_model.bin, of which only plain tensors are unpickled. They stay on disk until they are
-    used.
+    The weights in a directory or repository, by name: from model.safetensors (or its parts, listed in an index),
+    otherwise from pytorch_model.bin, of which only plain tensors are unpickled. They stay on disk until they are used.
 
     Raises:
-        `ValueError` or whatever reading raises: if there are none or they are no floating tensors.
+        `ValueError`, or any error of reading: if there are none or they are not floating-point tensors.
     """
     weights = {}
     for path in weight_files(source):
@@ -197,11 +197,11 @@ def load_feature_extractor(
     source: str | os.PathLike, what: str = "The model", token: bool | str | None = None
 ) -> Wav2Vec2FeatureExtractor | None:
     """
-    The feature extractor in a directory or repository, made of the fields that its class knows; `None` if there is
+    The feature extractor in a directory or repository, built only from fields that its class knows; `None` if there is
     none.
 
     Raises:
-        `ValueError`: if it is of another class, or a field has no possible value.
+        `ValueError`: if its class is not supported, or a field has an invalid value.
     """
     advice = "download the file again or pass another feature extractor"
     with one_error(f"The feature extractor of {_lower(what)} `{source}` cannot be used."):
@@ -226,11 +226,11 @@ def load_feature_extractor(
 
 def check_feature_extractor(extractor) -> None:
     """
-    Tries a feature extractor, of whatever class, on a tenth of a second.
+    Tests a feature extractor, of any class, on a tenth of a second of noise.
 
     Raises:
-        `ValueError`: if its rate is none, it has fields of impossible values or does not make `input_values`, one for
-            each sample.
+        `ValueError`: if its rate or another field has an invalid value, or it does not return `input_values` with one
+            value per sample.
     """
     name = type(extractor).__name__
     rate = getattr(extractor, "sampling_rate", None)
@@ -259,9 +259,9 @@ def check_feature_extractor(extractor) -> None:
 
 def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
     """
-    What of a feature extractor or processor is published with a student: a `Wav2Vec2FeatureExtractor` of its known
-    fields, without names of code or whatever else it was loaded with. For one of another class, which nobody could
-    load again, a warning says if that one prepares audio differently.
+    The part of a feature extractor or processor that is published with a student: a `Wav2Vec2FeatureExtractor` with
+    its known fields, without references to code or other content. If the original has another class, which others
+    could not load, and prepares audio differently, a warning says so.
     """
     extractor = getattr(extractor, "feature_extractor", extractor)
     fields = {"do_normalize": False}
@@ -281,21 +281,21 @@ def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
 
 
 def _noise(sampling_rate: int) -> np.ndarray:
-    """A tenth of a second, neither centred nor of unit size."""
+    """A tenth of a second of noise, not normalised."""
     return (0.2 + 0.3 * np.random.default_rng(0).standard_normal(sampling_rate // 10)).astype(np.float32)
 
 
 def check_encoder(model, what: str) -> None:
     """
-    Refuses a loaded model whose encoder cannot be used as it is.
+    Rejects a loaded model whose encoder cannot be used as it is.
 
     Args:
         model (`PreTrainedModel`): with or without a head.
-        what (`str`): what errors call it.
+        what (`str`): name in errors.
 
     Raises:
-        `ValueError`: if it is no model of transformers or is wrapped, quantised or without values, has gates or an
-            adapter, or weights that are not floating, not finite or all zeros.
+        `ValueError`: if it is not a model of transformers, is wrapped, quantised or without values, has gates or an
+            adapter, or has weights that are not floating-point, not finite or all zeros.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -340,13 +340,13 @@ def check_encoder(model, what: str) -> None:
 
 
 def refuse_adapter(config: PreTrainedConfig, what: str) -> None:
-    """Raises a `ValueError` if convolutions after the encoder make other frames than those of the hidden states."""
+    """Raises a `ValueError` if convolutions after the encoder change the number of frames."""
     if getattr(config, "add_adapter", False):
         raise ValueError(f"{what} has `add_adapter`, which changes the encoder's frames; set it to false.")
 
 
 def _find(source, name: str, token: bool | str | None = None) -> Path | None:
-    """The local path of a file of a directory or repository, or `None` if it has none of this name."""
+    """The local path of a file in a directory or repository, or `None` if it does not exist."""
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise ValueError(f"{source!r} is not a valid name")
     if os.path.isfile(source):
@@ -382,10 +382,10 @@ def _read_json(path: Path) -> dict:
 
 def weight_files(source: str | os.PathLike) -> list[Path]:
     """
-    Local paths of the files that hold the weights of a directory or repository.
+    Local paths of the weight files of a directory or repository.
 
     Raises:
-        `ValueError`: if there are none, or an index names what is no file beside it.
+        `ValueError`: if there are none, or an index lists anything but a file next to it.
     """
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = _find(source, name)
@@ -420,7 +420,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_numbers(fields: dict) -> None:
-    """Before a config is made of them: `num_labels` alone makes a name for each label."""
+    """Checks numbers before a config is created: `num_labels` alone creates a name for each label."""
     for name, value in fields.items():
         for number in value if isinstance(value, list) else [value]:
             most = MAX_LABELS if name == "num_labels" else MAX_SIZE
@@ -429,7 +429,7 @@ def _check_numbers(fields: dict) -> None:
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
-    """Whether a model of this config is one that could be, before it is made."""
+    """Checks that a model with this config is plausible, before it is created."""
     refuse_adapter(config, CONFIG_NAME)
     _check_numbers(config.to_dict())
     if not 1 <= config.num_hidden_layers <= MAX_LAYERS or not 1 <= len(config.conv_dim) <= MAX_LAYERS:
@@ -447,7 +447,7 @@ def _check_sizes(config: PreTrainedConfig) -> None:
 
 
 def empty_model(model_class, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with shapes alone, on the meta device; it takes no memory and no random numbers."""
+    """A model without values, on the meta device; it needs no memory and draws no random numbers."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return model_class(config)
 
@@ -457,7 +457,7 @@ def num_parameters(model: torch.nn.Module) -> int:
 
 
 def _check_memory(model_class, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
-    """transformers makes room for all that a config describes, whatever the weights are."""
+    """Checks memory, since transformers allocates all that a config describes, whatever the weights are."""
     stored = sum(tensor.numel() for tensor in weights.values())
     if config.num_hidden_layers > len(weights):
         raise ValueError(
@@ -473,7 +473,7 @@ def _check_memory(model_class, config: PreTrainedConfig, weights: dict[str, torc
 
 
 def _check_complete(model: PreTrainedModel, info: dict, weights: dict[str, torch.Tensor], new_head: bool) -> None:
-    """Every weight of the encoder is in the file, in its shape, and nothing else that would belong to it."""
+    """Checks that the file has every weight of the encoder, in the right shape, and no others of an encoder."""
     encoder = model.base_model
     prefix = f"{model.base_model_prefix}."
     parts = {name.removeprefix(prefix).partition(".")[0] for name in (encoder if new_head else model).state_dict()}

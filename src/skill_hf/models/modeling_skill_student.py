@@ -1,11 +1,11 @@
 # Copyright 2026 The skill-hf authors. Licensed under the Apache License, Version 2.0.
 """
-What the pruned models of all families share: layers of unequal width, otherwise the stock model. This file is
-published with every student, beside the one of its family, and imports no family's code: a student loads as long as
-transformers has its own family.
+Code shared by the pruned models of all families: the stock model with layers of unequal width. This file is published
+with every student, next to that of its family, and imports no code of a family: a student loads as long as
+transformers includes its own family.
 
-- Each layer keeps its own subset of heads, of feed-forward units and of convolution channels. A block may be empty.
-- `masked_group_norm` takes the statistics of the group norm over valid samples only.
+- Each layer keeps its own subset of heads, feed-forward units and convolution channels. A block may be empty.
+- `masked_group_norm` computes the statistics of the group norm only over valid samples.
 
 Parameter names are those of the stock models, so every stock checkpoint of a family loads.
 """
@@ -47,7 +47,7 @@ _PRUNED_FIELDS = (
 
 
 def _conv_layers(config):
-    """The stock convolutions of `conv_dim` channels. In Base models the first one has a norm, in Large models all."""
+    """The stock convolutions with `conv_dim` channels. Base models have a norm in the first, Large models in all."""
     inputs = 1
     for index, channels in enumerate(config.conv_dim):
         conv = FastConv1d(
@@ -64,8 +64,8 @@ def _conv_layers(config):
 
 class OutputBias(nn.Module):
     """
-    What is left of an output projection without inputs: its bias, expanded to the shape of the layer's input. Its name
-    is not that of a projection, which LoRA would try to adapt.
+    The remaining part of an output projection without inputs: its bias, expanded to the shape of the layer's input. It
+    does not have the name of a projection, which LoRA would try to adapt.
     """
 
     def __init__(self, hidden_size):
@@ -78,12 +78,12 @@ class OutputBias(nn.Module):
 
 class SkillStudentAttention(nn.Module):
     """
-    Self-attention over the heads that are left, without its `forward`: a family calls the steps below, and returns
-    what the layers of its stock model take.
+    Self-attention over the remaining heads, without `forward`: a family calls the steps below and returns what the
+    layers of its stock model expect.
 
     Args:
         config ([`SkillStudentConfig`]): `remaining_heads[layer_index]` may be empty.
-        layer_index (`int`): which layer this is.
+        layer_index (`int`): index of the layer.
     """
 
     def __init__(self, config, layer_index):
@@ -107,7 +107,7 @@ class SkillStudentAttention(nn.Module):
             self.output_bias = None if removed else OutputBias(config.hidden_size)
 
     def without_heads(self, hidden_states):
-        """Output and attention weights, as those of `attend`, where no heads are left."""
+        """Output and attention weights, like those of `attend`, if no heads are left."""
         batch, frames, _ = hidden_states.shape
         output = torch.zeros_like(hidden_states) if self.output_bias is None else self.output_bias(hidden_states)
         eager = self.config._attn_implementation == "eager"
@@ -123,7 +123,7 @@ class SkillStudentAttention(nn.Module):
     def attend(self, query, key, value, mask, implementation):
         """
         Args:
-            query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`): as of `project`.
+            query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`): results of `project`.
             mask (`torch.Tensor` of shape `(batch, heads, frames, frames)`): added to the scores.
             implementation (`str`): `"eager"` or the name of an attention function of transformers.
 
@@ -157,7 +157,7 @@ class SkillStudentAttention(nn.Module):
         return self.qkv_proj(hidden_states).chunk(3, dim=-1)
 
     def fuse(self):
-        """One linear map for query, key and value, unless theirs are something else or somebody looks at them."""
+        """Merges query, key and value into one linear map, unless they are not plain linear maps or have hooks."""
         if not self.heads or self.qkv_proj is not None:
             return
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -170,7 +170,7 @@ class SkillStudentAttention(nn.Module):
 
     @property
     def output(self):
-        """The module that writes the block's output: `out_proj`, the bias that is left of it, or `None`."""
+        """The module that computes the block's output: `out_proj`, its remaining bias, or `None`."""
         return self.output_bias if self.out_proj is None else self.out_proj
 
 
@@ -179,8 +179,8 @@ class SkillStudentFeedForward(nn.Module):
     Feed-forward block with `intermediate_sizes[layer_index]` units, possibly none.
 
     Args:
-        config ([`SkillStudentConfig`]): names widths and removed blocks.
-        layer_index (`int`): which layer this is.
+        config ([`SkillStudentConfig`]): specifies widths and removed blocks.
+        layer_index (`int`): index of the layer.
     """
 
     def __init__(self, config, layer_index):
@@ -211,7 +211,7 @@ class SkillStudentFeedForward(nn.Module):
 
     @property
     def output(self):
-        """The module that writes the block's output: `output_dense`, the bias that is left of it, or `None`."""
+        """The module that computes the block's output: `output_dense`, its remaining bias, or `None`."""
         return self.output_bias if self.output_dense is None else self.output_dense
 
 
@@ -230,7 +230,7 @@ def _act(action, student, *args, **kwargs):
 
 
 class SkillStudent:
-    """What encoders and task models of all families share: how they are loaded and published."""
+    """Base of the encoders and task models of all families: loading and publishing."""
 
     _supports_sdpa = True
     _can_set_attn_implementation_cached_value = True  # otherwise guessed from the wording of this file
@@ -243,8 +243,8 @@ class SkillStudent:
     @classmethod
     def from_pretrained(cls, *args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but weights of the encoder that do not fit its config are
-        an error, where the stock method would start from random ones.
+        Like [`~transformers.PreTrainedModel.from_pretrained`], but encoder weights that do not fit the config are an
+        error; the stock method would start from random weights.
 
         Raises:
             `ValueError`: if weights and config disagree; the message names the field.
@@ -274,7 +274,7 @@ class SkillStudent:
 
     def save_pretrained(self, *args, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.save_pretrained`].
+        Like [`~transformers.PreTrainedModel.save_pretrained`].
 
         Raises:
             `ValueError`: if the student has gates or is fused.
@@ -292,12 +292,12 @@ class SkillStudent:
     def fuse(self):
         """
         Prepares the student for inference, in place, and sets it to eval mode: folds the weight norm of the positional
-        convolution and makes one linear map of query, key and value; on a CPU it puts the weights of convolutions in
-        the order that kernels read and computes the positional one by the Fourier transform. Outputs stay the same
-        (1e-5). The Fourier transform of its weight takes memory: 38 MB for Base models.
+        convolution and merges query, key and value into one linear map. On a CPU it also reorders the weights of
+        convolutions for their kernels and computes the positional one with a Fourier transform. Outputs stay the same
+        (1e-5). The transformed weight needs additional memory: 38 MB for Base models.
 
-        Call it where the student is to run, after `.to(device)`. It can be neither saved nor trained any more;
-        `from_pretrained` gives one that can.
+        Call it on the device where the student will run, after `.to(device)`. A fused student can be neither saved nor
+        trained; use `from_pretrained` to get one that can.
 
         Returns:
             The model itself.
@@ -318,8 +318,8 @@ class SkillStudent:
 
     def push_to_hub(self, repo_id, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.push_to_hub`]. After `import skill_hf` a model card that tells what is left
-        of each layer goes along.
+        Like [`~transformers.PreTrainedModel.push_to_hub`]. After `import skill_hf`, a model card that lists what is
+        left of each layer is uploaded as well.
         """
         if "push_to_hub" in ACTIONS:
             return _act("push_to_hub", self, repo_id, **kwargs)
@@ -334,11 +334,11 @@ class SkillStudent:
 
 class SkillStudentModel(SkillStudent):
     """
-    What makes the stock encoder of a family, the next base class, one of unequal layer widths; same inputs and
-    outputs. A family sets `config_class` and the classes of its layers.
+    Mixin that gives the stock encoder of a family, the next base class, unequal layer widths; same inputs and outputs.
+    A family sets `config_class` and the classes of its layers.
 
-    `from_pretrained` takes a published student or any stock checkpoint of the family, of which it makes an unpruned
-    student with the same hidden states.
+    `from_pretrained` loads a published student, or any stock checkpoint of the family as an unpruned student with the
+    same hidden states.
     """
 
     attention_class = None  # a subclass of `SkillStudentAttention`
@@ -383,8 +383,8 @@ class SkillStudentModel(SkillStudent):
 
     def forward(self, input_values, attention_mask=None, mask_time_indices=None, *args, **kwargs):
         """
-        As the stock model's, with `config.masked_group_norm`, for which padding must be on the right, where
-        feature extractors put it.
+        Like the stock model's, with support for `config.masked_group_norm`, which requires padding on the right, as
+        feature extractors produce it.
         """
         # To look at values costs nothing on the CPU alone. Subclasses of tensors may have none.
         readable = type(attention_mask) is torch.Tensor and attention_mask.is_cpu and not is_traced()
@@ -398,9 +398,8 @@ class SkillStudentModel(SkillStudent):
     @torch.no_grad()
     def to_stock(self):
         """
-        A stock model of the family, such as [`~transformers.WavLMModel`], with the same outputs. Convolutions stay as
-        narrow as they are; heads and feed-forward units that were cut come back as zeros, so it loads anywhere and
-        saves little.
+        A stock model of the family, such as [`~transformers.WavLMModel`], with the same outputs. Convolutions stay
+        narrow; removed heads and feed-forward units are restored as zeros, so it loads anywhere but saves little.
 
         Raises:
             `ValueError`: if the student is fused.
@@ -443,7 +442,7 @@ class SkillStudentModel(SkillStudent):
         return stock.to(device=self.device, dtype=self.dtype).train(self.training)
 
     def refuse_fused(self, use):
-        """Raises a `ValueError`, of `use` such as "saved", if the student is fused."""
+        """Raises a `ValueError` if the student is fused; `use` is the rejected action, such as "saved"."""
         if getattr(self, "_is_fused", False):
             raise ValueError(f"This student is fused and cannot be {use}. Load it again with `from_pretrained`.")
 
@@ -456,13 +455,13 @@ class SkillStudentModel(SkillStudent):
 
         Args:
             units (`Iterable[str]`, *optional*, defaults to `("conv_channels", "attention_heads", "ffn_dims")`):
-                Kinds of units; `attention_blocks` and `ffn_blocks` as well.
+                Kinds of units; `attention_blocks` and `ffn_blocks` are possible as well.
             width_multiple (`int`, *optional*, defaults to 1):
-                What the cut rounds widths of convolutions and feed-forward blocks to a multiple of.
+                The cut rounds widths of convolutions and feed-forward blocks to a multiple of this.
 
         Raises:
             `ImportError`: without the skill-hf package.
-            `ValueError`: if the student is fused or has gates already, or a kind of unit is unknown.
+            `ValueError`: if the student is fused or already has gates, or a kind of unit is unknown.
         """
         self.refuse_fused("pruned")
         _act("add_gates", self, units, width_multiple)
@@ -477,7 +476,7 @@ class SkillStudentModel(SkillStudent):
 
     def prune(self):
         """
-        Cuts what the gates close, in place, and removes the gates.
+        Removes the units that the gates close, and the gates, in place.
 
         Raises:
             `ImportError`: without the skill-hf package.
@@ -487,7 +486,7 @@ class SkillStudentModel(SkillStudent):
 
 
 class SkillStudentHead(SkillStudent):
-    """What makes a stock task model of a family, the next base class, one over a student of `encoder_class`."""
+    """Mixin for a stock task model of a family, the next base class, with a student of `encoder_class` as encoder."""
 
     encoder_class = None
 

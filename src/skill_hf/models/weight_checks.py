@@ -1,7 +1,7 @@
 # Copyright 2026 The skill-hf authors. Licensed under the Apache License, Version 2.0.
 """
-Checks of a student's weights against its config, before memory is taken and after they are loaded. This file is
-published with every student and stands alone.
+Checks a student's weights against its config, before memory is allocated and after loading. This file is published
+with every student and is self-contained.
 """
 
 import os
@@ -24,8 +24,8 @@ _HEAD_FIELDS = {
 
 def check_declared(model, declared):
     """
-    Raises a `ValueError` if the model does not have the shapes that its weights declare, by name, or if they are
-    not floating or much fewer than the model's.
+    Raises a `ValueError` if the shapes of the model differ from the declared ones (name -> weight), or if weights are
+    not floating-point or far fewer than the model's.
     """
     prefix = f"{model.base_model_prefix}."
     for name, tensor in declared.items():
@@ -52,8 +52,8 @@ def check_declared(model, declared):
 
 def check_weights(model, found, fewer_layers=False):
     """
-    Raises a `ValueError` of the first weight of the encoder in `found`, which holds what is wrong with each, and
-    for a wrong shape the shapes of the file and the model.
+    Raises a `ValueError` for the first weight of the encoder in `found`, which contains the problem of each weight
+    and, for a wrong shape, the shapes in the file and in the model.
     """
     found = {name.removeprefix(f"{model.base_model_prefix}."): problem for name, problem in found.items()}
     order = {name: index for index, name in enumerate(model.base_model.state_dict())}
@@ -71,7 +71,7 @@ def check_weights(model, found, fewer_layers=False):
 
 
 def declared_weights(model, state_dict, checkpoint_files):
-    """The weights by name, as tensors without memory, and of local files only those in the model's own directory."""
+    """The weights by name, as tensors without memory; of local files, only those in the model's own directory."""
     if state_dict is not None:
         return {name: tensor for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
     directory = os.path.abspath(model.config.name_or_path or "")
@@ -118,7 +118,7 @@ def _mismatch(there, here):
 
 
 def mismatched_weights(info):
-    """Names of the weights whose shape is not the model's, and what is wrong with each."""
+    """Names of weights with a wrong shape, and the problem of each."""
     found = {}
     for entry in info["mismatched_keys"]:
         name, *shapes = [entry] if isinstance(entry, str) else entry  # transformers 4 gives the name alone
@@ -128,8 +128,8 @@ def mismatched_weights(info):
 
 def _field_of(name, num_hidden_layers, shapes=None):
     """
-    The field of the config that shapes the weight of this name, or `None` if no field of a pruned shape does.
-    `shapes` are those of the file and the model, if both have it.
+    The field of the config that determines the shape of this weight, or `None` if it is not one of the pruned shapes.
+    `shapes` are those in the file and in the model, if both have it.
     """
     parts = name.split(".")
     differing = [there != here for there, here in zip(*shapes, strict=False)] if shapes else []
