@@ -370,7 +370,7 @@ def test_a_callback_that_stops_stage_1_leaves_the_student_uncut(uninterrupted, t
 def test_checkpoint_of_another_recipe(uninterrupted, recipe, kwargs, named):
     reference, clips = uninterrupted
     trainer = make_trainer(reference.args.output_dir, clips, recipe=recipe, **kwargs)
-    with pytest.raises(ValueError, match=f"another recipe.*{named}"):
+    with pytest.raises(ValueError, match=f"a different recipe.*{named}"):
         trainer.train(resume_from_checkpoint=True)
 
 

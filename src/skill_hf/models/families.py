@@ -1,4 +1,4 @@
-"""The families of teachers: what a student of each is, and how a teacher becomes one."""
+"""The families of teachers: their student classes, and how to build a student from a teacher."""
 
 import os
 
@@ -11,20 +11,20 @@ from .students import STUDENT_CLASSES
 
 def check_student_config(config: PreTrainedConfig, name) -> None:
     """Raises a `ValueError` unless a student can be made of a teacher, `name` in errors, with `config`."""
-    with one_error(f"Of `{name}` no student can be made."):
+    with one_error(f"No student can be created from `{name}`."):
         student_config(config)
 
 
 def check_family(model_type: str, name) -> None:
-    """Raises a `ValueError` unless the family of a model, `name` in errors, has a student class."""
+    """Raises a `ValueError` unless the family of a model has a student class; errors call the model `name`."""
     if model_type not in STUDENT_CLASSES:
         known = ", ".join(sorted(STUDENT_CLASSES))
-        raise ValueError(f"`{name}` is of the family `{model_type}`; teachers and students can be of: {known}.")
+        raise ValueError(f"`{name}` is a `{model_type}`; teachers and students must be one of: {known}.")
 
 
 def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    The configuration of an unpruned copy of a teacher with `config`, as its family's student.
+    The configuration of an unpruned student of a teacher with `config`.
 
     Raises:
         `ValueError`: if the family has no student class.
@@ -36,13 +36,13 @@ def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def empty_student(config: PreTrainedConfig) -> PreTrainedModel:
-    """An unpruned copy of a teacher with `config`, as its family's student, with shapes alone (on the meta device)."""
+    """An unpruned student of a teacher with `config`, without values (on the meta device)."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return STUDENT_CLASSES[config.model_type](student_config(config))
 
 
 def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
-    """An exact, unpruned copy of `teacher` as its family's student, in train mode."""
+    """An unpruned student with the same outputs as `teacher`, in train mode."""
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     student = empty_student(teacher.config)
     weights = {name: tensor.detach().clone() for name, tensor in weights_for_student(student, teacher).items()}
@@ -51,7 +51,7 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def weights_for_student(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The teacher's, without the embedding of a masking that was switched off after it was loaded."""
+    """The teacher's weights, without the mask embedding if masking was switched off after loading."""
     weights = teacher.state_dict()
     if "masked_spec_embed" not in student.state_dict():
         weights.pop("masked_spec_embed", None)
@@ -60,7 +60,7 @@ def weights_for_student(student: PreTrainedModel, teacher: PreTrainedModel) -> d
 
 def load_student(source: str | os.PathLike) -> PreTrainedModel:
     """
-    A student to start from, in float32 and in train mode: one that was pruned before, or a copy of a stock model.
+    Loads an initial student, in float32 and train mode: a pruned student, or a copy of a stock model.
 
     Raises:
         `ValueError`: if it cannot be loaded or its family has no student class.
