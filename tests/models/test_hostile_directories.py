@@ -19,9 +19,9 @@ from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCTC,
-    HubertConfig,
-    HubertForCTC,
-    HubertModel,
+    Data2VecAudioConfig,
+    Data2VecAudioForCTC,
+    Data2VecAudioModel,
     TrainingArguments,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -245,7 +245,7 @@ TEACHERS = [
     (field("model_type", "no-such-model"), "'no-such-model'"),
     (field("model_type", ["wavlm"]), "['wavlm']"),
     (field("model_type", None), "None"),
-    (field("model_type", "bert"), "family `bert`"),
+    (field("model_type", "bert"), "is a `bert`; teachers"),
     *[(content("config.json", data), "config.json") for data in NOT_JSON],
     (in_place_of("config.json", os.mkdir), "config.json in it is not a file"),
     (in_place_of("config.json", os.mkfifo), "config.json in it is not a file"),
@@ -406,15 +406,15 @@ def test_heads_and_what_pretraining_left_are_no_part_of_the_encoder(model_class,
         assert loaded.config.name_or_path == str(tmp_path) and not loaded.training
 
 
-@pytest.mark.parametrize("model_class", [HubertModel, HubertForCTC])
+@pytest.mark.parametrize("model_class", [Data2VecAudioModel, Data2VecAudioForCTC])
 def test_encoders_of_other_families_load_with_the_same_checks(tmp_path, model_class):
-    known = HubertConfig().to_dict()
+    known = Data2VecAudioConfig().to_dict()
     fields = {name: value for name, value in tiny_config().to_dict().items() if name in known and name != "model_type"}
-    model = model_class(HubertConfig(**fields))
+    model = model_class(Data2VecAudioConfig(**fields))
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     torch.testing.assert_close(loaded.state_dict(), model.base_model.state_dict(), atol=0, rtol=0)
-    refused(lambda: load_teacher(tmp_path), "family `hubert`")
+    refused(lambda: load_teacher(tmp_path), "is a `data2vec-audio`; teachers")
     without("encoder.layers.1.")(tmp_path)
     refused(lambda: load_model(tmp_path), "encoder.layers.1")
 
@@ -488,7 +488,10 @@ OBJECTS = {
     "inf": (lambda: changed("encoder.layer_norm.weight", torch.inf), "encoder.layer_norm.weight"),
     "zeros": (lambda: changed("feature_projection.projection.weight", 0.0), "feature_projection.projection.weight"),
     "layers": (more_layers, "encoder.layers.3"),
-    "family": (lambda: HubertModel(HubertConfig(num_hidden_layers=1, hidden_size=48)), "family `hubert`"),
+    "family": (
+        lambda: Data2VecAudioModel(Data2VecAudioConfig(num_hidden_layers=1, hidden_size=48)),
+        "`data2vec-audio`",
+    ),
 }
 
 
@@ -519,7 +522,7 @@ EXTRACTORS = [
     (field("feature_extractor_type", "EvilExtractor", "preprocessor_config.json"), "EvilExtractor"),
     (whisper, "WhisperFeatureExtractor"),
     *[(content("preprocessor_config.json", data), "preprocessor_config.json") for data in NOT_JSON],
-    (in_place_of("preprocessor_config.json", os.mkfifo), "no file"),
+    (in_place_of("preprocessor_config.json", os.mkfifo), "not a file"),
     (content("processor_config.json", b"{"), "processor_config.json"),
     (content("processor_config.json", b'{"feature_extractor": 5}'), "processor_config.json"),
 ]

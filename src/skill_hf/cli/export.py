@@ -66,7 +66,7 @@ def load_student(name: str) -> PreTrainedModel:
     config = load_config(name)
     if not isinstance(config, SkillStudentConfig):
         raise ValueError(
-            f"`{name}` is a `{config.model_type}`, not a student. Convert it with the student class of its family, such as"
+            f"`{name}` is a `{config.model_type}`, not a student. Convert it with its family's student class, such as"
             " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`."
         )
     architecture = (config.architectures or [None])[0]

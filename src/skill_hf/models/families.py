@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .loading import load_config, load_model, one_error
-from .students import STUDENT_CLASSES
+from .students import STUDENT_CLASSES, STUDENTS
 
 
 def check_student_config(config: PreTrainedConfig, name) -> None:
@@ -18,8 +18,10 @@ def check_student_config(config: PreTrainedConfig, name) -> None:
 def check_family(model_type: str, name) -> None:
     """Raises a `ValueError` unless the family of a model has a student class; errors call the model `name`."""
     if model_type not in STUDENT_CLASSES:
-        known = ", ".join(sorted(STUDENT_CLASSES))
-        raise ValueError(f"`{name}` is a `{model_type}`; teachers and students must be one of: {known}.")
+        families = ", ".join(sorted(student.config_class.stock_class().model_type for student in STUDENTS))
+        raise ValueError(
+            f"`{name}` is a `{model_type}`; teachers and students must be of one of the families {families}."
+        )
 
 
 def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
