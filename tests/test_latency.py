@@ -220,7 +220,7 @@ def test_measured_costs_make_a_recipe():
         ({"device": "abacus"}, "`device` must be cpu or cuda"),
         ({"device": "meta"}, "`device` must be cpu or cuda"),
         ({"device": "cuda:99"}, "`device` is cuda:99, but"),
-        ({"config": BertConfig()}, "family `bert`"),
+        ({"config": BertConfig()}, "is a `bert`"),
     ],
 )
 def test_impossible_measurements(kwargs, match):
