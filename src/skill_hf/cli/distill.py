@@ -32,6 +32,7 @@ from ..distillation.skill_trainer import SkillDistillationTrainer
 from ..models.families import load_student
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
+from .recipes import load_recipe
 from .settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, require, run_script
 
 
@@ -40,6 +41,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of a recipe of this package, such as hubert-base-075; all other settings override it. A"
+            " wrong name lists all."
+        },
+    )
     teacher_name_or_path: str = field(
         default="microsoft/wavlm-base-plus", metadata={"help": "Hub id or local directory of the teacher."}
     )
@@ -100,6 +108,14 @@ class DataArguments:
 KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
 
 
+class RecipeParser(ArgumentParser):
+    """Settings that are given override those of the recipe that they name."""
+
+    def build(self, settings, where=""):
+        recipe = settings.get("recipe")
+        return super().build(settings if recipe is None else load_recipe(recipe) | settings, where)
+
+
 class UnfinishedError(ValueError):
     """The run ended before its last step, so there is no student to save."""
 
@@ -142,7 +158,7 @@ def parse(
             "There are no settings: pass the training data (--audio_dir or --dataset_name) and --output_dir, or a"
             " JSON or YAML settings file; --help lists all options."
         )
-    return ArgumentParser(KINDS, prog=prog).parse(arguments)
+    return RecipeParser(KINDS, prog=prog).parse(arguments)
 
 
 def load_data(args: DataArguments, seed: int) -> tuple:

@@ -1,0 +1,74 @@
+"""The recipes of the package: each loads, and each runs on a shrunken teacher of its family."""
+
+import pytest
+from conftest import family_teacher
+from short_distillation import command_line, on_folder, results_of, write_inputs
+
+from skill_hf.cli import distill
+from skill_hf.cli.recipes import load_recipe, recipe_names
+
+
+# Teacher of the recipes -> its layout in `conftest.LAYOUTS`.
+LAYOUT_OF = {
+    "hubert-base": "hubert-base",
+    "hubert-large": "hubert-large",
+    "wav2vec2-base": "wav2vec2-base",
+    "wavlm-base-plus": "wavlm-base",
+    "wavlm-large": "wavlm-large",
+    "xls-r-300m": "xls-r",
+}
+SPARSITY_OF = {"05": 0.5, "075": 0.75, "09": 0.9}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("shared"))
+
+
+def test_recipes_are_there_for_each_teacher_and_sparsity():
+    assert recipe_names() == sorted(f"{teacher}-{digits}" for teacher in LAYOUT_OF for digits in SPARSITY_OF)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_settings_of_a_recipe(name, tmp_path):
+    """They are valid, and those that are given override them."""
+    words = ["--recipe", name, "--audio_dir", "recordings", "--output_dir", str(tmp_path), "--seed", "7"]
+    model_args, data_args, skill_config, training_args = distill.parse(words)
+    settings = load_recipe(name)
+    assert model_args.teacher_name_or_path == settings["teacher_name_or_path"]
+    assert skill_config.target_sparsity == SPARSITY_OF[name.rpartition("-")[2]]
+    assert data_args.max_seconds == settings["max_seconds"]
+    assert (training_args.max_steps, training_args.seed) == (75_000, 7)
+    # At most 640 s of audio in a step of four devices.
+    clips = 4 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    assert 600 < clips * data_args.max_seconds <= 640
+    changed = distill.parse([*words, "--target_sparsity", "0.3", "--max_steps", "30"])
+    assert (changed[2].target_sparsity, changed[3].max_steps) == (0.3, 30)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name.endswith("075") else pytest.mark.nightly, id=name)
+        for name in recipe_names()
+    ],
+)
+def test_a_recipe_runs_on_a_small_teacher_of_its_family(name, shared, tmp_path):
+    teacher, _, digits = name.rpartition("-")
+    family_teacher(LAYOUT_OF[teacher], num_hidden_layers=2, intermediate_size=256).save_pretrained(
+        tmp_path / "teacher"
+    )
+    settings = on_folder(shared, tmp_path / "out", teacher_name_or_path=str(tmp_path / "teacher"), recipe=name)
+    del settings["target_sparsity"]
+    assert distill.main(command_line(settings)) == 0
+    results = results_of(tmp_path / "out")
+    assert results["target_sparsity"] == SPARSITY_OF[digits]
+    assert results["sparsity"] == pytest.approx(SPARSITY_OF[digits], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("hubert-bse-075", "Did you mean hubert-base-075"), ("../x", "The recipes are")]
+)
+def test_a_recipe_that_is_not_there(name, message, capsys):
+    assert distill.main(["--recipe", name, "--audio_dir", "x", "--output_dir", "y"]) == 2
+    assert message in capsys.readouterr().err
