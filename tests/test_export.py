@@ -115,8 +115,8 @@ def encoders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     made = {}
     for layout in ("base", "large"):
-        few = FEW_CONVOLUTIONS if layout == "large" else {}
-        model = make_model(layout=layout, removed_attention_blocks=[0] if layout == "base" else [], **few)
+        removed = [0] if layout == "base" else []
+        model = make_model(layout=layout, removed_attention_blocks=removed, **FEW_CONVOLUTIONS)
         path = folder / f"{layout}.onnx"
         assert export_onnx(model, path, output_hidden_states=True) < 1e-4
         made[layout] = (model, path)
@@ -170,7 +170,9 @@ def test_onnx_mask_of_ones_is_no_mask(encoders, layout):
             {"use_weighted_layer_sum": True},
             marks=pytest.mark.nightly,
         ),
-        (WavLMSkillStudentForXVector, "large", {"use_weighted_layer_sum": True}),
+        pytest.param(
+            WavLMSkillStudentForXVector, "large", {"use_weighted_layer_sum": True}, marks=pytest.mark.nightly
+        ),
         # Stock, and so its attention.
         pytest.param(WavLMForAudioFrameClassification, "base", {}, marks=pytest.mark.nightly),
     ],
@@ -401,7 +403,7 @@ def assert_compiles(model, backend, cases, atol=0.0, **options):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.nightly), {"output_hidden_states": True}])
 def test_compiles_without_graph_break(fresh_compiler, layout, masked, options):
     inputs = padded_batch()
     if not masked:

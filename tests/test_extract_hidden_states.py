@@ -358,7 +358,7 @@ def test_a_dataset_s_clips_are_named_by_row_or_column(shared, tmp_path):
         ({"id": ["a", None]}, "'' cannot name a file"),
         ({"id": [0.5, 1.5]}, "'' cannot name a file"),
         ({"id": [["a"], ["b"]]}, "'' cannot name a file"),
-        ({"name": ["a", "b"]}, "has no column `id`; correct `id_column`, one of: audio, name"),
+        ({"name": ["a", "b"]}, "has no column `id`; set `id_column` to one of: audio, name"),
     ],
 )
 def test_a_column_must_name_files(shared, tmp_path, columns, message):

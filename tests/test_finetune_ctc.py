@@ -296,7 +296,7 @@ def test_the_default_data_is_the_demo_s(monkeypatch):
     "settings, message",
     [
         ({"model": "no/such-directory/x"}, "The model `no/such-directory/x` cannot be loaded"),
-        ({"text_column": "words"}, "has no column `words`; correct `text_column`, one of: audio, speaker"),
+        ({"text_column": "words"}, "has no column `words`; set `text_column` to one of: audio, speaker"),
         ({"max_seconds": -1}, "`max_seconds` must be a number above 0 and at most 1000000, but is -1.0"),
         ({"max_seconds": 0.5}, "None of the 4 clips can be used: they are longer than 0.5 s"),
         ({"train_split": "validation"}, "has no split `validation`"),

@@ -299,7 +299,7 @@ def test_unreadable_clips_are_left_out(shared, tmp_path, caplog):
         ({"mask_time_prob": 2}, "`mask_time_prob` must be a number from 0 to 1, but is 2.0"),
         ({"dataset_name": "no-such-folder"}, "The dataset `no-such-folder`"),
         ({"test_split": "dev"}, "has no split `dev`; choose from train, test"),
-        ({"label_column": "word"}, "has no column `word`; correct `label_column`, one of: audio, label, speaker"),
+        ({"label_column": "word"}, "has no column `word`; set `label_column` to one of: audio, label, speaker"),
         ({"audio_column": "wav"}, "has no column `wav`"),
         ({"max_seconds": 0}, "`max_seconds` must be a number above 0 and at most 1000000, but is 0.0"),
         ({"max_seconds": 0.01}, "None of the 12 clips can be read"),

@@ -22,7 +22,7 @@ from skill_hf.models.families import build_student
 
 
 ALL_UNITS = list(KINDS)
-UNIT_SETS = [[unit] for unit in ALL_UNITS] + [ALL_UNITS[:3], ALL_UNITS]
+UNIT_SETS = [[unit] for unit in ALL_UNITS] + [ALL_UNITS]
 
 
 def num_parameters(model) -> int:

@@ -224,7 +224,8 @@ def test_rates_of_any_kind_of_number(rate):
 @pytest.mark.parametrize("rate", BAD_RATES, ids=lambda rate: repr(rate)[:20])
 def test_rates_that_are_none(rate):
     with pytest.raises(
-        AudioError, match=r"^A clip without a path \(dict\) has the sampling rate [^\n]{,250} from 2000 to 384000.$"
+        AudioError,
+        match=r"^A clip without a path \(dict\) has the sampling rate [^\n]{,250} from 2000 to 384000 Hz\.$",
     ):
         read_audio({"array": np.ones(1_000, np.float32), "sampling_rate": rate})
 

@@ -552,14 +552,14 @@ def test_a_run_that_overwrites_another(finished, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["teacher", "model"])
-@pytest.mark.parametrize("relation", ["is", "holds"])
+@pytest.mark.parametrize("relation", ["is", "contains"])
 def test_what_a_student_is_made_from_stays(finished, tmp_path, role, relation):
     _, clips = finished
     source = tmp_path / "a" / "checkpoint-7"
     model = tiny_teacher() if role == "teacher" else build_student(tiny_teacher())
     model.save_pretrained(source)
     Wav2Vec2FeatureExtractor().save_pretrained(source)
-    output_dir = {"is": source, "holds": source.parent}[relation]
+    output_dir = {"is": source, "contains": source.parent}[relation]
     before = {path: path.read_bytes() for path in source.iterdir() if path.is_file()}
 
     def trainer_in(output_dir, overwrite=True):

@@ -552,6 +552,7 @@ def script(tmp_path, clips):
     return run
 
 
+@pytest.mark.nightly
 def test_exit_codes_of_the_command(tmp_path, script, capsys):
     """Only a student that was trained to the end is saved, and only that is a success."""
     out = tmp_path / "out"

@@ -320,6 +320,7 @@ def test_honoured_in_both_stages(kwargs, plain, tmp_path):
     assert weights.keys() != plain.keys() or differing(plain, weights)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kwargs", MORE_KINDS, ids=lambda kwargs: "-".join(map(str, list(kwargs.values())[:1])))
 def test_more_kinds(kwargs, tmp_path):
     train_and_resume(tmp_path / "run", **{"save_steps": 2} | kwargs)
@@ -339,7 +340,9 @@ for _name, _kwargs in WITHOUT_EFFECT.items():
         TOGETHER |= {key: value for key, value in _kwargs.items() if "checkpointing" not in key}
 
 
-@pytest.mark.parametrize("name", [*(name for name in ALONE if name in FIELDS), "all the others"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ALONE if name in FIELDS), "all the others"]
+)
 def test_options_that_change_nothing(name, plain, tmp_path):
     kwargs = TOGETHER if name == "all the others" else WITHOUT_EFFECT[name]
     trainer = train_and_resume(tmp_path / "run", **{"save_steps": 2} | kwargs)
@@ -402,7 +405,7 @@ def test_best_student_of_stage_2(tmp_path):
     assert trainer.args.load_best_model_at_end
 
 
-@pytest.mark.parametrize("restored", [False, True])
+@pytest.mark.parametrize("restored", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_early_stopping(tmp_path, restored):
     """Never in stage 1; stage 2 is finished by it, and a resumed run stops where the other one did."""
     kwargs = EVALUATED | {"metric_for_best_model": "loss", "max_steps": 15, "learning_rate": 0.05}

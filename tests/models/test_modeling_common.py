@@ -372,7 +372,14 @@ def replace_encoder(model):
 
 
 @by_head
-@pytest.mark.parametrize("prune", [prune_encoder, prune_twice, shrink_and_prune, replace_encoder])
+@pytest.mark.parametrize(
+    "prune",
+    [
+        prune_encoder,
+        shrink_and_prune,
+        *(pytest.param(way, marks=pytest.mark.nightly) for way in (prune_twice, replace_encoder)),
+    ],
+)
 def test_pruned_under_a_head_it_is_saved_whole(model_class, layout, tmp_path, prune):
     model = make_model(model_class, layout)
     same = model_class(model.config)

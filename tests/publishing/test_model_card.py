@@ -765,7 +765,7 @@ def test_every_task_has_a_class():
 
 # ------------------------------------------------------------------------------------------------------ a real trainer
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 8], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.nightly)], ids=["stage 1", "stage 2"])
 def test_resumed_run_has_the_card_of_an_uninterrupted_one(tmp_path, clips, figures, step):
     whole = make_trainer(tmp_path / "whole", clips, eval_strategy="steps", eval_steps=3)
     whole.train()
