@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_config, tiny_teacher
+from conftest import LAYOUTS, family_config, tiny_config, tiny_teacher
 from example_helpers import command_line, run_main
 from short_distillation import on_folder, results_of, write_inputs
 from test_pruning import ALL_UNITS, UNIT_SETS, gated_student
@@ -22,7 +22,7 @@ from skill_hf.compression.budgets import LatencyBudget
 from skill_hf.compression.pruning import cost_after_pruning, expected_cost, fit_gates, min_cost
 from skill_hf.latency import draw_architecture, fit_costs, fit_latency, measure_parts
 from skill_hf.models.families import STUDENT_CLASSES, build_student, student_config
-from skill_hf.recipe.latency_costs import architecture_of
+from skill_hf.recipe.latency_costs import architecture_differences, architecture_of
 
 
 import calibrate_latency  # noqa: E402  # isort: skip
@@ -206,6 +206,27 @@ def test_measured_costs_make_a_recipe():
         costs["architecture"] == architecture_of(tiny_config(layout)) == architecture_of(tiny_teacher(layout).config)
     )
     assert LatencyBudget(costs["picoseconds"]).total(tiny_teacher(layout)) > costs["picoseconds"]["fixed"] >= 0
+
+
+def test_costs_are_of_one_family_and_layout():
+    for layout in LAYOUTS:
+        measured = json.loads(json.dumps(architecture_of(family_config(layout))))
+        for other in LAYOUTS:
+            differing = architecture_differences(measured, family_config(other), 16_000)
+            # Masking is nothing that takes time.
+            assert bool(differing) == (layout != other and {layout, other} != {"wav2vec2-robust", "xls-r"}), (
+                layout,
+                other,
+            )
+    # What was measured before there were other families is of WavLM.
+    before = {name: value for name, value in architecture_of(tiny_config()).items() if name != "family"}
+    assert architecture_differences(before, tiny_config(), 16_000) == []
+
+
+def test_students_of_another_family_are_measured():
+    settings = {"seconds": 0.1, "num_architectures": 5, "num_heldout": 1, "num_runs": 1, "progress": False}
+    costs = fit_latency(family_config("hubert-batch-norm", num_hidden_layers=1), num_threads=1, **settings)
+    assert costs["architecture"]["family"] == "hubert" and costs["architecture"]["conv_pos_batch_norm"]
 
 
 @pytest.mark.parametrize(

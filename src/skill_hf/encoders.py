@@ -14,16 +14,14 @@ from transformers.audio_utils import mel_filter_bank
 
 from .models.loading import load_feature_extractor, refuse_adapter
 from .models.properties import receptive_field
-
-
-# In others, such as Conformers, convolutions between the layers see padding, whatever the norm.
-MASKED_FAMILIES = ("hubert", "unispeech", "unispeech_sat", "wav2vec2", "wavlm")
+from .models.students import STUDENT_CLASSES
 
 
 def ignores_padding(config) -> bool:
     """Whether the network gives a clip the same hidden states alone and padded in a batch, with an attention mask."""
-    family = config.model_type.removesuffix("_skill_student").replace("-", "_")
-    if family not in MASKED_FAMILIES or getattr(config, "conv_pos_batch_norm", False):
+    # In other families, such as Conformers, convolutions between the layers see padding, whatever the norm. A batch
+    # norm before the positional convolution makes other values of the zeros that stand for padding.
+    if config.model_type not in STUDENT_CLASSES or getattr(config, "conv_pos_batch_norm", False):
         return False
     return config.feat_extract_norm == "layer" or getattr(config, "masked_group_norm", False)
 

@@ -13,7 +13,7 @@ from ..compression.units import KINDS
 from ..models.families import STUDENT_CLASSES, empty_student
 from ..models.loading import check_encoder
 from ..models.properties import has_gates, receptive_field
-from ..recipe.latency_costs import architecture_of
+from ..recipe.latency_costs import architecture_differences
 from ..recipe.skill_config import SkillConfig, gate_travel
 
 
@@ -91,11 +91,7 @@ def validate_recipe(
         )
     if config.budget == "latency":
         measured = config.latency_costs["architecture"]
-        differing = [
-            f"`{name}` was {measured.get(name)!r}, but is {value!r}"
-            for name, value in architecture_of(teacher.config, sampling_rate).items()
-            if measured.get(name) != value
-        ]
+        differing = architecture_differences(measured, teacher.config, sampling_rate)
         if differing:
             raise ValueError(
                 f"`latency_costs` were measured for a different teacher: {'; '.join(differing)}. Measure this one with"

@@ -14,6 +14,11 @@ def receptive_field(config: PreTrainedConfig) -> int:
     return samples
 
 
+def family_of(config: PreTrainedConfig) -> str:
+    """The family of a model or student as file names have it, such as `wavlm` or `unispeech_sat`."""
+    return config.model_type.removesuffix("_skill_student").replace("-", "_")
+
+
 def has_gates(model: nn.Module) -> bool:
     """Whether `model`, with or without a head, is a student with gates. Other models never have gates."""
     return getattr(getattr(model, "base_model", model), "gating", None) is not None

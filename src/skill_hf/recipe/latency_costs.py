@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..compression.units import COSTS_OF_CONVOLUTIONS, COSTS_OF_LAYERS
 from ..files import parse_json
+from ..models.properties import family_of
 
 
 # What `latency_costs` must hold; a cost is a number, of convolutions one for each.
@@ -29,14 +30,33 @@ ARCHITECTURE = (
     "hidden_act",
     "num_conv_pos_embeddings",
     "num_conv_pos_embedding_groups",
-    "add_adapter",
 )
+# Those that not every family has, with the value that stands for none. Measurements of before have no family.
+ARCHITECTURE_OF_SOME = {
+    "family": "wavlm",
+    "add_adapter": False,
+    "adapter_attn_dim": None,
+    "conv_pos_batch_norm": False,
+    "feat_proj_layer_norm": True,
+}
 
 
 def architecture_of(config: PreTrainedConfig, sampling_rate: int = 16_000) -> dict:
     """The properties in which a teacher must equal the measured one, for audio of `sampling_rate`."""
-    values = {name: getattr(config, name) for name in ARCHITECTURE} | {"sampling_rate": sampling_rate}
+    values = {name: getattr(config, name) for name in ARCHITECTURE}
+    values |= {name: getattr(config, name, default) for name, default in ARCHITECTURE_OF_SOME.items()}
+    values |= {"family": family_of(config), "sampling_rate": sampling_rate}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def architecture_differences(measured: dict, config: PreTrainedConfig, sampling_rate: int) -> list[str]:
+    """What differs between a measured `architecture` and a teacher, in words."""
+    measured = ARCHITECTURE_OF_SOME | measured
+    return [
+        f"`{name}` was {measured.get(name)!r}, but is {value!r}"
+        for name, value in architecture_of(config, sampling_rate).items()
+        if measured.get(name) != value
+    ]
 
 
 def check_latency_costs(name: str, value) -> dict:
