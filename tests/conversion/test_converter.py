@@ -83,12 +83,12 @@ def test_the_format_by_its_names(tmp_path):
     assert content["config"] == {
         "extractor_mode": "group_norm",
         "extractor_conv_layer_config": [
-            (3, 10, 5),
+            (8, 10, 5),
             (16, 3, 2),
-            (5, 3, 2),
+            (9, 3, 2),
             (7, 3, 2),
             (16, 3, 2),
-            (2, 2, 2),
+            (8, 2, 2),
             (11, 2, 2),
         ],
         "extractor_conv_bias": False,
@@ -120,7 +120,7 @@ def test_the_format_by_its_names(tmp_path):
     shapes = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
     layer = "encoder.transformer.layers.{}.{}"
     assert shapes[DUMMY_WEIGHT] == (11,)
-    assert shapes["feature_extractor.conv_layers.0.layer_norm.weight"] == (3,)
+    assert shapes["feature_extractor.conv_layers.0.layer_norm.weight"] == (8,)
     assert shapes["encoder.feature_projection.projection.weight"] == (32, 11)
     assert shapes["encoder.transformer.pos_conv_embed.conv.weight_g"] == (1, 1, 16)
     assert shapes["encoder.transformer.pos_conv_embed.conv.weight_v"] == (32, 8, 16)
@@ -324,7 +324,7 @@ REFUSED = [
     (change_config(extractor_conv_layer_config=[]), "`extractor_conv_layer_config`"),
     (change_config(extractor_conv_layer_config=[(0, 10, 5)]), "`extractor_conv_layer_config[0]` must be an integer"),
     (drop("state_dict", FIRST), f"{FIRST} is missing"),
-    (change_weight(FIRST, lambda tensor: tensor[:1]), f"{FIRST} has shape (1, 1, 10) instead of (3, 1, 10)"),
+    (change_weight(FIRST, lambda tensor: tensor[:1]), f"{FIRST} has shape (1, 1, 10) instead of (8, 1, 10)"),
     (change_weight("encoder.new", lambda _: torch.ones(2)), "encoder.new is not part of such a model"),
     (change_weight(DUMMY_WEIGHT, lambda _: torch.ones(4)), f"{DUMMY_WEIGHT} has shape (4,) instead of (11,)"),
     (change_weight(FIRST, lambda tensor: tensor * float("nan")), f"NaN or infinite weights in {FIRST}"),
