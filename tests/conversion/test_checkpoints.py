@@ -127,7 +127,7 @@ def first(content):
 
 
 REFUSED = [
-    (lambda content: 7, "it holds a int, which is none of the formats"),
+    (lambda content: 7, "its content is of type int, which is none of the formats"),
     (lambda content: {}, "its content, nothing, is of none of the formats"),
     (lambda content: {"epoch": 3, "optimizer": {}}, "its content, epoch, optimizer, is of none of the formats"),
     (lambda content: {"layer.weight": torch.ones(2)}, "its content, layer.weight, is of none of the formats"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import padded_batch
+from conftest import padded_batch, tiny_teacher
 from foreign_models import DUMMY_WEIGHT, assert_same_states, dphubert_content, without_positions
 from safetensors.torch import load_file, save_file
 from test_modeling_wavlm_skill_student import PRUNED, pruned_student
@@ -155,8 +155,6 @@ def test_other_families_by_the_table_of_students(tmp_path, layout, family):
 
 
 def test_a_stock_model_is_written_too(tmp_path):
-    from conftest import tiny_teacher
-
     tiny_teacher().save_pretrained(tmp_path)
     content = convert_student(tmp_path)
     assert content["config"]["encoder_remaining_heads"] == [[0, 1, 2, 3]] * 3

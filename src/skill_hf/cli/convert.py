@@ -7,7 +7,7 @@ Unpruned models of torchaudio, fairseq and s3prl become students, too. Nothing t
 import argparse
 from pathlib import Path
 
-from ..conversion.checkpoints import Checkpoint
+from ..conversion.checkpoints import STUDENT_ENTRY, Checkpoint
 from ..conversion.converter import convert_checkpoint, convert_student, save_checkpoint, stock_type
 from ..conversion.dphubert_format import ARGUMENTS
 from ..files import keep_sources, try_directory
@@ -38,7 +38,7 @@ def to_dphubert(args: argparse.Namespace) -> str:
     save_checkpoint(content, path)
     number = sum(tensor.numel() for tensor in content["state_dict"].values())
     lines = [f"Written to {path}: {len(content['state_dict'])} weights, {number:,} numbers, and their config."]
-    if content["skill_hf"]["config"].get("masked_group_norm"):
+    if content[STUDENT_ENTRY]["config"].get("masked_group_norm"):
         lines.append("The format has no `masked_group_norm`: clips that are padded come out otherwise.")
     return "\n".join(lines)
 

@@ -219,7 +219,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise ValueError("it is not a pickle of plain data and weights, the only one that is read") from error
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"it holds a {type(content).__name__}, which is none of the formats that are read: {_FORMATS}"
+            f"its content is of type {type(content).__name__}, which is none of the formats that are read: {_FORMATS}"
         )
     return content
 

@@ -23,7 +23,9 @@ from .dphubert_format import (
 
 # What a student's own config says better than a file of DPHuBERT's format, which does not have it.
 _NOT_IN_FORMAT = ("intermediate_size", "apply_spec_augment", "mask_time_prob", "mask_feature_prob")
-_SAVED_ANEW = (
+_NOT_KEPT = (
+    "_name_or_path",
+    "name_or_path",
     "model_type",
     "architectures",
     "auto_map",
@@ -71,7 +73,9 @@ def convert_checkpoint(
 def _build(checkpoint: Checkpoint, base_model: str | None) -> PreTrainedModel:
     student_class, structure = STUDENT_CLASSES[checkpoint.family], checkpoint.structure
     fields = student_fields(checkpoint.config, structure, checkpoint.weights)
-    fields = _with_own_fields(fields, checkpoint.student_config, structure)
+    known = student_class.config_class().to_dict().keys() - {*_NOT_KEPT}
+    own = {name: value for name, value in checkpoint.student_config.items() if name in known}
+    fields = _with_own_fields(fields, own, structure)
     if base_model is not None:
         fields["base_model"] = base_model
     try:
@@ -95,9 +99,8 @@ def _build(checkpoint: Checkpoint, base_model: str | None) -> PreTrainedModel:
 
 def _with_own_fields(fields: dict[str, Any], own: dict[str, Any], structure: Structure) -> dict[str, Any]:
     """Fields of a file's format, and of the student that it was written from what the format does not have."""
-    kept = {name: value for name, value in own.items() if isinstance(name, str) and name not in _SAVED_ANEW}
-    merged = {**kept, **fields} | {name: kept[name] for name in _NOT_IN_FORMAT if name in kept}
-    heads = kept.get("remaining_heads")
+    merged = {**own, **fields} | {name: own[name] for name in _NOT_IN_FORMAT if name in own}
+    heads = own.get("remaining_heads")
     numbers = [len(layer) for layer in fields["remaining_heads"]]
     told = isinstance(heads, list) and all(isinstance(layer, list) for layer in heads)
     if not structure.is_wavlm and told and [len(layer) for layer in heads] == numbers:
@@ -138,7 +141,7 @@ def convert_student(source: str | os.PathLike) -> dict[str, Any]:
     normalize = config.feat_extract_norm == "layer" if extractor is None else extractor.do_normalize
     structure = Structure.from_student(config)
     weights = {name: tensor.detach() for name, tensor in student.state_dict().items()}
-    own = {name: value for name, value in config.to_dict().items() if name not in _SAVED_ANEW}
+    own = {name: value for name, value in config.to_dict().items() if name not in _NOT_KEPT}
     content = {
         "config": format_config(config, structure, normalize),
         "state_dict": to_format(weights, structure),

@@ -38,12 +38,14 @@ FIELDS = {
     "encoder_layer_drop": "layerdrop",
 }
 WAVLM_FIELDS = {"encoder_num_buckets": "num_buckets", "encoder_max_distance": "max_bucket_distance"}
-# Those that become several fields, for errors that name a field of the student.
-_OTHERS = {
-    "extractor_mode": "feat_extract_norm",
-    "extractor_conv_layer_config": "conv_dim",
-    "encoder_remaining_heads": "remaining_heads",
-    "encoder_ff_interm_features": "intermediate_sizes",
+# Fields that follow from others -> these, for errors that name a field of the student.
+_SOURCES = {
+    "feat_extract_norm": "extractor_mode",
+    "conv_dim": "extractor_conv_layer_config",
+    "conv_kernel": "extractor_conv_layer_config",
+    "conv_stride": "extractor_conv_layer_config",
+    "remaining_heads": "encoder_remaining_heads",
+    "intermediate_sizes": "encoder_ff_interm_features",
 }
 MODES = {"group_norm": "group", "layer_norm": "layer"}
 CONV_LAYERS = [(512, 10, 5), *[(512, 3, 2)] * 4, *[(512, 2, 2)] * 2]  # what `None` stands for
@@ -60,7 +62,7 @@ UNUSED += ("wavlm_original_params", "wavlm_original_macs", "wavlm_current_params
 ARGUMENTS = {
     *FIELDS,
     *WAVLM_FIELDS,
-    *_OTHERS,
+    *_SOURCES.values(),
     *UNUSED,
     "encoder_total_num_heads",
     "encoder_num_heads",
@@ -208,9 +210,8 @@ def student_fields(
         raise ValueError(f"`extractor_mode` must be one of {', '.join(MODES)}, but is {_short(mode)}")
     convolutions = config.get("extractor_conv_layer_config")
     convolutions = CONV_LAYERS if convolutions is None else convolutions
-    if not isinstance(convolutions, (list, tuple)) or not all(
-        isinstance(entry, (list, tuple)) and len(entry) == 3 for entry in convolutions
-    ):
+    is_list = isinstance(convolutions, (list, tuple)) and len(convolutions) > 0
+    if not is_list or not all(isinstance(entry, (list, tuple)) and len(entry) == 3 for entry in convolutions):
         raise ValueError(
             "`extractor_conv_layer_config` must list channels, kernel and stride of each convolution, but is"
             f" {_short(convolutions)}"
@@ -292,7 +293,8 @@ def format_config(config: PreTrainedConfig, structure: Structure, normalize: boo
 
 def in_names_of_format(message: str) -> str:
     """An error of a student's config, with the names that the arguments have in the format."""
-    for name, field in (FIELDS | WAVLM_FIELDS | _OTHERS).items():
+    names = {field: name for name, field in (FIELDS | WAVLM_FIELDS).items()} | _SOURCES
+    for field, name in names.items():
         message = re.sub(rf"`{field}([`\[])", rf"`{name}\1", message)
     return message
 
