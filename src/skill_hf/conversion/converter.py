@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Wav2Vec2FeatureExtractor
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from ..models.families import STUDENT_CLASSES, check_family, load_student
 from ..models.loading import check_encoder, empty_model, load_feature_extractor, one_error
@@ -145,16 +145,11 @@ def convert_student(source: str | os.PathLike) -> dict[str, Any]:
     content = {
         "config": format_config(config, structure, normalize),
         "state_dict": to_format(weights, structure),
-        STUDENT_ENTRY: {"family": stock_type(config), "config": own},
+        STUDENT_ENTRY: {"family": type(config).stock_class().model_type, "config": own},
     }
     if MASK_EMBEDDING in weights:
         content[STUDENT_ENTRY][MASK_EMBEDDING] = weights[MASK_EMBEDDING]
     return content
-
-
-def stock_type(config: PreTrainedConfig) -> str:
-    """`model_type` of the stock models of a student's family."""
-    return type(config).stock_class().model_type
 
 
 def save_checkpoint(content: dict[str, Any], path: str | os.PathLike) -> None:
