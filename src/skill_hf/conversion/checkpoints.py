@@ -7,6 +7,7 @@ shape of their model get it from the shapes of the weights, which is enough wher
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,53 +76,64 @@ def read_checkpoint(
     settings = fairseq_format.model_settings(content)
     if settings is not None:
         return _from_fairseq(*settings, config_file, family)
-    config, weights = content.get("config"), content.get("state_dict")
-    name, left_out = "DPHuBERT's format", []
-    if weights is None:
-        config, weights, name = None, content, "torchaudio's weights"
-        if any(str(key).startswith(_DIARIZEN_PREFIX) for key in weights):
-            others = {str(key).partition(".")[0] for key in weights if not str(key).startswith(_DIARIZEN_PREFIX)}
-            left_out, name = sorted(others), "DiariZen's whole model"
-            weights = {
-                key.removeprefix(_DIARIZEN_PREFIX): tensor
-                for key, tensor in weights.items()
-                if isinstance(key, str) and key.startswith(_DIARIZEN_PREFIX)
-            }
-    weights = _checked(weights)
-    if any(key.startswith("student_model.") for key in weights):
-        raise ValueError("it is a checkpoint of DPHuBERT's training; take what its save_final_ckpt.py writes")
-    if any("hard_concrete" in key for key in weights):
-        raise ValueError("it still has gates (hard_concrete); take what prune.py or apply_pruning.py writes")
-    if any(key.startswith("aux.") for key in weights):
-        left_out.append("aux")
-    weights = unify_names(weights)
+    name, config, weights, left_out = _parts_of(content)
+    weights = unify_names(_checked(weights))
     if "encoder.feature_projection.projection.weight" not in weights:
         raise ValueError(_unknown(content))
-    if config_file is not None:
-        if config is not None:
-            raise ValueError("it has a config of its own; leave out the other one")
-        config = _read_config(config_file)
-    if config is None:
-        config = infer_config(weights)
-    if not isinstance(config, Mapping):
-        raise ValueError(f"its `config` is a {type(config).__name__}, not names and values")
+    config = _chosen_config(config, config_file, weights)
     entry = content.get(STUDENT_ENTRY)
     entry = entry if isinstance(entry, Mapping) else {}
     if isinstance(entry.get(MASK_EMBEDDING), torch.Tensor):
         weights |= _checked({MASK_EMBEDDING: entry[MASK_EMBEDDING]})
-    student_config = entry.get("config")
-    structure = Structure.from_format(config)
+    structure, own = Structure.from_format(config), entry.get("config")
     if family is None and not structure.is_wavlm and isinstance(entry.get("family"), str):
         family = entry["family"]
     return Checkpoint(
         name,
         _family(structure, family, "hubert"),
-        dict(config),
+        config,
         weights,
         structure,
         left_out,
-        dict(student_config) if isinstance(student_config, Mapping) else {},
+        dict(own) if isinstance(own, Mapping) else {},
     )
+
+
+def _parts_of(content: Mapping[str, Any]) -> tuple[str, Any, Any, list[str]]:
+    """
+    Name of the format, config and weights of the encoder, and what else there is.
+
+    Raises:
+        `ValueError`: if its program has to do something with it before.
+    """
+    name, config, weights, others = "DPHuBERT's format", content.get("config"), content.get("state_dict"), []
+    if weights is None:
+        name, config, weights = "torchaudio's weights", None, content
+    if not isinstance(weights, Mapping):
+        return name, config, weights, others
+    names = [key for key in weights if isinstance(key, str)]
+    if any(key.startswith("student_model.") for key in names):
+        raise ValueError("it is a checkpoint of DPHuBERT's training; take what its save_final_ckpt.py writes")
+    if any("hard_concrete" in key for key in names):
+        raise ValueError("it still has gates (hard_concrete); take what prune.py or apply_pruning.py writes")
+    encoder = [key for key in names if key.startswith(_DIARIZEN_PREFIX)]
+    if encoder:
+        name, others = "DiariZen's whole model", sorted({key.partition(".")[0] for key in {*names} - {*encoder}})
+        weights = {key.removeprefix(_DIARIZEN_PREFIX): weights[key] for key in encoder}
+    if any(str(key).startswith("aux.") for key in weights):
+        others.append("aux")
+    return name, config, weights, others
+
+
+def _chosen_config(config: Any, config_file: str | os.PathLike | None, weights: Mapping[str, torch.Tensor]) -> dict:
+    if config_file is not None and config is not None:
+        raise ValueError("it has a config of its own; leave out the other one")
+    if config_file is not None:
+        config = _read_config(config_file)
+    config = infer_config(weights) if config is None else config
+    if not isinstance(config, Mapping):
+        raise ValueError(f"its `config` is a {type(config).__name__}, not names and values")
+    return dict(config)
 
 
 def _from_fairseq(model, task, weights, config_file, family) -> Checkpoint:
@@ -208,7 +220,9 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError("there is no such file" if not os.path.lexists(path) else "it is not a regular file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells how old the file is
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         classes = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
         if classes:
