@@ -3,7 +3,7 @@
 import pytest
 import torch
 from foreign_models import assert_same_states, dphubert_content
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 
 from skill_hf.cli.convert import FILE
 from skill_hf.cli.main import main
@@ -45,6 +45,14 @@ def test_both_ways(capsys, checkpoint, content, tmp_path):
     assert written["state_dict"].keys() == content["state_dict"].keys()
     for name, tensor in content["state_dict"].items():
         torch.testing.assert_close(written["state_dict"][name], tensor, atol=0, rtol=0)
+
+
+def test_a_head_is_left_out(capsys, content, checkpoint, tmp_path):
+    run(capsys, checkpoint, "--output_dir", tmp_path / "student")
+    AutoModelForCTC.from_pretrained(tmp_path / "student").save_pretrained(tmp_path / "ctc")
+    status, out, _ = run(capsys, tmp_path / "ctc", "--to", "dphubert", "--output_dir", tmp_path / "back")
+    assert status == 0 and "the head of WavLMSkillStudentForCTC is left out" in out
+    assert torch.load(tmp_path / "back" / FILE, weights_only=True)["config"] == content["config"]
 
 
 def test_arguments_that_are_not_known_are_named(capsys, content, tmp_path):

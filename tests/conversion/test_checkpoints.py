@@ -153,7 +153,7 @@ REFUSED = [
         lambda content: content | {"state_dict": content["state_dict"] | {first(content): torch.ones(2).int()}},
         "is of type int32, but must be floating",
     ),
-    (lambda content: {"cfg": argparse.Namespace(a=1), "model": {}}, "it holds objects (argparse.Namespace)"),
+    (lambda content: {"cfg": argparse.Namespace(a=1), "model": {}}, "it contains objects (argparse.Namespace)"),
 ]
 
 
@@ -178,7 +178,7 @@ def test_files_that_cannot_be_read(tmp_path, pruned):
     whole = save(pruned, tmp_path).read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], pickle.dumps(Runs(tmp_path / "ran"))):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not a pickle of plain data|it holds objects"):
+        with pytest.raises(ValueError, match="not a pickle of plain data|it contains objects"):
             read_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 

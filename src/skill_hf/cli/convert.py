@@ -1,7 +1,7 @@
 """
 `skill-hf convert`: a pruned model of DPHuBERT's or DiariZen's format as a student, and a student in that format.
 
-Unpruned models of torchaudio, fairseq and s3prl become students, too. Nothing that a file holds is run.
+Unpruned models of torchaudio, fairseq and s3prl become students, too. Nothing that a file contains is run.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from ..conversion.converter import convert_checkpoint, convert_student, save_che
 from ..conversion.dphubert_format import ARGUMENTS
 from ..files import keep_sources, try_directory
 from ..models.families import STUDENT_CLASSES
-from ..models.loading import num_parameters, valid_hub_id
+from ..models.loading import load_config, num_parameters, valid_hub_id
 from .settings import run_script
 
 
@@ -38,6 +38,9 @@ def to_dphubert(args: argparse.Namespace) -> str:
     save_checkpoint(content, path)
     number = sum(tensor.numel() for tensor in content["state_dict"].values())
     lines = [f"Written to {path}: {len(content['state_dict'])} weights, {number:,} numbers, and their config."]
+    architecture = (load_config(args.checkpoint).architectures or [""])[0]
+    if not architecture.endswith(("Model", "ForSkillStudent")):
+        lines.append(f"It has the encoder alone; the head of {architecture} is left out.")
     if content[STUDENT_ENTRY]["config"].get("masked_group_norm"):
         lines.append("The format has no `masked_group_norm`: clips that are padded come out otherwise.")
     return "\n".join(lines)

@@ -182,7 +182,7 @@ def infer_config(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     whole = all(shape == (hidden_size, hidden_size) for shape in projections) and None not in units
     if kernels not in _STRIDES or heads is None or len(positional) != 3 or not layers or not whole:
         raise ValueError(
-            "it holds weights alone, which do not tell the whole shape of this model; give its config with --config"
+            "it contains weights alone, which do not tell the whole shape of this model; give its config with --config"
         )
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in shapes
     config = {
@@ -227,7 +227,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         classes = sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
         if classes:
             raise ValueError(
-                f"it holds objects ({', '.join(classes)[:100]}), whose code is not run; save its settings as a dict"
+                f"it contains objects ({', '.join(classes)[:100]}), whose code is not run; save its settings as a dict"
                 " beside its weights, or take the model that transformers has"
             ) from error
         raise ValueError("it is not a pickle of plain data and weights, the only one that is read") from error

@@ -80,7 +80,7 @@ def model_settings(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     else:
         return None
     if not isinstance(model, Mapping):
-        raise ValueError("it holds no settings of its model (`cfg`) as a dict")
+        raise ValueError("the settings of its model (`cfg`) are not a dict")
     return dict(model), dict(task) if isinstance(task, Mapping) else {}, weights
 
 
