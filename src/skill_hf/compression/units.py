@@ -189,7 +189,8 @@ def _conv_channels(config, place: int) -> Units:
         # The last gate acts after the projection's norm. Before it, a value between 0 and 1 could not be folded into
         # any weight. There it scales the columns of the projection, and the cut convolutions stay stock ones.
         norms, reader = (*norms, "feature_projection.layer_norm"), "feature_projection.projection"
-        tensors["feature_extractor.scale"] = 0
+        if getattr(config, "scaled_features", False):
+            tensors["feature_extractor.scale"] = 0
     modules = (f"{name}.conv", *norms)
     tensors |= {f"{module}.{kind}": 0 for module in modules for kind in ("weight", "bias")} | {f"{reader}.weight": 1}
     return Units(
