@@ -29,6 +29,7 @@ FLOORS = {
     "models": {"files"},
     "compression": {"models"},
     "recipe": {"compression", "files", "models"},
+    "conversion": {"files", "models"},
     "encoders": {"models"},
     "export": {"files", "models"},
     "latency": {"compression", "models", "recipe", "version"},
@@ -51,6 +52,7 @@ FLOORS = {
     "superb": {"data", "distillation", "encoders", "files", "metrics"},
     "cli": {
         "compression",
+        "conversion",
         "data",
         "distillation",
         "encoders",

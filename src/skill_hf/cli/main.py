@@ -14,6 +14,7 @@ from ..version import __version__
 PROG = "skill-hf"
 # Name -> what it does.
 COMMANDS = {
+    "convert": "make a student of a checkpoint of DPHuBERT or DiariZen, or the other way round",
     "distill": "distil and prune a speech encoder",
     "export": "export a student to ONNX, torch.export or a stock model",
     "info": "show how much of its teacher a student keeps, or the size of an encoder",

@@ -183,17 +183,21 @@ def module_at(model, name: str):
 def _conv_channels(config, place: int) -> Units:
     name = f"feature_extractor.conv_layers.{place}"
     norms, reader = (f"{name}.layer_norm",), f"feature_extractor.conv_layers.{place + 1}.conv"
+    tensors = {}
     if place + 1 == len(config.conv_dim):
         # The last gate acts after the projection's norm. Before it, a value between 0 and 1 could not be folded into
         # any weight. There it scales the columns of the projection, and the cut convolutions stay stock ones.
         norms, reader = (*norms, "feature_projection.layer_norm"), "feature_projection.projection"
+        if getattr(config, "scaled_features", False):
+            tensors["feature_extractor.scale"] = 0
     modules = (f"{name}.conv", *norms)
+    tensors |= {f"{module}.{kind}": 0 for module in modules for kind in ("weight", "bias")} | {f"{reader}.weight": 1}
     return Units(
         "conv_channels",
         place,
         f"{name}.channel_gate",
         config.conv_dim[place],
-        tensors={f"{module}.{kind}": 0 for module in modules for kind in ("weight", "bias")} | {f"{reader}.weight": 1},
+        tensors=tensors,
         reader=reader,
         norms=norms,
     )

@@ -18,8 +18,9 @@ TASKS = {
     "AudioFrameClassification": "AutoModelForAudioFrameClassification",
     "XVector": "AutoModelForAudioXVector",
 }
-# Raised when a published field changes its meaning. Version 1 is the first.
-FORMAT_VERSION = 1
+# Raised when a published field changes its meaning. Version 1 is the first; version 2 has `scaled_features`, and only
+# students that have it set are of version 2, so that earlier code loads all others.
+FORMAT_VERSION = 2
 # What a published config cannot leave out: the defaults are those of an unpruned model.
 _REQUIRED = (
     "format_version",
@@ -91,6 +92,7 @@ _FLAGS = (
     "use_weighted_layer_sum",
     "add_adapter",
     "masked_group_norm",
+    "scaled_features",
     "is_encoder_decoder",
     "tie_last_hidden_states",
 )
@@ -158,8 +160,13 @@ class SkillStudentConfig:
             in a batch. Off by default, since the teacher was trained with statistics that include padding.
         base_model (`str`, *optional*):
             Hub id of the teacher.
-        format_version (`int`, *optional*, defaults to 1):
-            Version of these fields. Later versions are rejected.
+        format_version (`int`, *optional*, defaults to 2):
+            Version of these fields. Later versions are rejected. The first version that has all fields that are set is
+            kept and saved.
+        scaled_features (`bool`, *optional*, defaults to `False`):
+            Whether each channel of the last convolution is multiplied by its own factor before the norm of the feature
+            projection (`feature_extractor.scale` in the weights). Students converted from DPHuBERT's format may have
+            it: the remaining values of the gates of these channels.
 
     Raises:
         `ValueError`: if a field has a wrong type, is out of range or does not fit the others; the message names the
@@ -183,6 +190,7 @@ class SkillStudentConfig:
         masked_group_norm=False,
         base_model=None,
         format_version=FORMAT_VERSION,
+        scaled_features=False,
         **kwargs,
     ):
         # A bool is an int, and 1.0 == 1: neither is a version.
@@ -191,11 +199,11 @@ class SkillStudentConfig:
                 f"`format_version` is {_short(format_version)}, but this code reads versions 1 to {FORMAT_VERSION}:"
                 " update skill-hf (`pip install -U skill-hf`), or pass `trust_remote_code=True` without it."
             )
-        self.format_version = format_version
         stock_fields = _fields_of(self.stock_class())
         kwargs = {name: value for name, value in kwargs.items() if name in stock_fields or name in _ARGUMENTS}
         kwargs.pop("num_feat_extract_layers", None)  # follows from `conv_dim`
-        for name, value in {**kwargs, "masked_group_norm": masked_group_norm}.items():
+        flags = {"masked_group_norm": masked_group_norm, "scaled_features": scaled_features}
+        for name, value in {**kwargs, **flags}.items():
             _check_field(name, value)
         for name in _NUMBERS:
             if name in kwargs:  # in JSON 1 may stand for 1.0
@@ -222,6 +230,8 @@ class SkillStudentConfig:
         self.removed_attention_blocks = [] if removed_attention_blocks is None else removed_attention_blocks
         self.removed_ffn_blocks = [] if removed_ffn_blocks is None else removed_ffn_blocks
         self.masked_group_norm = masked_group_norm
+        self.scaled_features = scaled_features
+        self.format_version = 2 if scaled_features else 1
         self.base_model = base_model
         self._validate_pruned_shapes()
         # Pruning changes them in place.

@@ -279,6 +279,11 @@ class FastFeatureEncoder:
     # allocator keeps, is faster; a GPU is to be kept busy.
     max_values = {"cpu": 2**22, "cuda": 2**26}
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # One factor for each channel of the last convolution, `(channels,)`, if the model has them.
+        self.register_buffer("scale", None)
+
     def forward(self, input_values, num_samples=None):
         """
         `(batch, samples)` -> `(batch, channels, frames)`. Features, `(batch, channels, frames)`, are returned
@@ -305,7 +310,7 @@ class FastFeatureEncoder:
         hidden_states = self.conv_layers[0](input_values[:, None], num_samples)
         for conv_layer in self.conv_layers[1:]:
             hidden_states = conv_layer(hidden_states)
-        return hidden_states
+        return hidden_states if self.scale is None else (hidden_states.mT * self.scale).mT
 
 
 class FourierConv1d(nn.Module):

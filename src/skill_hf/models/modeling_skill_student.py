@@ -27,13 +27,7 @@ from .weight_checks import check_declared, check_finite, check_weights, declared
 logger = logging.get_logger(__name__)
 
 # What pruning changes in the config.
-_PRUNED_FIELDS = (
-    "conv_dim",
-    "remaining_heads",
-    "intermediate_sizes",
-    "removed_attention_blocks",
-    "removed_ffn_blocks",
-)
+_PRUNED = ("conv_dim", "remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
 
 
 # What acts on students from outside, by name. The skill-hf package puts its functions here when it is imported. This
@@ -106,7 +100,7 @@ class SkillStudent:
                 "This student has gates, which other programs cannot read; call `prune()` before saving it."
             )
         self.base_model.refuse_fused("saved")
-        for name in _PRUNED_FIELDS:  # a head may have been given another encoder since it was made
+        for name in _PRUNED:  # a head may have been given another encoder since it was made
             setattr(self.config, name, copy.deepcopy(getattr(self.base_model.config, name)))
         super().save_pretrained(*args, **kwargs)
 
@@ -183,6 +177,8 @@ class SkillStudentModel(SkillStudent):
             layer.dropout = FastDropout(config.hidden_dropout)
             layer.attention = self.attention_class(config, index)
             layer.feed_forward = SkillStudentFeedForward(config, index)
+        if config.scaled_features:
+            self.feature_extractor.scale = torch.ones(config.conv_dim[-1])
         self.post_init()
 
     @classmethod
@@ -224,9 +220,11 @@ class SkillStudentModel(SkillStudent):
         narrow; removed heads and feed-forward units are restored as zeros, so it loads anywhere but saves little.
 
         Raises:
-            `ValueError`: if the student is fused.
+            `ValueError`: if the student is fused or has `scaled_features`.
         """
         self.refuse_fused("converted to a stock model")
+        if self.config.scaled_features:
+            raise ValueError("This student has `scaled_features`, which no stock model supports: use it as it is.")
         if self.config.masked_group_norm and self.config.feat_extract_norm == "group":
             logger.warning(
                 "The stock model has no `masked_group_norm`: it gives the same outputs only for clips without padding."

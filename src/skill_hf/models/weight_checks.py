@@ -140,6 +140,8 @@ def _field_of(name, num_hidden_layers, shapes=None):
         if not shapes and "layer_norm" in name:
             return "feat_extract_norm"
         return f"conv_kernel[{parts[2]}]" if differing == [False, False, True] else f"conv_dim[{parts[2]}]"
+    if name == "feature_extractor.scale":
+        return "conv_dim[-1]" if shapes else "scaled_features"
     if name.startswith("feature_projection."):
         return "conv_dim[-1]" if "layer_norm" in name else "hidden_size"
     if name.startswith("encoder.pos_conv_embed."):
