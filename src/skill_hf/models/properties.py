@@ -1,5 +1,7 @@
 """What the configuration or the parts of a speech encoder tell of it."""
 
+import math
+
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -12,6 +14,11 @@ def receptive_field(config: PreTrainedConfig) -> int:
     for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
         samples = (samples - 1) * stride + kernel
     return samples
+
+
+def frame_step(config: PreTrainedConfig) -> int:
+    """Number of samples from one frame to the next (320 in all published models)."""
+    return math.prod(getattr(config, "conv_stride", ()))
 
 
 def has_gates(model: nn.Module) -> bool:
