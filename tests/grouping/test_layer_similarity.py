@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_teacher
+from test_similarity import frames_of, similarity_of
 from transformers import Wav2Vec2FeatureExtractor
 
-from skill_hf import layer_similarity
 from skill_hf.analysis import layer_distances
 from skill_hf.models.families import build_student
 from skill_hf.recipe.skill_config import SIMILARITIES
@@ -39,20 +39,6 @@ def student(teacher):
     return student.eval()
 
 
-def similarity_of(teacher, audio, similarity="cka", **kwargs):
-    return layer_similarity(teacher, audio, similarity, progress=False, **kwargs)
-
-
-@torch.no_grad()
-def frames_of(model, audio):
-    """(hidden states, frames, features), float64, each waveform passed on its own."""
-    states = [
-        torch.stack(model(torch.as_tensor(waveform)[None], output_hidden_states=True).hidden_states)[:, 0]
-        for waveform in audio
-    ]
-    return torch.cat(states, dim=1).double().numpy()
-
-
 def hsic_cka(x, y):
     """By the definition of HSIC with linear kernels, in numpy (Kornblith et al., equations 1, 2 and 3)."""
     count = len(x)
@@ -67,7 +53,7 @@ def hsic_cka(x, y):
 
 def test_cka_between_models_of_other_width_depth_and_layout(teacher, wider, audio):
     matrix = similarity_of(teacher, audio, other=wider, batch_size=2)
-    rows, columns = frames_of(teacher, audio), frames_of(wider, audio)
+    rows, columns = (frames_of(model, audio).numpy() for model in (teacher, wider))
     expected = [[hsic_cka(x, y) for y in columns] for x in rows]
     assert matrix.shape == (4, 3) and matrix.dtype == np.float64
     np.testing.assert_allclose(matrix, expected, atol=1e-6)
@@ -82,7 +68,7 @@ def test_mutual_knn_between_models_of_other_width(teacher, wider, audio):
         np.fill_diagonal(cosines, -np.inf)
         return [set(row) for row in np.argsort(-cosines, axis=1)[:, :10]]
 
-    rows, columns = ([nearest(states) for states in frames_of(model, audio)] for model in (teacher, wider))
+    rows, columns = ([nearest(states) for states in frames_of(model, audio).numpy()] for model in (teacher, wider))
     expected = [[np.mean([len(a & b) / 10 for a, b in zip(x, y, strict=True)]) for y in columns] for x in rows]
     np.testing.assert_allclose(similarity_of(teacher, audio, "mutual_knn", other=wider), expected, atol=2e-3)
 
@@ -121,14 +107,15 @@ def test_each_model_takes_audio_through_its_own_feature_extractor(teacher, wider
         extractor.save_pretrained(tmp_path / name)
     shifted = [3 * waveform + 0.5 for waveform in audio]
     normalised = [(waveform - waveform.mean()) / np.sqrt(waveform.var() + 1e-7) for waveform in shifted]
-    expected = [[hsic_cka(x, y) for y in frames_of(wider, normalised)] for x in frames_of(teacher, shifted)]
+    heard = frames_of(wider, normalised).numpy()
+    expected = [[hsic_cka(x, y) for y in heard] for x in frames_of(teacher, shifted).numpy()]
     by_name = similarity_of(tmp_path / "teacher", shifted, other=str(tmp_path / "wider"))
     np.testing.assert_allclose(by_name, expected, atol=1e-5)
     given = {"feature_extractor": plain, "other_feature_extractor": normalising}
     np.testing.assert_allclose(similarity_of(teacher, shifted, other=wider, **given), by_name, atol=1e-6)
     # A loaded model without one of its own takes that of the teacher.
     both = similarity_of(teacher, shifted, other=wider, feature_extractor=normalising)
-    expected = [[hsic_cka(x, y) for y in frames_of(wider, normalised)] for x in frames_of(teacher, normalised)]
+    expected = [[hsic_cka(x, y) for y in heard] for x in frames_of(teacher, normalised).numpy()]
     np.testing.assert_allclose(both, expected, atol=1e-5)
     (tmp_path / "wider" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="wider` has no preprocessor_config.json; pass `other_feature_extractor`"):

@@ -19,7 +19,7 @@ class Cut:
 
     Args:
         groups (`list[list[int]]`): rows of the similarity matrix, as [`cluster_layers`] gives them.
-        height (`float`): distance (1 - similarity) of the last merge that gave these groups; 0 for one group per layer.
+        height (`float`): distance (1 - similarity) of the last merge that gave these groups; 0 for one layer each.
         silhouette (`float`, *optional*): mean silhouette; `None` for one group and for one group per layer.
         stability (`float`, *optional*): mean adjusted Rand index of the groups that any two parts of the audio give by
             themselves; `None` without two parts.
