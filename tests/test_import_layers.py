@@ -56,6 +56,7 @@ FLOORS = {
         "encoders",
         "export",
         "files",
+        "grouping",
         "models",
         "publishing",
         "recipe",

@@ -14,6 +14,7 @@ from ..version import __version__
 PROG = "skill-hf"
 # Name -> what it does.
 COMMANDS = {
+    "analyze": "show which layers of a speech encoder are alike, on speech of your own",
     "distill": "distil and prune a speech encoder",
     "export": "write a student as ONNX, as a program of torch.export or as a stock model",
     "info": "show what is left of a student's teacher, or how large an encoder is",
