@@ -58,6 +58,7 @@ FLOORS = {
         "encoders",
         "export",
         "files",
+        "grouping",
         "models",
         "publishing",
         "recipe",

@@ -80,11 +80,13 @@ def test_every_term_has_a_weight_of_its_name():
 @pytest.mark.parametrize("name", LOSS_TERMS)
 def test_distance_of_layers_is_the_loss_between_them(name):
     """Shifted by a constant, so that a layer is at distance 0 from itself."""
-    frames = torch.randn(7, 3, 5)
-    distances, term = LOSS_TERMS[name].layer_distances(frames), LOSS_TERMS[name].loss
+    frames, others = torch.randn(7, 3, 5), torch.randn(7, 2, 5)
+    others[:, 1] = frames[:, 2]
+    distances, term = LOSS_TERMS[name].layer_distances(frames, others), LOSS_TERMS[name].loss
+    assert distances.shape == (3, 2)
     shift = term(frames[:, 0], frames[:, 0], torch.zeros(7, 5)).sum()
     for i in range(3):
-        for j in range(3):
-            x, y = frames[:, i], frames[:, j]
+        for j in range(2):
+            x, y = frames[:, i], others[:, j]
             expected = term(x, y, x - y).sum() - shift
             torch.testing.assert_close(distances[i, j], expected.double(), atol=1e-5, rtol=1e-5)

@@ -55,7 +55,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .distillation.skill_trainer import SkillDistillationTrainer
     from .grouping.clustering import cluster_layers
-    from .grouping.similarity import layer_similarity
+    from .grouping.layer_similarity import layer_similarity
     from .recipe.skill_config import SkillConfig
     from .recipe.skill_training_args import SkillTrainingArguments
 
@@ -100,7 +100,7 @@ _LAZY = {
     "SkillDistillationTrainer": "distillation.skill_trainer",
     "SkillTrainingArguments": "recipe.skill_training_args",
     "cluster_layers": "grouping.clustering",
-    "layer_similarity": "grouping.similarity",
+    "layer_similarity": "grouping.layer_similarity",
 }
 
 # What students do by this package; see `ACTIONS` in their file.

@@ -17,8 +17,9 @@ class LossTerm(NamedTuple):
         label (`str`): name in cards and figures.
         loss (`Callable`): (prediction, target, their difference), each float32 of shape `(..., hidden_size)` -> the
             term in each frame, `(...)`.
-        layer_distances (`Callable`): frames of N layers, float32 of shape `(frames, N, hidden_size)` -> distance of
-            every pair of layers, summed over frames, float64 of shape `(N, N)`; 0 for equal layers.
+        layer_distances (`Callable`): frames of N layers and of M others, float32 of shapes `(frames, N, hidden_size)`
+            and `(frames, M, hidden_size)`, to the distance of each of the former to each of the latter, a sum over
+            frames, float64 of shape `(N, M)`; 0 for layers that are equal.
     """
 
     label: str
@@ -26,9 +27,12 @@ class LossTerm(NamedTuple):
     layer_distances: Callable
 
 
-def squared_distances(frames: torch.Tensor) -> torch.Tensor:
-    """`(frames, N, D)` -> `(N, N)`, float64: the sum over frames of `|x - y|^2`, computed from differences."""
-    norms = torch.cdist(frames, frames, p=2, compute_mode="donot_use_mm_for_euclid_dist")
+def squared_distances(frames: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """
+    `(frames, N, D)` and `(frames, M, D)` to the `(N, M)` float64 sum over frames of `|x - y|^2`, from the differences
+    themselves.
+    """
+    norms = torch.cdist(frames, others, p=2, compute_mode="donot_use_mm_for_euclid_dist")
     return norms.double().square_().sum(0)
 
 
@@ -42,17 +46,17 @@ LOSS_TERMS = {
     "l1": LossTerm(
         "L1",
         lambda prediction, target, error: error.abs().mean(-1),
-        lambda frames: torch.cdist(frames, frames, p=1).sum(0, dtype=torch.float64) / frames.shape[-1],
+        lambda frames, others: torch.cdist(frames, others, p=1).sum(0, dtype=torch.float64) / frames.shape[-1],
     ),
     "l2": LossTerm(
         "L2",
         lambda prediction, target, error: error.square().mean(-1),
-        lambda frames: squared_distances(frames) / frames.shape[-1],
+        lambda frames, others: squared_distances(frames, others) / frames.shape[-1],
     ),
     "cosine": LossTerm(
         "− cosine similarity",
         lambda prediction, target, error: -F.cosine_similarity(prediction, target, dim=-1),
-        lambda frames: squared_distances(F.normalize(frames, dim=-1)) / 2,
+        lambda frames, others: squared_distances(F.normalize(frames, dim=-1), F.normalize(others, dim=-1)) / 2,
     ),
 }
 # Names in logs. Evaluation gives the weighted sum of the terms and each of them; training the penalty, too.

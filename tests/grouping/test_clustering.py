@@ -6,7 +6,7 @@ from scipy.spatial.distance import squareform
 from transformers import WavLMConfig, WavLMModel
 
 from skill_hf.grouping.clustering import cluster_layers, layer_tree, silhouette
-from skill_hf.grouping.similarity import layer_similarity
+from skill_hf.grouping.layer_similarity import layer_similarity
 from skill_hf.recipe.skill_config import LINKAGES, SkillConfig
 
 

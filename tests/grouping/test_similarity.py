@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertModel, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
+from skill_hf.grouping.layer_similarity import layer_similarity
 from skill_hf.grouping.similarity import (
     SIMILARITY_MEASURES,
     DistillationSimilarity,
     FrameCosine,
     LinearCKA,
     MutualKNN,
-    layer_similarity,
 )
 from skill_hf.recipe.skill_config import SIMILARITIES
 
@@ -446,3 +446,92 @@ def test_shapes_are_checked(states, message):
     accumulator.update(list(random_states()))
     with pytest.raises(ValueError, match=message):
         accumulator.update(states)
+
+
+# ------------------------------------------------------------------------------------------------------- another model
+def two_models(similarity):
+    """States of 4 layers and of 3 others, which share some variation; of other widths where the measure allows it."""
+    states, others = random_states(), random_states(layers=3, seed=1)
+    others = 0.5 * others + states[1:]
+    states[1] += 30.0
+    if not SIMILARITY_MEASURES[similarity].needs_equal_widths:
+        others = torch.cat([others, others[..., :5].square()], dim=-1)
+    return states, others
+
+
+def reference_block(similarity, states, others):
+    """The block between the models, of a reference for all their layers."""
+    rows = len(states)
+    if similarity == "distillation":
+        # Relative to the farthest pair of those compared.
+        together = 1 - reference_distillation(torch.cat([states, others]))
+        return 1 - together[:rows, rows:] / together[:rows, rows:].max()
+    if states.shape[2] == others.shape[2]:
+        return REFERENCES[similarity](torch.cat([states, others]))[:rows, rows:]
+    # Features that are zero change no Gram matrix and no cosine.
+    padded = F.pad(states, (0, others.shape[2] - states.shape[2]))
+    return REFERENCES[similarity](torch.cat([padded, others]))[:rows, rows:]
+
+
+def streamed_pair(accumulator, states, others, sizes):
+    for part, other_part in zip(states.split(sizes, dim=1), others.split(sizes, dim=1), strict=True):
+        accumulator.update(list(part), list(other_part))
+    return accumulator.compute()
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("sizes", [300, 100, [1, 63, 200, 36]])
+def test_layers_of_two_models(similarity, sizes, monkeypatch):
+    monkeypatch.setattr(SIMILARITY_MEASURES[similarity], "chunk_frames", 64)
+    states, others = two_models(similarity)
+    matrix = streamed_pair(SIMILARITY_MEASURES[similarity](), states, others, sizes)
+    assert matrix.shape == (4, 3) and matrix.dtype == np.float64
+    np.testing.assert_allclose(matrix, reference_block(similarity, states, others), atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_a_model_beside_itself_has_its_own_matrix(similarity):
+    states = random_states()
+    square = streamed(SIMILARITY_MEASURES[similarity](), states, 70)
+    rectangular = streamed_pair(SIMILARITY_MEASURES[similarity](), states, states, 70)
+    np.testing.assert_allclose(rectangular, square, atol=1e-12)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_accumulators_of_two_models_absorb_each_other(similarity):
+    states, others = two_models(similarity)
+    states[2, 150:] -= 20.0
+    first, second = (SIMILARITY_MEASURES[similarity]() for _ in range(2))
+    first.update(list(states[:, :150]), list(others[:, :150]))
+    second.update(list(states[:, 150:]), list(others[:, 150:]))
+    first.absorb(second)
+    assert first.num_frames == 300
+    np.testing.assert_allclose(first.compute(), reference_block(similarity, states, others), atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_models_of_other_widths(similarity):
+    states, others = random_states(), random_states(features=9)
+    accumulator = SIMILARITY_MEASURES[similarity]()
+    if not accumulator.needs_equal_widths:
+        assert streamed_pair(accumulator, states, others, 100).shape == (4, 4)
+        return
+    message = f"`{similarity}` compares features one by one, but one model has 12 .* other 9; .* by cka or mutual_knn"
+    with pytest.raises(ValueError, match=message):
+        accumulator.update(list(states), list(others))
+
+
+def test_errors_name_the_other_model():
+    states, others = random_states(), random_states(layers=3)
+    accumulator = LinearCKA(first_layer=1)
+    with pytest.raises(ValueError, match="two models have 300 and 299 frames"):
+        accumulator.update(list(states), list(others[:, 1:]))
+    accumulator.update(list(states), list(others))
+    with pytest.raises(ValueError, match="in all calls of `update` or in none"):
+        accumulator.update(list(states))
+    others[2, 5, 5] = torch.nan
+    with pytest.raises(ValueError, match="Hidden state 3 of the other model has NaN"):
+        accumulator.update(list(states), list(others))
+    others[2] = 0.1
+    with pytest.raises(ValueError, match="Hidden state 3 of the other model does not vary"):
+        streamed_pair(LinearCKA(first_layer=1), states, others, 100)

@@ -10,15 +10,22 @@ from skill_hf.publishing.plots import (
     COLOURS,
     DARK,
     plot_architecture,
+    plot_cross_similarity,
+    plot_groups,
     plot_layer_distances,
     plot_layer_similarity,
+    plot_similarity_difference,
     plot_training,
 )
 
 
 pytest.importorskip("matplotlib")
 
+GROUPS = [[[1, 2, 3]], [[1, 3], [2]], [[1], [2], [3]]]
 DRAWN = {
+    "cross similarity": lambda: plot_cross_similarity(np.eye(3, 4)),
+    "difference": lambda: plot_similarity_difference(np.eye(3) - 0.5, ("a", "b")),
+    "groups": lambda: plot_groups(GROUPS, [None, 0.5, None], [1.0, 0.2, 1.0], chosen=2),
     "similarity": lambda: plot_layer_similarity(*similar_layers([0, 1, 5, 6]), [[0, 1], [2, 3]]),
     "architecture": lambda: plot_architecture(student_config(), tiny_config()),
     "distances": lambda: plot_layer_distances({"groups": np.arange(4.0)}),
@@ -122,6 +129,44 @@ def test_numbers_that_are_close_have_more_digits():
 def test_large_matrix_has_no_numbers():
     similarity, tree = similar_layers(np.arange(15.0))
     assert not plot_layer_similarity(similarity, tree, [list(range(15))]).axes[1].texts
+
+
+def test_cross_similarity_marks_the_most_similar_layer():
+    matrix = np.array([[0.9, 0.1, 0.2], [0.3, 0.2, 0.8]])
+    axes, bar = plot_cross_similarity(matrix, ("wavlm", "hubert"), first_layer=1).axes
+    (image,) = axes.images
+    np.testing.assert_array_equal(image.get_array(), matrix)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("hidden state of hubert", "hidden state of wavlm")
+    assert texts(axes.get_xticklabels()) == ["1", "2", "3"] and texts(axes.get_yticklabels()) == ["1", "2"]
+    assert [(line.get_xdata().mean().round(), line.get_ydata().min()) for line in axes.lines] == [(0, -0.5), (2, 0.5)]
+    assert texts(axes.texts) == ["0.90", "0.10", "0.20", "0.30", "0.20", "0.80"]
+    assert bar.get_ylabel() == "similarity"
+    assert "(0: input of the first layer)" in plot_cross_similarity(np.ones((2, 2))).axes[0].get_xlabel()
+
+
+def test_difference_is_centred_on_zero():
+    matrix = np.array([[0.0, -0.04], [-0.04, 0.0], [0.02, 0.01]])
+    axes = plot_similarity_difference(matrix, ("english", "dutch"), ("a", "b")).axes[0]
+    assert axes.images[0].get_clim() == (-0.04, 0.04)
+    assert texts(axes.texts) == ["+0.000", "-0.040", "-0.040", "+0.000", "+0.020", "+0.010"]
+    assert axes.figure.get_suptitle() == "Similarity of layers on english minus that on dutch"
+    assert axes.get_ylabel() == "hidden state of a"
+    assert plot_similarity_difference(np.zeros((2, 2)), ("a", "b")).axes[0].get_ylabel() == "hidden state"
+
+
+def test_groups_keep_their_letter_when_others_split():
+    axes, curves = plot_groups(GROUPS, [None, 0.5, None], [1.0, 0.2, 1.0], chosen=2).axes
+    letters = {(text.get_position()[::-1]): text.get_text() for text in axes.texts}
+    assert ["".join(letters[row, column] for column in range(3)) for row in range(3)] == ["AAA", "ABA", "ABC"]
+    assert texts(axes.get_xticklabels()) == ["1", "2", "3"] and texts(axes.get_yticklabels()) == ["1", "2", "3"]
+    bold = {text.get_position()[1] for text in axes.texts if text.get_fontweight() == "bold"}
+    assert bold == {1}
+    cells = axes.images[0].get_array()
+    assert (cells[1, 0] == cells[2, 0]).all() and (cells[2, 2] != cells[2, 0]).any()
+    lines = {line.get_label(): line.get_xydata().tolist() for line in curves.lines}
+    assert lines["silhouette"] == [[0.5, 1]] and lines["stability"] == [[1, 0], [0.2, 1], [1, 2]]
+    many = [[list(range(30))], [[layer] for layer in range(30)]]
+    assert texts(plot_groups(many, [None] * 2, [None] * 2).axes[0].texts)[-1] == "AD"
 
 
 def test_tree_of_another_matrix_is_an_error():

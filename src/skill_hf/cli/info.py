@@ -7,9 +7,7 @@ Hub are not downloaded. No code from a directory or repository is run.
 
 import argparse
 import json
-import os
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,12 +34,12 @@ from ..models.loading import (
 )
 from ..publishing.model_card import HUB_TIMEOUT
 from .settings import Range, checked, run_script
+from .text import WIDTH, Parser, align, print_result, printable, shorten
 
 
 SAMPLING_RATE = 16_000  # Hz, of a model without a feature extractor
 # The matrices of attention in longer clips take gigabytes, even if their values are not computed.
 Length = Annotated[float, Range(above=0, most=120)]
-WIDTH = 100  # columns of the text
 WEIGHTS_ON_HUB = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
 # What a teacher and its student share.
 SHARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_kernel", "conv_stride")
@@ -243,7 +241,7 @@ def format_text(info: dict[str, Any]) -> str:
     rows.append(("weights", ", ".join([size, *names, *(weights["dtypes"] or [])])))
     if weights["head_parameters"]:
         rows.append(("outside the encoder", f"{weights['head_parameters']:,} parameters"))
-    top = [f"{name:<20}  {_shorten(value, WIDTH - 22)}" for name, value in rows]
+    top = [f"{name:<20}  {shorten(value, WIDTH - 22)}" for name, value in rows]
 
     counts = [(f"multiply-accumulates for {info['seconds']:g} s", "macs"), ("parameters", "parameters")]
     sizes = [[name, _share(info[key], teacher and teacher[key])] for name, key in reversed(counts)]
@@ -260,8 +258,8 @@ def format_text(info: dict[str, Any]) -> str:
     for index, channels in enumerate(info["conv_channels"]):
         known = teacher and teacher["conv_channels"]
         convolutions.append([str(index + 1), _share(channels, known and known[index])])
-    tables = [top, *map(_align, (sizes, convolutions, layers))]
-    notes = [textwrap.fill(_printable(note), WIDTH) for note in info["notes"]]
+    tables = [top, *map(align, (sizes, convolutions, layers))]
+    notes = [textwrap.fill(printable(note), WIDTH) for note in info["notes"]]
     return "\n\n".join(["\n".join(lines) for lines in tables] + notes)
 
 
@@ -273,30 +271,9 @@ def _share(ours: int, theirs: int | None, is_removed: bool = False) -> str:
     return f"{ours:,} of {theirs:,}  {note:>{len('100.0 %')}}"
 
 
-def _align(rows: list[list[str]]) -> list[str]:
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return ["   ".join([f"{row[0]:<{first}}", *map(str.rjust, row[1:], others)]) for row in rows]
-
-
-def _shorten(text: str, width: int) -> str:
-    """Shortens to at most `width` columns and keeps the end, the most informative part of a path."""
-    text = _printable(text)
-    return text if len(text) <= width else f"{text[: width // 4]}...{text[-(width - width // 4 - 3) :]}"
-
-
-def _printable(text: str) -> str:
-    """Removes line breaks and terminal control codes, which names in a file may contain."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
 # ------------------------------------------------------------------------------------------------------------- command
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message}; --help lists all options.")
-
-
 def _parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Show how much of its teacher a student keeps, or the size of an encoder. No model code is run.",
         allow_abbrev=False,
@@ -329,9 +306,6 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     def body() -> None:
         args = _parse(arguments, prog)
         info = describe(args.model, args.teacher, args.seconds)
-        try:
-            print(json.dumps(info, allow_nan=False) if args.json else format_text(info), flush=True)
-        except BrokenPipeError:  # of a reader such as `head`, that has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_result(json.dumps(info, allow_nan=False) if args.json else format_text(info))
 
     return run_script(body)

@@ -14,7 +14,8 @@ from ..version import __version__
 PROG = "skill-hf"
 # Name -> what it does.
 COMMANDS = {
-    "convert": "make a student of a checkpoint of DPHuBERT or DiariZen, or the other way round",
+    "analyze": "show which layers of a speech encoder are similar, on your own speech",
+    "convert": "convert a checkpoint of DPHuBERT or DiariZen to a student, or a student to DPHuBERT's format",
     "distill": "distil and prune a speech encoder",
     "export": "export a student to ONNX, torch.export or a stock model",
     "info": "show how much of its teacher a student keeps, or the size of an encoder",

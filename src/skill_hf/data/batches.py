@@ -42,7 +42,24 @@ def checked_input_values(
     audio: Iterable, feature_extractor, min_samples: int, protocols: Sequence[str] = ()
 ) -> Iterator[torch.Tensor]:
     """Checks each waveform or row and yields it as the 1-D float32 input of the model."""
-    rate = 16_000 if feature_extractor is None else feature_extractor.sampling_rate
+    for values in checked_inputs_of_models(audio, [feature_extractor], min_samples, protocols):
+        yield values[0]
+
+
+def checked_inputs_of_models(
+    audio: Iterable, feature_extractors: Sequence, min_samples: int, protocols: Sequence[str] = ()
+) -> Iterator[torch.Tensor]:
+    """
+    Checks each waveform or row and yields the inputs of several models, float32 of shape `(models, samples)`.
+
+    Args:
+        audio (`Iterable`): waveforms or rows, which are read once.
+        feature_extractors (`Sequence`): one for each model, or `None` where waveforms are the `input_values` as they
+            stand; all of one sampling rate.
+        min_samples (`int`): samples that make one frame.
+        protocols (`Sequence[str]`, *optional*): of URLs to read beside `http`, `https` and `hf`.
+    """
+    rate = next((one.sampling_rate for one in feature_extractors if one is not None), 16_000)
     for index, row in enumerate(disable_audio_decoding(audio)):
         if not isinstance(row, Mapping):
             shape = _shape(row)
@@ -57,14 +74,19 @@ def checked_input_values(
                 values = clip.read(rate, min_samples=min_samples)
         except AudioError as error:
             raise AudioError(f"Waveform {index}: {error}") from error
-        if raw and feature_extractor is not None:
-            values = feature_extractor(values, sampling_rate=rate, return_tensors="np").input_values[0]
-        yield torch.as_tensor(values)
+        yield torch.stack(
+            [
+                torch.as_tensor(values)
+                if extractor is None or not raw
+                else torch.as_tensor(extractor(values, sampling_rate=rate, return_tensors="np").input_values[0])
+                for extractor in feature_extractors
+            ]
+        )
 
 
 def equal_length_batches(waveforms: Iterable[torch.Tensor], batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches `(B, samples)` of neighbouring waveforms of the same length, in order."""
-    for _, run in itertools.groupby(waveforms, key=len):
+    """Batches `(B, ..., samples)` of neighbouring waveforms `(..., samples)` of the same length, in order."""
+    for _, run in itertools.groupby(waveforms, key=lambda waveform: waveform.shape[-1]):
         while batch := list(itertools.islice(run, batch_size)):
             yield torch.stack(batch)
 

@@ -13,7 +13,7 @@ from ..data.collator import SpeechCollator, calibration_waveforms, check_clips
 from ..losses import term_weights
 from ..recipe.skill_config import SkillConfig
 from .clustering import cluster_layers, silhouettes
-from .similarity import layer_similarity
+from .layer_similarity import layer_similarity
 
 
 logger = logging.getLogger(__name__)

@@ -1,15 +1,12 @@
 """Distance between student and teacher at every hidden state, distilled or not."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.batches import checked_input_values, equal_length_batches
-from ..models.model_modes import eval_mode
-from ..models.properties import receptive_field
+from .forward_pass import check_models, run_over_clips
 from .similarity import FrameCosine, LinearCKA
 
 
@@ -77,34 +74,26 @@ def layer_distances(
             )
     layers = range(teacher.config.num_hidden_layers + 1)
     measures = {"cka": [LinearCKA() for _ in layers], "cosine": [FrameCosine() for _ in layers]}
-    waveforms = checked_input_values(audio, feature_extractor, receptive_field(teacher.config))
-    total = len(audio) if hasattr(audio, "__len__") else None
-    num_clips = 0
-    with (
-        torch.no_grad(),
-        eval_mode(teacher),
-        eval_mode(student),
-        tqdm(desc="Layer distances", total=total, unit="clip", disable=not progress) as bar,
-    ):
-        for batch in equal_length_batches(waveforms, batch_size):
-            pairs = zip(_frames(teacher, batch, "teacher"), _frames(student, batch, "student"), strict=True)
-            for layer, (teacher_frames, student_frames) in enumerate(pairs):
-                for accumulators in measures.values():
-                    accumulators[layer].update([teacher_frames, student_frames.to(teacher_frames.device)])
-            num_clips += len(batch)
-            bar.update(len(batch))
-    if not num_clips:
-        raise ValueError("There is no audio to compare layers on; pass at least one waveform.")
+    models, extractors = [teacher, student], [feature_extractor] * 2
+    check_models(models, extractors, ["teacher", "student"])
+
+    def consume(teacher_states, student_states) -> None:
+        pairs = zip(_frames(teacher_states, "teacher"), _frames(student_states, "student"), strict=True)
+        for layer, (teacher_frames, student_frames) in enumerate(pairs):
+            for accumulators in measures.values():
+                accumulators[layer].update([teacher_frames, student_frames.to(teacher_frames.device)])
+
+    title = "Layer distances"
+    run_over_clips(models, audio, extractors, consume, batch_size=batch_size, title=title, progress=progress)
     return {
         name: np.array([_distance(accumulator, layer) for layer, accumulator in enumerate(accumulators)])
         for name, accumulators in measures.items()
     }
 
 
-def _frames(model: PreTrainedModel, batch: torch.Tensor, role: str) -> Iterator[torch.Tensor]:
-    """Each hidden state of `batch` `(B, samples)` as `(frames, features)`, float32."""
-    inputs = batch.to(model.device, model.dtype)
-    for layer, state in enumerate(model(input_values=inputs, output_hidden_states=True).hidden_states):
+def _frames(states: Sequence[torch.Tensor], role: str) -> Iterator[torch.Tensor]:
+    """Each hidden state `(B, frames, features)` of a batch as `(all frames, features)`, float32."""
+    for layer, state in enumerate(states):
         if not torch.isfinite(state).all():
             raise ValueError(f"Hidden state {layer} of the {role} has NaN or infinite values; check its weights.")
         yield state.flatten(0, 1).float()

@@ -1,5 +1,7 @@
 """Properties of a speech encoder, from its configuration or its parts."""
 
+import math
+
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -17,6 +19,11 @@ def receptive_field(config: PreTrainedConfig) -> int:
 def family_of(config: PreTrainedConfig) -> str:
     """The family of a model or student as file names have it, such as `wavlm` or `unispeech_sat`."""
     return config.model_type.removesuffix("_skill_student").replace("-", "_")
+
+
+def frame_step(config: PreTrainedConfig) -> int:
+    """Number of samples from one frame to the next (320 in all published models)."""
+    return math.prod(getattr(config, "conv_stride", ()))
 
 
 def has_gates(model: nn.Module) -> bool:

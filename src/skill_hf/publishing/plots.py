@@ -20,6 +20,7 @@ from ..losses import LOSS_TERMS
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT, DARK = "#D9D9D9", "#404040"
 MARKERS = "osD^vP"
+MOST_NUMBERS = 14  # rows and columns of a matrix whose values are written into it
 FEW_POINTS = 20  # a line through no more of them gets marks, since a single one would not show
 LOSS_LABELS = {f"{name}_loss": term.label for name, term in LOSS_TERMS.items()}
 
@@ -56,12 +57,8 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
     tree_axes, axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 3.2))
     matrix = similarity[np.ix_(order, order)]
     lowest, digits = matrix.min(), 2 if matrix.min() < 0.9 else 3
-    image = axes.imshow(matrix, cmap="Greys", vmin=min(lowest, 0.999), vmax=1, aspect="auto")
-    label_axes(figure.colorbar(image, ax=axes, pad=0.02, aspect=30).ax, ylabel="similarity", spines=[])
-    if num_rows <= 14:
-        for (y, x), value in np.ndenumerate(matrix):
-            colour = "white" if image.norm(value) > 0.6 else "black"
-            axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour)
+    limits = {"vmin": min(lowest, 0.999), "vmax": 1}
+    _draw_matrix(axes, matrix, "similarity", f".{digits}f", cmap="Greys", **limits)
     label_axes(axes, xlabel="hidden state" if first_layer else "hidden state (0: input of the first layer)", spines=[])
     axes.tick_params(length=0, labelleft=True)
     for axis in (axes.xaxis, axes.yaxis):
@@ -88,9 +85,115 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
     tree_axes.tick_params(axis="y", length=0, labelleft=False)
     label_axes(tree_axes, xlabel="distance (1 − similarity)", spines=["bottom"])
 
-    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in index_runs(group)) for group in layer_groups]
-    title = "Groups of hidden states: " + ", ".join(f"{{{name}}}" for name in names)
+    figure.suptitle(textwrap.fill(f"Groups of hidden states: {format_groups(layer_groups)}", 90), fontsize=11)
+    return figure
+
+
+def plot_cross_similarity(
+    similarity: np.ndarray, names: tuple[str, str] = ("the teacher", "the other"), first_layer: int = 0
+):
+    """
+    Similarity of each layer of one model to each layer of another as a heat map. The layer of the other model that
+    each layer is most similar to is outlined.
+
+    Args:
+        similarity (`numpy.ndarray` of shape `(N, M)`): a row for each layer of the first model, from
+            [`layer_similarity`] with `other`.
+        names (`tuple[str, str]`, *optional*): of the two models.
+        first_layer (`int`, *optional*, defaults to 0): hidden-state index of the first row and column.
+    """
+    figure, similarity = new_figure(8, 5.6), np.asarray(similarity)
+    axes = figure.subplots()
+    lowest, highest = similarity.min(), max(similarity.max(), similarity.min() + 1e-3)
+    digits = 2 if highest - lowest > 0.1 else 3
+    _draw_matrix(axes, similarity, "similarity", f".{digits}f", cmap="Greys", vmin=lowest, vmax=highest)
+    _label_states(axes, similarity.shape, names, first_layer)
+    for row, column in enumerate(similarity.argmax(1)):
+        x, y = column + np.array([-0.5, 0.5, 0.5, -0.5, -0.5]), row + np.array([-0.5, -0.5, 0.5, 0.5, -0.5])
+        axes.plot(x, y, color=COLOURS[1], lw=2, clip_on=False, solid_joinstyle="miter")
+    title = f"Outlined: for each layer of {names[0]} the most similar one of {names[1]}"
     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
+    return figure
+
+
+def plot_similarity_difference(
+    difference: np.ndarray, sets: tuple[str, str], names: tuple[str, str] | None = None, first_layer: int = 0
+):
+    """
+    How the similarity of layers differs between two sets of audio, such as two languages, as a heat map.
+
+    Args:
+        difference (`numpy.ndarray` of shape `(N, M)`): similarity on the first set, less that on the second.
+        sets (`tuple[str, str]`): names of the sets.
+        names (`tuple[str, str]`, *optional*): of the models of rows and columns, if they are two.
+        first_layer (`int`, *optional*, defaults to 0): hidden-state index of the first row and column.
+    """
+    figure, difference = new_figure(8, 5.6), np.asarray(difference)
+    axes = figure.subplots()
+    largest = max(np.abs(difference).max(), 1e-3)
+    digits = 2 if largest > 0.1 else 3
+    limits = {"vmin": -largest, "vmax": largest}
+    _draw_matrix(axes, difference, "difference of similarities", f"+.{digits}f", cmap="PuOr", **limits)
+    _label_states(axes, difference.shape, names, first_layer)
+    title = f"Similarity of layers on {sets[0]} minus that on {sets[1]}"
+    figure.suptitle(textwrap.fill(title, 90), fontsize=11)
+    return figure
+
+
+def plot_groups(
+    groups: Sequence[list[list[int]]],
+    silhouettes: Sequence[float | None],
+    stability: Sequence[float | None],
+    chosen: int | None = None,
+):
+    """
+    The groups of layers for every number of groups, with the silhouette and the stability of each.
+
+    Args:
+        groups (sequence of `list[list[int]]`): hidden-state indices of each group; first of one group of all layers,
+            then of two, and so on.
+        silhouettes (sequence of `float` or `None`): of each number of groups.
+        stability (sequence of `float` or `None`): of each number of groups, as [`all_cuts`] gives it.
+        chosen (`int`, *optional*): number of groups that is chosen; it is marked.
+    """
+    layers = sorted(layer for group in groups[0] for layer in group)
+    figure = new_figure(8, 1.6 + 0.28 * len(groups))
+    from matplotlib.colors import to_rgb
+
+    axes, curves = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
+    colour_of: dict[int, int] = {}  # first layer of a group -> its colour, which it keeps when other groups split
+    cells = np.zeros((len(groups), len(layers), 3))
+    for row, partition in enumerate(groups):
+        for group in partition:
+            number = colour_of.setdefault(min(group), len(colour_of))
+            for layer in group:
+                column = layers.index(layer)
+                cells[row, column] = 0.45 + 0.55 * np.array(to_rgb(COLOURS[number % len(COLOURS)]))
+                style = {"ha": "center", "va": "center", "fontsize": 8 if len(layers) <= 14 else 6}
+                axes.text(column, row, _letters(number), fontweight="bold" if row + 1 == chosen else None, **style)
+    title = "same letter: same group" + ("; bold: the chosen groups" if chosen is not None else "")
+    axes.imshow(cells, aspect="auto")
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(groups)), range(1, len(groups) + 1))
+    axes.set_xticks(np.arange(len(layers) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(groups) - 1) + 0.5, minor=True)
+    axes.grid(which="minor", color="white", lw=1.5)
+    axes.tick_params(which="both", length=0)
+    label_axes(axes, title, "hidden state", "number of groups", spines=[])
+    for name, values, colour, marker in (
+        ("silhouette", silhouettes, COLOURS[0], "o"),
+        ("stability", stability, COLOURS[1], "s"),
+    ):
+        points = [(value, row) for row, value in enumerate(values) if value is not None]
+        if points:
+            curves.plot(*np.array(points).T, color=colour, marker=marker, markersize=5, lw=1.8, label=name)
+    if curves.lines:
+        curves.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    if chosen is not None:
+        curves.axhline(chosen - 1, color=DARK, lw=1, ls=":")
+    curves.grid(axis="x", color=LIGHT, lw=0.8)
+    curves.tick_params(axis="y", which="both", length=0, labelleft=False)
+    label_axes(curves, xlabel="1: best", spines=["bottom"])
     return figure
 
 
@@ -236,6 +339,31 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def _draw_matrix(axes, matrix: np.ndarray, label: str, number_format: str, **colours) -> None:
+    """A heat map with a colour bar, and its values if they are few."""
+    image = axes.imshow(matrix, aspect="auto", **colours)
+    label_axes(axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30).ax, ylabel=label, spines=[])
+    if max(matrix.shape) <= MOST_NUMBERS:
+        for (y, x), value in np.ndenumerate(matrix):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            colour = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+            axes.text(x, y, f"{value:{number_format}}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _label_states(axes, shape: tuple[int, int], names: tuple[str, str] | None, first_layer: int) -> None:
+    for axis, size in zip((axes.yaxis, axes.xaxis), shape, strict=True):
+        axis.set_ticks(range(size), range(first_layer, first_layer + size))
+    note = "" if first_layer else " (0: input of the first layer)"
+    ylabel, xlabel = ("hidden state" if name is None else f"hidden state of {name}" for name in names or (None, None))
+    label_axes(axes, xlabel=f"{xlabel}{note}", ylabel=ylabel, spines=[])
+    axes.tick_params(length=0)
+
+
+def _letters(number: int) -> str:
+    """A, B, ..., Z, AA, AB, ..."""
+    return (_letters(number // 26 - 1) if number >= 26 else "") + ascii_uppercase[number % 26]
+
+
 def _units_of_kind(config, kind: str) -> list[Units]:
     return [units for units in units_of(config) if units.kind == kind]
 
@@ -269,6 +397,12 @@ def label_axes(axes, title="", xlabel="", ylabel="", spines=("left", "bottom")) 
     axes.tick_params(labelsize=8)
     for side, spine in axes.spines.items():
         spine.set_visible(side in spines)
+
+
+def format_groups(layer_groups: list[list[int]]) -> str:
+    """`{0–1, 4}, {2–3}`"""
+    names = [", ".join(str(a) if a == b else f"{a}–{b}" for a, b in index_runs(group)) for group in layer_groups]
+    return ", ".join(f"{{{name}}}" for name in names)
 
 
 def index_runs(indices) -> list[tuple[int, int]]:
