@@ -261,7 +261,7 @@ def test_a_scale_that_the_config_does_not_have(tmp_path):
 
 
 def test_scaled_features_have_no_stock_form(tmp_path):
-    with pytest.raises(ValueError, match="`scaled_features`, which no stock model has"):
+    with pytest.raises(ValueError, match="`scaled_features`, which no stock model supports"):
         scaled_student(tmp_path).to_stock()
 
 
@@ -357,7 +357,7 @@ def test_families_that_a_file_is_not_of(tmp_path, damaged_content):
     path = save(without_positions(damaged_content), tmp_path)
     with pytest.raises(ValueError, match="another family than WavLM"):
         convert_checkpoint(path, family="wavlm")
-    with pytest.raises(ValueError, match="is of the family `bert`"):
+    with pytest.raises(ValueError, match="is a `bert`; teachers and students"):
         convert_checkpoint(path, family="bert")
 
 

@@ -15,7 +15,7 @@ PROG = "skill-hf"
 # Name -> what it does.
 COMMANDS = {
     "analyze": "show which layers of a speech encoder are similar, on your own speech",
-    "convert": "convert a checkpoint of DPHuBERT or DiariZen to a student, or a student to DPHuBERT's format",
+    "convert": "convert a checkpoint of DPHuBERT or DiariZen to a student, or a student back",
     "distill": "distil and prune a speech encoder",
     "export": "export a student to ONNX, torch.export or a stock model",
     "info": "show how much of its teacher a student keeps, or the size of an encoder",

@@ -96,7 +96,7 @@ class SimilarityAccumulator(ABC):
         for chunk, (_, layers, features) in zip(self._chunks, shapes, strict=True):
             if chunk.shape[1:] != (layers, features):
                 raise ValueError(
-                    f"{layers} hidden states with {features} features do not fit the earlier {chunk.shape[1]} with"
+                    f"{layers} hidden states with {features} features do not match the earlier {chunk.shape[1]} with"
                     f" {chunk.shape[2]} features."
                 )
         finite = torch.stack([torch.isfinite(state).all() for states in models for state in states]).tolist()
@@ -171,7 +171,7 @@ def _shape_of_all(states: Sequence[torch.Tensor]) -> tuple[int, int, int]:
     """Frames, layers and features of the hidden states of one model."""
     shapes = sorted({tuple(state.shape) for state in states})
     if len(shapes) != 1 or len(shapes[0]) != 2:
-        raise ValueError(f"Hidden states must all have one shape (frames, features), but have {shapes}.")
+        raise ValueError(f"Hidden states must all have the same shape (frames, features), but have {shapes}.")
     frames, features = shapes[0]
     return frames, len(states), features
 
