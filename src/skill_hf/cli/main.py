@@ -19,6 +19,7 @@ COMMANDS = {
     "distill": "distil and prune a speech encoder",
     "export": "export a student to ONNX, torch.export or a stock model",
     "info": "show how much of its teacher a student keeps, or the size of an encoder",
+    "shorten": "remove whole layers of a speech encoder, without training",
 }
 
 
