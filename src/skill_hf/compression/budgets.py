@@ -70,11 +70,14 @@ class Budget(ABC):
 
     @abstractmethod
     def terms(self, student: PreTrainedModel) -> Iterable[tuple[tuple[Factor, ...], int]]:
-        """Factors and cost of all that units cost. Costs of the same factors add up."""
+        """Factors and cost of all that units cost, of a student without a head. Costs of the same factors add up."""
 
     def unit_costs(self, student: PreTrainedModel) -> UnitCosts:
-        """The costs of a student with or without gates; what no unit changes is the rest of its `total`."""
-        costs = _summed(self.quantity, self.terms(student), student.config)
+        """
+        The costs of a student with or without gates, and with or without a head; what no unit changes, such as the
+        head, is the rest of its `total`.
+        """
+        costs = _summed(self.quantity, self.terms(student.base_model), student.config)
         return _summed(self.quantity, costs.terms.items(), student.config, self.total(student) - costs.count())
 
 

@@ -24,7 +24,6 @@ from ..models.model_modes import trace_hidden_states
 from ..models.properties import has_gates
 from ..publishing.model_card import write_model_card
 from ..publishing.run_record import RunRecord
-from ..publishing.run_report import RunReport
 from ..recipe.argument_validation import check_arguments, check_devices, check_trainer_arguments
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
@@ -50,7 +49,7 @@ from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
 from .student_measurements import StudentMeasurements
-from .teacher import Teacher
+from .teacher import Teacher, find_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,8 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     Args:
         teacher (`str` or `PreTrainedModel`):
-            Hub id, local directory or loaded model of a speech encoder. Never part of a checkpoint.
+            Hub id, local directory or loaded model of a speech encoder, maybe fine-tuned (`task`). Never part of a
+            checkpoint.
         skill_config ([`SkillConfig`], *optional*):
             The recipe.
         args ([`~transformers.TrainingArguments`], *optional*):
@@ -79,17 +79,20 @@ class SkillDistillationTrainer(PublishingTrainer):
         model (`PreTrainedModel`, *optional*):
             A student to start from; an exact copy of the teacher by default. May be pruned already.
         processing_class (*optional*):
-            The feature extractor; the teacher's own by default. With the student a `Wav2Vec2FeatureExtractor` of the
-            same fields is saved, whatever the class.
+            The feature extractor, or a processor that has one, and a tokenizer; the teacher's own by default. With the
+            student a `Wav2Vec2FeatureExtractor` of the same fields is saved, whatever the class.
         data_collator (*optional*):
             [`SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
             them in evaluation.
+        task (`str`, *optional*):
+            Which head of the teacher goes along and is distilled: `ctc`, `classification` or `frame-classification`;
+            `encoder` for none. By default that of a loaded model, and none of a directory or Hub id.
         kwargs:
             Anything else that [`~transformers.Trainer`] takes, but `model_init`, `optimizers`, `compute_metrics`,
             `compute_loss_func` and `preprocess_logits_for_metrics`.
 
     Attributes:
-        teacher (`PreTrainedModel`): the frozen encoder.
+        teacher (`PreTrainedModel`): the frozen encoder, with the head that goes along.
         teachers (`list[Teacher]`): it, with its name, size and feature extractor; one, for now.
         layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer), once
             `train()` has clustered or a checkpoint was resumed.
@@ -98,7 +101,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         model (`PreTrainedModel`): the student; pruned after `train()`.
 
     Raises:
-        `ValueError`: if the teacher cannot be loaded or is of an unknown family, or the recipe does not fit it (more
+        `ValueError`: if the teacher cannot be loaded, is of an unknown family, lacks the head of `task` or, with a CTC
+            head, a tokenizer, or the recipe does not fit it (more
             clusters than layers, groups that name a layer it does not have, a sparsity that its gates cannot reach),
             or an argument is out of its range or can't be honoured in both stages.
 
@@ -129,6 +133,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         model: PreTrainedModel | None = None,
         processing_class=None,
         data_collator: Callable | None = None,
+        task: str | None = None,
         **kwargs,
     ):
         check_trainer_arguments(kwargs)
@@ -137,10 +142,12 @@ class SkillDistillationTrainer(PublishingTrainer):
         args = SkillTrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
         check_devices(args)
-        teachers = [Teacher(teacher)]
+        teachers = [Teacher(teacher, task)]
         student = build_student(teachers[0].model) if model is None else model
-        check_student(student, teachers[0].config)
+        check_student(student, teachers[0].model)
+        tokenizer = find_tokenizer(teachers[0], processing_class)
         processing_class = teachers[0].feature_extractor() if processing_class is None else processing_class
+        processing_class = getattr(processing_class, "feature_extractor", processing_class)  # of a processor
         check_feature_extractor(processing_class)
         validate_recipe(skill_config, teachers[0].model, student, processing_class.sampling_rate)
         # LayerDrop and SpecAugment would shorten and mask the student's hidden states. What the student is later
@@ -157,6 +164,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             eval_dataset,
             processing_class,
             data_collator,
+            tokenizer,
             **kwargs,
         )
         start = local_directory(getattr(model, "name_or_path", None))
@@ -188,7 +196,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             raise ValueError("There is no `train_dataset` to calibrate on.")
         check_eval_clips(self.eval_dataset, self.eval_data_collator, self.processing_class)
         calibration = calibrate(
-            self.teachers[0].fast_copy(),
+            self.teachers[0].fast_copy().base_model,
             self.train_dataset,
             self.skill_config,
             self.accelerator,
@@ -286,7 +294,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             self.distiller = self._make_distiller()
 
     def _add_gates(self, student: PreTrainedModel) -> None:
-        student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
+        student.base_model.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
 
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
         """Runs the rest of the present stage with the Trainer's own loop."""
@@ -328,8 +336,9 @@ class SkillDistillationTrainer(PublishingTrainer):
     def _cut(self) -> str:
         """Prunes the student and writes the checkpoint that stage 2 starts from; returns its directory."""
         self.measurements.loss("before_cut")
-        self.record.cut = fit_to_cost(self.student, self.target_cost, self.distiller.costs, self.teacher_cost)
-        self.student.prune()
+        encoder = self.student.base_model
+        self.record.cut = fit_to_cost(encoder, self.target_cost, self.distiller.costs, self.teacher_cost)
+        encoder.prune()
         self.distiller = self._make_distiller(projections=self.distiller.projections)
         self.stage = 2
         self.measurements.loss("after_cut")
@@ -354,7 +363,8 @@ class SkillDistillationTrainer(PublishingTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
         Held-out distillation loss over the groups: `eval_distillation_loss` and its parts, means over all valid
-        frames. Before `train()` this clusters the teacher's layers first.
+        frames; with a head its losses, too. `eval_loss` is their weighted sum. Before `train()` this clusters the
+        teacher's layers first.
         """
         with nullcontext() if self.is_in_train else self._distiller_as_model():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -451,6 +461,8 @@ class SkillDistillationTrainer(PublishingTrainer):
                 self.processing_class = given
             if self.args.should_save:
                 self.student.config.to_json_file(str(Path(output_dir) / "config.json"))
+                if self.tokenizer is not None:
+                    self.save_processor(output_dir)
                 self.skill_config.save_pretrained(output_dir)
                 write_skill_state(output_dir, self._skill_state())
         elif has_gates(self.student):
@@ -462,36 +474,3 @@ class SkillDistillationTrainer(PublishingTrainer):
                 self.save_student(str(unfinished))
             with storage.explained("The model card", output_dir, "The student itself is saved there."):
                 write_model_card(output_dir, self.report())
-
-    def save_student(self, output_dir: str) -> None:
-        """Saves model, feature extractor and recipe, without a card."""
-        self.student.save_pretrained(output_dir)
-        plain_feature_extractor(self.processing_class).save_pretrained(output_dir)
-        self.skill_config.save_pretrained(output_dir)
-
-    # ---- What is told and published ----
-
-    def report(self) -> RunReport:
-        """The run as it stands, for the model card, the figures and all_results.json."""
-        args = self.args
-        return RunReport(
-            student=self.student,
-            teacher=self.teacher,
-            teacher_name=self.teachers[0].name,
-            skill_config=self.skill_config,
-            record=self.record,
-            hub_model_id=self.hub_model_id,  # once the repository is made
-            layer_groups=self.layer_groups,
-            layer_similarity=self.layer_similarity,
-            layer_tree=self.layer_tree(),
-            steps=self.steps,
-            num_steps_done=self.state.global_step,
-            log_history=self.state.log_history,
-            learning_rate=args.learning_rate,
-            clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            precision=self.accelerator.mixed_precision,  # which `accelerate launch` may have set
-            seed=args.seed,
-            sampling_rate=self.processing_class.sampling_rate,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-        )

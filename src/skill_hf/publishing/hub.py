@@ -18,7 +18,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
+from ..models.families import head_of
 from ..models.loading import load_feature_extractor
+from ..models.processors import load_tokenizer, save_processor
 from ..models.properties import has_gates
 from ..recipe.skill_config import SKILL_CONFIG_NAME
 from ..version import __version__
@@ -54,7 +56,7 @@ def push_model(
     A card that the repository has keeps its text and its metadata; only what is missing is added. Otherwise a model
     whose weights are still those of a directory that the trainer wrote takes its card and figures along; any other
     gets a short card. The feature extractor of what the model was loaded from goes up, too, unless the repository has
-    one.
+    one, and so does the tokenizer with a model that writes text.
 
     Args:
         model (`PreTrainedModel`):
@@ -304,16 +306,21 @@ def _published_card(repo_id: str, revision: str | None, token: bool | str | None
 
 
 def _copy_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
-    """That of what the model was loaded from. One that was loaded from nowhere has none."""
-    if not model.config.name_or_path:
+    """
+    That of what the model was loaded from, and the tokenizer of one that writes text. One that was loaded from nowhere
+    has none.
+    """
+    source = model.config.name_or_path
+    if not source:
         return
     try:
-        extractor = load_feature_extractor(model.config.name_or_path, token=token)
+        extractor = load_feature_extractor(source, token=token)
+        tokenizer = load_tokenizer(source, token=token) if head_of(model) == "CTC" else None
     except ValueError as error:
         logger.warning("%s It is not published.", error)
         return
     if extractor is not None:
-        extractor.save_pretrained(folder)
+        save_processor(folder, extractor, tokenizer)
 
 
 def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:

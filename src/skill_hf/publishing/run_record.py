@@ -28,7 +28,8 @@ class RunRecord:
         cut (`dict`, *optional*): `left`, the cost that the gates of stage 1 left by themselves; `wanted`, the target;
             `shift`, what was added to all `log_alpha` to choose units, 0 if that was not needed.
         measured_on (`str`): what `losses` were measured on, such as "32 held-out clips".
-        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`.
+        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`; of a
+            student with a head `logits_loss` and, of rows with labels, `task_loss` too.
         layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state.
     """
 
