@@ -116,9 +116,7 @@ def test_divergence_is_that_of_torch_and_scipy(temperature):
 
 
 def batch_sums(head: str, labels, **settings):
-    model = fine_tuned(
-        {CTC: "ctc", CLASSIFICATION: "classification", FRAMES: "frame-classification"}[head], **settings
-    )
+    model = fine_tuned({name: task for task, name in HEADS.items()}[head], **settings)
     inputs = padded_batch()
     loss = HeadLoss(head, 1.0, 1.0, 1.0)
     with torch.no_grad():
