@@ -178,7 +178,8 @@ class HeadLoss:
             frames = logits.shape[1]
             num_frames = labels.new_full((len(labels),), frames) if frame_mask is None else frame_mask.sum(-1)
             per_label = student.config.ctc_loss_reduction == "mean"
-            return ctc_losses(logits, labels, num_frames, student.config.pad_token_id, per_label)
+            # A batch that could not be read has no frame.
+            return ctc_losses(logits, labels, num_frames.clamp(min=1), student.config.pad_token_id, per_label)
         if self.head == FRAMES:
             spare = logits.shape[1] - labels.shape[1]
             if spare < 0:

@@ -298,7 +298,8 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
             )
         if any("distillation_loss" in line for line in history):
             terms = [f"{term}_loss" for term in _weighted_terms(config)]
-            figures["training.png"] = plot_training(history, terms, cut=report.steps and report.steps.joint)
+            cut = report.steps and report.steps.joint
+            figures["training.png"] = plot_training(history, terms, cut, report.head_losses)
     except ImportError as error:
         logger.info("The model card has tables in place of figures. %s", error)
     for name in FIGURES:
