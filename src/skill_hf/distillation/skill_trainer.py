@@ -42,7 +42,6 @@ from .distiller import SkillDistiller
 from .divergence import refuse_non_finite
 from .early_stopping import restore_patience, stopped_early, without_early_stopping
 from .interruption import Interruption
-from .loss_sums import LossSums
 from .publishing_trainer import PublishingTrainer
 from .recipe_validation import check_recipe, check_student, validate_recipe, warn_of_slow_gates
 from .run_identity import checksum, describe_run
@@ -299,7 +298,7 @@ class SkillDistillationTrainer(PublishingTrainer):
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
         """Runs the rest of the present stage with the Trainer's own loop."""
         args = copy.copy(self.args)
-        self._train_losses = LossSums(args.device)
+        self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
         if self.stage == 1:
             args.max_steps = self.steps.joint
