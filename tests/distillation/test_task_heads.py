@@ -30,7 +30,6 @@ from skill_hf import (
     SkillConfig,
     SkillDistillationTrainer,
     Wav2Vec2SkillStudentForCTC,
-    WavLMForSkillStudent,
     WavLMSkillStudentForCTC,
 )
 from skill_hf.cli import distill
@@ -488,7 +487,7 @@ def test_a_student_to_start_from_has_the_same_head(tmp_path, clips, processor):
     kwargs = {"skill_config": SkillConfig(**RECIPE), "processing_class": processor}
     kwargs["args"] = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="must be a WavLMSkillStudentForCTC without gates, but is a WavLMForSkillS"):
-        SkillDistillationTrainer(fine_tuned(), model=WavLMForSkillStudent(tiny_config()), **kwargs)
+        SkillDistillationTrainer(fine_tuned(), model=build_student(fine_tuned().base_model), **kwargs)
     student = build_student(fine_tuned(vocab_size=11))
     with pytest.raises(ValueError, match="`model` has a `vocab_size` of 11, the teacher of 9"):
         SkillDistillationTrainer(fine_tuned(), model=student, **kwargs)
