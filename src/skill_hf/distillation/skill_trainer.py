@@ -101,9 +101,9 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     Raises:
         `ValueError`: if the teacher cannot be loaded, is of an unknown family, lacks the head of `task` or, with a CTC
-            head, a tokenizer, or the recipe does not fit it (more
-            clusters than layers, groups that name a layer it does not have, a sparsity that its gates cannot reach),
-            or an argument is out of its range or can't be honoured in both stages.
+            head, a tokenizer, or the recipe does not fit it (more clusters than layers, groups that name a layer it
+            does not have, a sparsity that its gates cannot reach), or an argument is out of its range or can't be
+            honoured in both stages.
 
     Example:
 
