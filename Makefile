@@ -1,4 +1,4 @@
-.PHONY: help demo test test-fast quality style
+.PHONY: help demo test test-all test-fast quality style
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,8 +9,9 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-re
 
 help:
 	@echo "make demo       distil and prune the small WavLM of examples/demo"
-	@echo "make test       all tests"
-	@echo "make test-fast  the tests without those marked slow"
+	@echo "make test       the tests"
+	@echo "make test-all   the same and those marked nightly: other toolkits, benchmarks, compilers"
+	@echo "make test-fast  the tests without those marked slow or nightly"
 	@echo "make quality    check lint and format"
 	@echo "make style      fix lint and format"
 	@echo "Each first makes $(VENV) if it is missing and installs the package there with the versions of constraints.txt."
@@ -25,16 +26,20 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@echo "==> Distilling and pruning the small WavLM of examples/demo (about 10 minutes on 2 CPU cores)"
+	@echo "==> Distilling and pruning the small WavLM of examples/demo (about 14 minutes on 2 CPU cores)"
 	@$(VENV)/bin/python examples/run_skill.py
 
 test: $(INSTALLED)
-	@echo "==> Running all tests"
+	@echo "==> Running the tests"
+	@$(PYTEST) -m "not nightly"
+
+test-all: $(INSTALLED)
+	@echo "==> Running all tests, those marked nightly too"
 	@$(PYTEST)
 
 test-fast: $(INSTALLED)
-	@echo "==> Running the tests that are not marked slow"
-	@$(PYTEST) -m "not slow"
+	@echo "==> Running the tests that are marked neither slow nor nightly"
+	@$(PYTEST) -m "not slow and not nightly"
 
 quality: $(INSTALLED)
 	@echo "==> Checking lint and format"

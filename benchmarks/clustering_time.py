@@ -1,4 +1,4 @@
-"""What clustering costs: `layer_similarity` against the bare forward of the teacher over the same audio."""
+"""Cost of clustering: `layer_similarity` compared with a plain forward pass of the teacher on the same audio."""
 
 from collections.abc import Iterator
 from functools import partial

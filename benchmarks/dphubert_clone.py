@@ -1,6 +1,6 @@
 """
-DPHuBERT's own code (github.com/pyf98/DPHuBERT), from a clone of the user's and as it stands: its models with our
-weights, and its training step.
+DPHuBERT's own code (github.com/pyf98/DPHuBERT), unchanged, from the user's clone: its models with our weights, and its
+training step.
 """
 
 import importlib

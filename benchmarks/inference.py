@@ -1,4 +1,4 @@
-"""How long a forward pass takes: models x precisions x ways to run them, in turn, for batches of several sizes."""
+"""Time of a forward pass: models x precisions x modes, in turn, for several batch sizes."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""The machine: what it is, and the most that it does in arithmetic and in memory traffic."""
+"""The machine: its name, and its peak arithmetic and memory traffic."""
 
 import os
 import platform

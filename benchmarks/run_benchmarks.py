@@ -1,23 +1,23 @@
 """
-Measures speed and memory, and prints tables of ratios; the same, with every single time, goes into a JSON file.
+Measures speed and memory, prints tables of ratios, and writes all results, with every measured time, to a JSON file.
 
-A short look, some minutes on 2 CPU cores:
+A quick version, some minutes on 2 CPU cores:
 
     python benchmarks/run_benchmarks.py --quick
 
-All of it, on a quiet machine (hours on 2 cores), against DPHuBERT's own code as well:
+Everything, on a quiet machine (hours on 2 cores), including a comparison with DPHuBERT's own code:
 
     git clone https://github.com/pyf98/DPHuBERT
     python benchmarks/run_benchmarks.py --dphubert DPHuBERT --threads 2
 
-One piece of it:
+One part:
 
     python benchmarks/run_benchmarks.py --parts inference --cases 4x10 --precisions fp32 --modes eager
     python benchmarks/run_benchmarks.py --parts training --training_case 4x5 --training_precisions bf16
     python benchmarks/run_benchmarks.py --parts clustering --measures cka cosine distillation mutual_knn
     python benchmarks/run_benchmarks.py --parts inference --cases 4x10 --models wavlm-base-plus-skill --profile
 
-On a GPU the same with `--device cuda`, which takes times from CUDA events.
+On a GPU, add `--device cuda`; times are then measured with CUDA events.
 """
 
 import dataclasses

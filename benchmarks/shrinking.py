@@ -5,15 +5,15 @@ seeds. Prints time of stage 1 and the held-out distillation loss of the finished
     python benchmarks/shrinking.py --output shrinking.json
     python benchmarks/shrinking.py --output shrinking.json --dphubert DPHuBERT
 
-What such a stage would take in another shape, whose step `run_benchmarks.py --parts training` has timed at several
+The time of such a stage in another shape, for which `run_benchmarks.py --parts training` has timed steps at several
 sizes of the student:
 
     python benchmarks/shrinking.py --read shrinking.json --sizes benchmarks/results/step.json
 
-The runs of a seed differ in `shrink_steps` alone. They have more and smaller steps than the demo, since gates need a
-few hundred to close. Time is that of the processor (of the clock on a GPU), on one thread unless `--threads` says
-otherwise; it holds the teacher's forward, which does not shrink. With a clone of DPHuBERT its step is timed first, in
-turns with ours on the unpruned student, and so what a stage that shrinks takes of DPHuBERT's time.
+The runs of a seed differ only in `shrink_steps`. They have more and smaller steps than the demo, since gates need a
+few hundred to close. Time is processor time (wall time on a GPU), on one thread unless `--threads` is set; it includes
+the teacher's forward pass, which does not shrink. With a clone of DPHuBERT, its step is timed first, in turns with
+ours on the unpruned student, to express the time of a shrinking stage as a share of DPHuBERT's.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time on a CPU and on a GPU, of things that run in turn."""
+"""Times functions in turns, on a CPU or a GPU."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The results as Markdown; `python benchmarks/tables.py FILE.json` prints those of a file."""
+"""The results as Markdown; `python benchmarks/tables.py FILE.json` prints the tables of a file."""
 
 import json
 import sys

@@ -1,8 +1,8 @@
 """
-Time and peak memory of one step of stage 1: ours, as the trainer makes it, and a peer's.
+Time and peak memory of one step of stage 1: ours, as in the trainer, and a peer's.
 
-Each rival is a process of its own, so that its memory is its own, but only one runs at a time: they take turns step by
-step.
+Each rival runs in a separate process, so memory is measured separately, but only one runs at a time: they take turns
+step by step.
 """
 
 import contextlib

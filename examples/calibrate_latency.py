@@ -1,23 +1,23 @@
 """
-Measures on this machine how long each unit of a student takes, for recipes whose target is a share of the time.
+Measures on this machine how long each unit of a student takes, for recipes with a target in time.
 
-A teacher's shape, one clip of 10 seconds at a time, on two threads of the CPU; ten minutes for WavLM Base:
+For the shape of a teacher, one clip of 10 seconds, two CPU threads; this takes ten minutes for WavLM Base:
 
     python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
         --num_threads 2 --output latency.json
 
-Batches in half precision on a GPU:
+For batches in half precision on a GPU:
 
     python examples/calibrate_latency.py --teacher_name_or_path microsoft/wavlm-base-plus \\
         --device cuda --dtype float16 --batch_size 16 --output latency.json
 
-Then a student that takes a quarter of the teacher's time there:
+Then train a student that needs a quarter of the teacher's time there:
 
     python examples/run_skill.py --teacher_name_or_path microsoft/wavlm-base-plus --budget latency \\
         --latency_costs latency.json --target_sparsity 0.75 --audio_dir recordings/train --output_dir wavlm-fast
 
-Only the teacher's config is read. Random students of its family are timed part by part, and costs are fitted to that;
-others that the fit has not seen tell by how much it errs. Let nothing else run meanwhile.
+Only the teacher's config is read. Random students of its family are timed part by part, and costs are fitted to these
+times; the error of the fit is measured on held-out students. Run nothing else on the machine meanwhile.
 """
 
 import logging
@@ -42,21 +42,26 @@ LARGE_ERROR = 10
 @dataclass
 class CalibrationArguments:
     teacher_name_or_path: str = field(
-        default=str(DEMO_DATA / "teacher"), metadata={"help": "Hub id or directory; by default the demo's teacher."}
+        default=str(DEMO_DATA / "teacher"),
+        metadata={"help": "Hub id or directory of the teacher; the demo's by default."},
     )
     seconds: Seconds = field(default=10.0, metadata={"help": "Length in seconds of the clips."})
-    batch_size: Count = field(default=1, metadata={"help": "Clips in a forward."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    dtype: str = field(default="float32", metadata={"help": "Of weights and audio.", "choices": list(DTYPES)})
-    num_threads: Annotated[int, Range(1, most=1024)] | None = field(
-        default=None, metadata={"help": "Threads of the CPU; by default all cores."}
+    batch_size: Count = field(default=1, metadata={"help": "Clips per batch."})
+    device: str = field(default="cpu", metadata={"help": "Device to measure on: cpu or cuda."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Data type of weights and audio.", "choices": list(DTYPES)}
     )
-    num_architectures: Count = field(default=24, metadata={"help": "Architectures to fit to."})
-    num_heldout: Count = field(default=8, metadata={"help": "More architectures, to measure the error on."})
-    num_runs: Count = field(default=5, metadata={"help": "Forwards of each architecture, of which the median counts."})
-    sampling_rate: Count = field(default=16_000, metadata={"help": "Samples in a second."})
-    seed: Seed = field(default=0, metadata={"help": "Of the architectures that are drawn."})
-    output: str = field(default=str(REPOSITORY / "outputs" / "latency.json"), metadata={"help": "File to write."})
+    num_threads: Annotated[int, Range(1, most=1024)] | None = field(
+        default=None, metadata={"help": "CPU threads; all cores by default."}
+    )
+    num_architectures: Count = field(default=24, metadata={"help": "Number of architectures to fit the costs to."})
+    num_heldout: Count = field(
+        default=8, metadata={"help": "Number of further architectures to measure the error on."}
+    )
+    num_runs: Count = field(default=5, metadata={"help": "Forward passes per architecture; the median is used."})
+    sampling_rate: Count = field(default=16_000, metadata={"help": "Sampling rate in Hz."})
+    seed: Seed = field(default=0, metadata={"help": "Seed for drawing the architectures."})
+    output: str = field(default=str(REPOSITORY / "outputs" / "latency.json"), metadata={"help": "Output file."})
 
 
 def print_costs(costs: dict) -> None:
@@ -66,15 +71,15 @@ def print_costs(costs: dict) -> None:
     for index, (pair, channel) in enumerate(
         zip(picoseconds["channel_pairs"], picoseconds["conv_channels"], strict=True), start=1
     ):
-        rows.append((f"convolution {index}, a channel in with a channel out", pair))
-        rows.append((f"convolution {index}, a channel out besides", channel))
+        rows.append((f"convolution {index}, per input and output channel", pair))
+        rows.append((f"convolution {index}, per output channel in addition", channel))
     rows += [
-        ("projection, a channel in", picoseconds["projection"]),
+        ("projection, per input channel", picoseconds["projection"]),
         ("a head", picoseconds["attention_heads"]),
-        ("what the heads of a layer share", picoseconds["any_head"]),
+        ("shared by the heads of a layer", picoseconds["any_head"]),
         ("100 feed-forward units", 100 * picoseconds["ffn_dims"]),
-        ("a feed-forward block besides", picoseconds["any_ffn_dim"]),
-        ("all the rest", picoseconds["fixed"]),
+        ("a feed-forward block in addition", picoseconds["any_ffn_dim"]),
+        ("everything else", picoseconds["fixed"]),
     ]
     cells = [(name, f"{picoseconds / 1e6:,.3f}") for name, picoseconds in rows]
     cells.insert(0, ("what", "microseconds"))
@@ -94,12 +99,12 @@ def run(arguments: list[str] | None) -> None:
     print_costs(costs)
     heldout, unpruned = costs["errors"]["heldout"], costs["errors"]["unpruned"]
     print(
-        f"the time of a forward is predicted {heldout['mean']:.1f} % off (mean; {heldout['worst']:.1f} % at worst) for"
-        f" {args.num_heldout} architectures that were held out, {unpruned:.1f} % off for the unpruned one"
+        f"error of the predicted time of a forward pass: {heldout['mean']:.1f} % on average and {heldout['worst']:.1f}"
+        f" % at worst for {args.num_heldout} held-out architectures, {unpruned:.1f} % for the unpruned one"
     )
     if heldout["mean"] > LARGE_ERROR or heldout["worst"] > 2 * LARGE_ERROR:
-        logger.warning("That is much: was the machine busy? Measure again, with more `num_runs`, when it is not.")
-    logger.info("Written to %s; for `--budget latency --latency_costs %s`", output, output)
+        logger.warning("This error is large. Measure again on an idle machine with more `num_runs`.")
+    logger.info("Written to %s; use it with `--budget latency --latency_costs %s`", output, output)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What several examples share: models, speech from a dataset to rows, and the course of a fine-tuning."""
+"""Code shared by several examples: models, rows of speech from a dataset, and fine-tuning."""
 
 import logging
 import math
@@ -30,22 +30,24 @@ DEMO_DATA = REPOSITORY / "examples" / "demo"
 class ModelArguments:
     model: str = field(
         default=str(DEMO_STUDENT),
-        metadata={"help": "Hub id or directory of a speech encoder; by default what `make demo` leaves."},
+        metadata={"help": "Hub id or directory of a speech encoder; the output of `make demo` by default."},
     )
     from_scratch: bool = field(
-        default=False, metadata={"help": "Draw all weights at random, and train them all: a baseline."}
+        default=False, metadata={"help": "Initialise all weights at random and train them all, as a baseline."}
     )
-    freeze_feature_encoder: bool = field(default=True, metadata={"help": "Leave the convolutions as they are."})
+    freeze_feature_encoder: bool = field(default=True, metadata={"help": "Do not train the convolutions."})
     mask_time_prob: Share = field(
         default=0.0,
-        metadata={"help": "Share of frames that SpecAugment masks; the model's own is for pretraining."},
+        metadata={"help": "Share of frames that SpecAugment masks; the model's own value is for pretraining."},
     )
-    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters and the head alone (needs peft)."})
+    lora: bool = field(default=False, metadata={"help": "Train only low-rank adapters and the head (needs peft)."})
     lora_rank: Count = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: Positive = field(default=16.0, metadata={"help": "The adapters' output is scaled by alpha / rank."})
+    lora_alpha: Positive = field(
+        default=16.0, metadata={"help": "Scale of the adapters: their output is multiplied by alpha / rank."}
+    )
     lora_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
-        metadata={"help": "Last part of the names of the linear layers that get an adapter."},
+        metadata={"help": "Name suffixes of the linear layers that get an adapter."},
     )
 
 
@@ -55,25 +57,29 @@ class FineTuningArguments(TrainingArguments):
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Share of all steps (below 1) or a number of steps."})
-    logging_steps: float = field(default=50, metadata={"help": "Optimizer steps between two log lines."})
+    logging_steps: float = field(default=50, metadata={"help": "Optimizer steps between log lines."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
     report_to: str = field(default="none", metadata={"help": "Where to log to."})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Whether to pin memory."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Whether to use pinned memory."}
+    )
 
 
 @dataclass
 class DataArguments:
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, or a local directory in any form that `datasets` reads; by default the demo's."},
+        metadata={
+            "help": "Hub id, or a local directory in any format that `datasets` can load; the demo's by default."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on; `a+b` joins two."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on; `a+b` concatenates two."})
     test_dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset to test on; by default the one that is trained on."}
+        default=None, metadata={"help": "Dataset to test on; the training dataset by default."}
     )
     test_split: str = field(default="test", metadata={"help": "Split to test on."})
-    audio_column: str = field(default="audio", metadata={"help": "Column of the dataset with the audio."})
+    audio_column: str = field(default="audio", metadata={"help": "Name of the audio column."})
 
 
 def check_demo_student(model: str) -> None:
@@ -82,7 +88,7 @@ def check_demo_student(model: str) -> None:
         `ValueError`: if `model` is what `make demo` leaves, and it has not been run.
     """
     if Path(model) == DEMO_STUDENT and not (DEMO_STUDENT / "config.json").is_file():
-        raise ValueError(f"There is no student in {DEMO_STUDENT} yet: run `make demo`, or name one with `--model`.")
+        raise ValueError(f"There is no student in {DEMO_STUDENT} yet: run `make demo`, or pass one with `--model`.")
 
 
 def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
@@ -96,7 +102,7 @@ def load_config(model: str, **settings) -> transformers.PreTrainedConfig:
     check_demo_student(model)
     config = loading.load_config(model, **settings)
     if not hasattr(config, "feat_extract_norm"):
-        raise ValueError(f"`{model}` is a `{config.model_type}`, which is no encoder of waveforms such as WavLM.")
+        raise ValueError(f"`{model}` is a `{config.model_type}`, not a waveform encoder like WavLM.")
     if hasattr(config, "masked_group_norm"):
         config.masked_group_norm = True
     return config
@@ -131,8 +137,8 @@ def add_lora(model: transformers.PreTrainedModel, args: ModelArguments):
     if model.config.model_type == "wavlm":
         # Its attention hands the weights to `multi_head_attention_forward`: the adapters' forward never runs.
         raise ValueError(
-            "The attention of a stock `wavlm` passes adapters by, so that they don't train: make a student of it with"
-            " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`, or leave out `--lora`."
+            "The attention of a stock `wavlm` bypasses adapters, so they would not train: convert it to a student"
+            " with `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`, or leave out `--lora`."
         )
     config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_modules)
     tuner = LoraModel(model, config, adapter_name="default")
@@ -153,7 +159,7 @@ def load_splits(args: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset
 def check_column(dataset: datasets.Dataset, column: str, argument: str) -> None:
     if column not in dataset.column_names:
         known = ", ".join(dataset.column_names)
-        raise ValueError(f"The dataset has no column `{column}`; correct `{argument}`, one of: {known}.")
+        raise ValueError(f"The dataset has no column `{column}`; set `{argument}` to one of: {known}.")
 
 
 def read_clips(
@@ -243,7 +249,7 @@ class FineTuner(Trainer):
         wrong = [name for name, tensor in self.model.named_parameters() if not torch.isfinite(tensor).all()]
         if wrong:
             raise TrainingError(
-                f"`{wrong[0]}` and {len(wrong) - 1} other weights hold NaN or infinite values after"
+                f"`{wrong[0]}` and {len(wrong) - 1} other weights contain NaN or infinite values after"
                 f" {self.state.global_step} steps; they are not saved. Lower `learning_rate`, which is"
                 f" {self.args.learning_rate}."
             )
@@ -262,8 +268,8 @@ def check_output(output_dir: str, head: str, sources: dict[str, str | None]) -> 
         architectures = found.get("architectures") if isinstance(found, dict) else None
         if not (isinstance(architectures, list) and str(architectures[0] if architectures else "").endswith(head)):
             raise ValueError(
-                f"`output_dir`, {output_dir}, holds another model ({architectures}), which would be overwritten; name"
-                " another."
+                f"`output_dir`, {output_dir}, contains another model ({architectures}), which would be overwritten;"
+                " choose another."
             )
 
 
@@ -284,7 +290,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             " `resume_from_checkpoint`."
         )
     if not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint, it has no trainer_state.json; correct its path.")
+        raise ValueError(f"{checkpoint} is not a checkpoint, since it has no trainer_state.json; correct its path.")
     return checkpoint
 
 

@@ -1,20 +1,20 @@
 """
 Exports a student: to ONNX in float32 and int8, as a program of `torch.export`, and as a stock `WavLMModel`.
 
-What `make demo` leaves, in every form, compared on the demo's held-out speech:
+The student of `make demo`, in every format, compared on the demo's held-out speech:
 
     pip install -e ".[export]"
     python examples/export_student.py --formats onnx onnx_int8 torch_export stock --output_dir outputs/exported
 
-A student from the Hub, fine-tuned or not, with all hidden states, compared on speech of your own:
+A student from the Hub, fine-tuned or not, with all hidden states, compared on your own speech:
 
     python examples/export_student.py --model someone/wavlm-base-plus-skill --output_hidden_states True \\
         --audio_dir recordings/heldout --output_dir wavlm-base-plus-skill-onnx
 
-`output_dir` then holds `model.onnx`, `model_int8.onnx`, `model.pt2` or the directory `stock`, with the feature
-extractor and the config beside them, and `export.json`: of each file its size and how far its outputs are from the
-student's. Each is loaded again for that, and one in float32 that differs is an error. Use of the ONNX file, without
-this package and without torch:
+`output_dir` then contains `model.onnx`, `model_int8.onnx`, `model.pt2` or the directory `stock`, the feature
+extractor, the config, and `export.json` with the size of each file and the difference between its outputs and the
+student's. For the comparison each file is loaded again; a float32 file that differs is an error. To use the ONNX file
+without this package and without torch:
 
 ```python
 import onnxruntime
@@ -27,7 +27,7 @@ inputs["attention_mask"] = inputs["attention_mask"].astype("int64")
 (hidden_states,) = session.run(["last_hidden_state"], dict(inputs))  # (1, frames, hidden size)
 ```
 
-A batch of clips goes in as a list of waveforms with `padding=True`. The program of `torch.export` needs torch alone:
+Pass a batch of clips as a list of waveforms with `padding=True`. The `torch.export` program needs only torch:
 `torch.export.load("model.pt2").module()(input_values=..., attention_mask=...)` returns a dict of the outputs.
 """
 
@@ -44,10 +44,10 @@ class DemoArguments(export.ExportArguments):
     """By default what `make demo` leaves, compared on the demo's held-out speech."""
 
     model: str = field(default=str(DEMO_STUDENT), metadata={"help": "Hub id or directory of a student."})
-    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Where files go."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "exported"), metadata={"help": "Output directory."})
     audio_dir: str = field(
         default=str(DEMO_DATA / "audio" / "heldout"),
-        metadata={"help": "Folder of audio to compare on, with all below it."},
+        metadata={"help": "Directory of audio to compare outputs on, including its subdirectories."},
     )
 
     def __post_init__(self):

@@ -1,32 +1,32 @@
 """
 Writes the hidden states of a student, or of any speech encoder, one file for each clip.
 
-Of the demo's held-out speech, by the student that `make demo` leaves, offline:
+For the demo's held-out speech, with the student of `make demo`, offline:
 
     python examples/extract_hidden_states.py
 
-Of a folder of audio (wav, flac, mp3, ogg, opus; any rate): two of the hidden states, in half precision:
+For a folder of audio (wav, flac, mp3, ogg, opus; any sampling rate): two of the hidden states, in half precision:
 
     python examples/extract_hidden_states.py --model you/wavlm-base-plus-skill --audio_dir recordings \\
         --layers 6 9 --dtype bfloat16 --save_dtype float16 --batch_seconds 600 --output_dir hidden_states
 
-Of a dataset: one vector for each layer, the mean over time, as numpy arrays that are named by a column:
+For a dataset: one vector per layer, the mean over time, as NumPy arrays named by a column:
 
     python examples/extract_hidden_states.py --model you/wavlm-base-plus-skill \\
         --dataset_name openslr/librispeech_asr --dataset_config_name clean --split test --id_column id \\
         --mean_over_time --file_format npy --output_dir hidden_states
 
-Every file holds one array of shape `(layers, frames, hidden size)`, or `(layers, hidden size)` for means, in the order
-of `--layers`; 0 is what enters the first layer. In safetensors its name is `hidden_states`. `index.csv` lists the
-clips, their files, and how many samples and frames they have. The same command resumes a run that was stopped.
+Every file contains one array of shape `(layers, frames, hidden size)`, or `(layers, hidden size)` for means, in the
+order of `--layers`; 0 is the input of the first layer. In safetensors files its name is `hidden_states`. `index.csv`
+lists the clips, their files, and their numbers of samples and frames. The same command resumes an interrupted run.
 
-Memory grows with the square of a clip's length. Clips longer than `--longest_seconds` are therefore left out, as are
-those that the memory turns out too small for; each is named. `--max_seconds` crops clips instead. Values too large for
-`--save_dtype float16` are an error, which names the clip.
+Memory grows with the square of a clip's length. Clips longer than `--longest_seconds`, and clips for which memory is
+not sufficient, are therefore skipped with a warning that names each. `--max_seconds` crops clips instead. Values too
+large for `--save_dtype float16` are an error that names the clip.
 
-Hidden states are those of the clip alone, whatever is beside it in a batch: to 1e-4 in float32. Students and models
-with layer norms ignore padding. Other models with a group norm, such as WavLM Base, can't: with these, only clips of
-the very same length share a batch.
+The hidden states of a clip do not depend on the rest of its batch (to 1e-4 in float32). Students and models with layer
+norms ignore padding. Other models with a group norm, such as WavLM Base, can't; for these, a batch contains only clips
+of exactly the same length.
 """
 
 import csv
@@ -66,29 +66,31 @@ MAX_NAME_BYTES = 255  # of Linux, macOS and Windows
 class ExtractArguments:
     model: str = field(
         default=str(DEMO_STUDENT),
-        metadata={"help": "Hub id or directory of a speech encoder; by default what `make demo` leaves."},
+        metadata={"help": "Hub id or directory of a speech encoder; the output of `make demo` by default."},
     )
     audio_dir: str | None = field(
-        default=None, metadata={"help": "Folder of audio, with all below it; by default the demo's held-out speech."}
+        default=None,
+        metadata={"help": "Directory of audio, including its subdirectories; the demo's held-out speech by default."},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or a local directory in any form that `datasets` reads."}
+        default=None, metadata={"help": "Hub id, or a local directory in any format that `datasets` can load."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    audio_column: str = field(default="audio", metadata={"help": "Column of the dataset with the audio."})
+    audio_column: str = field(default="audio", metadata={"help": "Name of the audio column."})
     id_column: str | None = field(
-        default=None, metadata={"help": "Column of the dataset that names each clip; by default its row does."}
+        default=None, metadata={"help": "Name of the column with the names of the clips; row numbers by default."}
     )
     output_dir: str = field(
-        default=str(REPOSITORY / "outputs" / "hidden_states"), metadata={"help": "Where the files go."}
+        default=str(REPOSITORY / "outputs" / "hidden_states"), metadata={"help": "Output directory."}
     )
     layers: list[Annotated[int, Range(-1000, most=1000)]] | None = field(
-        default=None, metadata={"help": "Hidden states to keep, from 0 or, counted from the end, -1; by default all."}
+        default=None,
+        metadata={"help": "Hidden states to keep, from 0, or from -1 counting from the end; all by default."},
     )
-    mean_over_time: bool = field(default=False, metadata={"help": "Keep the mean over the frames of each clip."})
+    mean_over_time: bool = field(default=False, metadata={"help": "Keep only the mean over the frames of each clip."})
     file_format: str = field(
-        default="safetensors", metadata={"help": "Kind of file.", "choices": ["safetensors", "npy"]}
+        default="safetensors", metadata={"help": "File format.", "choices": ["safetensors", "npy"]}
     )
     dtype: str = field(
         default="float32", metadata={"help": "Precision to compute in.", "choices": ["float32", "bfloat16"]}
@@ -97,24 +99,26 @@ class ExtractArguments:
         default="float32", metadata={"help": "Precision to save in.", "choices": ["float32", "float16"]}
     )
     max_seconds: Seconds | None = field(
-        default=None, metadata={"help": "Length in seconds that clips are cropped to; by default they stay whole."}
+        default=None, metadata={"help": "Length in seconds to crop clips to; not cropped by default."}
     )
     longest_seconds: Seconds = field(
-        default=120.0, metadata={"help": "Clips longer than this in seconds are left out, unless they are cropped."}
+        default=120.0, metadata={"help": "Clips longer than this, in seconds, are left out unless they are cropped."}
     )
     batch_seconds: Seconds = field(
-        default=60.0, metadata={"help": "Most audio in a batch in seconds, padding included."}
+        default=60.0, metadata={"help": "Maximum audio per batch in seconds, including padding."}
     )
-    buffer_clips: Count = field(default=256, metadata={"help": "Clips that are sorted by length at a time."})
-    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; by default a GPU if there is."})
+    buffer_clips: Count = field(default=256, metadata={"help": "Number of clips to sort by length at a time."})
+    device: str | None = field(
+        default=None, metadata={"help": "Device, such as cpu or cuda:1; a GPU by default, if available."}
+    )
 
     def __post_init__(self):
         if self.audio_dir is not None and self.dataset_name is not None:
-            raise ValueError("Give the speech by either `audio_dir` or `dataset_name`.")
+            raise ValueError("Pass the audio as either `audio_dir` or `dataset_name`.")
         if self.audio_dir is None and self.dataset_name is None:
             self.audio_dir = str(DEMO_DATA / "audio" / "heldout")
         if self.id_column is not None and self.dataset_name is None:
-            raise ValueError("`id_column` is a column of `dataset_name`; files of `audio_dir` have names.")
+            raise ValueError("`id_column` needs `dataset_name`; files of `audio_dir` already have names.")
 
 
 def load_clips(args: ExtractArguments) -> tuple[datasets.Dataset, list[str]]:
@@ -157,7 +161,7 @@ def file_names(names: list[str], suffix: str, folds_case: bool = False) -> dict[
         if key in owners:
             twice = f"Two clips have the name {name!r}" if owners[key] == name else None
             raise ValueError(
-                f"{twice or f'The clips {owners[key]!r} and {name!r} fall on one file, {file}'}; choose another"
+                f"{twice or f'The clips {owners[key]!r} and {name!r} map to the same file, {file}'}; choose another"
                 " `id_column`."
             )
         owners[key], files[name] = name, file
@@ -165,7 +169,8 @@ def file_names(names: list[str], suffix: str, folds_case: bool = False) -> dict[
         for parent in PurePosixPath(key).parents:
             if str(parent) in owners:
                 raise ValueError(
-                    f"The file of {owners[str(parent)]!r} is a folder of {name!r}; choose another `id_column`."
+                    f"The file of {owners[str(parent)]!r} has the path of a folder of {name!r}; choose another"
+                    " `id_column`."
                 )
     return files
 
@@ -220,7 +225,8 @@ class Folder:
             for file in (self.index.name, *self.files.values()):
                 if (directory / file).exists():
                     raise ValueError(
-                        f"{directory} has {file} already, which is not of this script; name another `output_dir`."
+                        f"{directory} already has {file}, which was not written by this script; choose another"
+                        " `output_dir`."
                     )
         rows = self._read_index()
         write_json(path, settings)
@@ -233,11 +239,11 @@ class Folder:
     def _compare(self, path: Path, settings: dict) -> None:
         before = read_json(path)
         if not isinstance(before, dict) or not settings.keys() & before.keys():
-            raise ValueError(f"{path} is not of this script; name another `output_dir`.")
+            raise ValueError(f"{path} was not written by this script; choose another `output_dir`.")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{self.directory} has hidden states with `{name}` {before.get(name)!r}, not {value!r}; name"
+                    f"{self.directory} has hidden states with `{name}` {before.get(name)!r}, not {value!r}; choose"
                     " another `output_dir`."
                 )
 
@@ -249,9 +255,9 @@ class Folder:
             with open(self.index, newline="", encoding="utf-8") as file:
                 header, *rows = list(csv.reader(file)) or [list(COLUMNS)]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.index} cannot be read ({error}); name another `output_dir`.") from error
+            raise ValueError(f"{self.index} cannot be read ({error}); choose another `output_dir`.") from error
         if tuple(header) != COLUMNS:
-            raise ValueError(f"{self.index} is not of this script; name another `output_dir`.")
+            raise ValueError(f"{self.index} was not written by this script; choose another `output_dir`.")
         return [row for row in rows if len(row) == len(COLUMNS) and row[-1].isdigit()]
 
     def save(self, name: str, states: np.ndarray, num_samples: int, num_frames: int) -> None:
@@ -280,7 +286,9 @@ def load_encoder(args: ExtractArguments) -> PretrainedEncoder:
     layers = range(number) if args.layers is None else args.layers
     wrong = [layer for layer in layers if not -number <= layer < number]
     if wrong:
-        raise ValueError(f"`layers` holds {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}.")
+        raise ValueError(
+            f"`layers` contains {wrong[0]}, but the hidden states of `{args.model}` are 0 to {number - 1}."
+        )
     device = checked_device(args.device)
     feature_extractor = feature_extractor_for(args.model, config)
     model = load_model(args.model, config=config, dtype=getattr(torch, args.dtype)).to(device)
@@ -304,8 +312,8 @@ def read_clips(args, dataset, names, done, encoder) -> Iterator[tuple[str, np.nd
             )
             if len(samples) > round(longest * encoder.sampling_rate):
                 raise AudioError(
-                    f"{name} is longer than {longest:g} s; raise `longest_seconds` if there is memory for it, or crop"
-                    " clips by `max_seconds`."
+                    f"{name} is longer than {longest:g} s; raise `longest_seconds` if there is enough memory, or crop"
+                    " clips with `max_seconds`."
                 )
         except AudioError as error:
             logger.warning("Left out: %s", error)
@@ -325,7 +333,7 @@ def encode(encoder: PretrainedEncoder, batch: list[tuple[str, np.ndarray]]) -> I
             raise
         if len(batch) == 1:
             seconds = len(batch[0][1]) / encoder.sampling_rate
-            logger.warning("Left out: the memory is too small for %s of %.0f s", batch[0][0], seconds)
+            logger.warning("Left out: out of memory for %s of %.0f s", batch[0][0], seconds)
             return
         states = None  # the error holds what was computed
     if states is None:

@@ -1,8 +1,8 @@
 """
-Fine-tunes a student, or any speech encoder, to write down what is said, in characters (CTC, Graves et al. 2006).
+Fine-tunes a student, or any speech encoder, for speech recognition in characters (CTC, Graves et al. 2006).
 
-On the 25 minutes of `examples/demo/audio` with the student that `make demo` leaves, offline (so little speech teaches
-a small network some spelling, no words; `examples/README.md` has the figures):
+On the 25 minutes of `examples/demo/audio`, with the student of `make demo`, offline (from so little speech, a small
+network learns some spelling but no words; results are in `examples/README.md`):
 
     python examples/finetune_ctc.py
 
@@ -14,13 +14,13 @@ A student from the Hub on 100 hours of LibriSpeech:
         --num_train_epochs 30 --learning_rate 1e-4 --per_device_train_batch_size 16 --mask_time_prob 0.05 \\
         --save_strategy steps --output_dir ctc
 
-`--lora` trains low-rank adapters and the head alone; `--from_scratch` the same architecture with random weights.
+`--lora` trains only low-rank adapters and the head; `--from_scratch` trains the same architecture from random weights.
 
-A dataset has a column of audio, of any rate, and a column of transcripts. Characters are those of the training
-transcripts, in capitals, without punctuation and symbols; marks such as the vowels of Hindi stay. `output_dir` then
-holds a model for `AutoModelForCTC`, its `Wav2Vec2Processor`, and `all_results.json`;
-`pipeline("automatic-speech-recognition")` takes it as it is, and the error rates are those of that pipeline, which
-hears each test clip alone.
+The dataset needs a column of audio, at any sampling rate, and a column of transcripts. Characters are those of the
+training transcripts, in capitals, without punctuation and symbols; combining marks such as the vowels of Hindi are
+kept. `output_dir` then contains a model for `AutoModelForCTC`, its `Wav2Vec2Processor`, and `all_results.json`. The
+model works directly with `pipeline("automatic-speech-recognition")`; error rates are those of this pipeline, which
+processes each test clip alone.
 """
 
 import itertools
@@ -82,9 +82,9 @@ class CTCModelArguments(ModelArguments):
 
 @dataclass
 class CTCDataArguments(DataArguments):
-    text_column: str = field(default="text", metadata={"help": "Column of the dataset with the transcript."})
+    text_column: str = field(default="text", metadata={"help": "Name of the transcript column."})
     max_seconds: Seconds = field(
-        default=20.0, metadata={"help": "Length in seconds above which training clips are left out."}
+        default=20.0, metadata={"help": "Training clips longer than this, in seconds, are left out."}
     )
 
     def __post_init__(self):
@@ -98,11 +98,12 @@ class CTCDataArguments(DataArguments):
 class CTCTrainingArguments(FineTuningArguments):
     """Defaults for the demo's student and its 25 minutes of speech."""
 
-    output_dir: str = field(default=str(REPOSITORY / "outputs" / "ctc"), metadata={"help": "Where the model goes."})
-    num_train_epochs: float = field(default=30, metadata={"help": "Passes over the training set."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "ctc"), metadata={"help": "Output directory."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Epochs over the training set."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Clips per step and device."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "How clips are drawn; beside their like, they are padded less."}
+        default="group_by_length",
+        metadata={"help": "Sampling of clips; grouping clips of similar length reduces padding."},
     )
 
 
@@ -177,7 +178,7 @@ def keep(dataset: datasets.Dataset, wanted: list[bool], why: str) -> datasets.Da
     if len(kept) < len(dataset):
         logger.warning("Left out %d of %d clips: %s.", len(dataset) - len(kept), len(dataset), why)
     if not len(kept):
-        raise ValueError(f"No clip is left of {len(dataset)}: {why}.")
+        raise ValueError(f"None of the {len(dataset)} clips can be used: {why}.")
     return kept
 
 
@@ -201,7 +202,7 @@ def prepare(model_args: CTCModelArguments, data_args: CTCDataArguments, training
         ctc_zero_infinity=True,
     )
     feature_extractor = feature_extractor_for(model_args.model, config)
-    with training_args.main_process_first(desc="reading the data"):
+    with training_args.main_process_first(desc="loading the data"):
         train, test = (with_transcripts(dataset, data_args.text_column) for dataset in load_splits(data_args))
         tokenizer = make_tokenizer(train["text"][:])
         train, test = (

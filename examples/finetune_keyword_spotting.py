@@ -1,29 +1,30 @@
 """
-Fine-tunes a student, or any speech encoder, to tell which keyword a clip holds.
+Fine-tunes a student, or any speech encoder, to recognise keywords.
 
-On the ten keywords of `examples/demo/keywords` with the student that `make demo` leaves, offline, in two minutes on
-2 CPU cores:
+On the ten keywords of `examples/demo/keywords`, with the student of `make demo`, offline, in two minutes on 2 CPU
+cores:
 
     python examples/finetune_keyword_spotting.py
 
-A student from the Hub on all of Speech Commands, whose test speakers are others than those trained on:
+A student from the Hub on all of Speech Commands, whose test speakers are not in the training set:
 
     hf download google/speech_commands --repo-type dataset --revision refs/convert/parquet --local-dir speech_commands
     python examples/finetune_keyword_spotting.py --model you/wavlm-base-plus-skill \\
         --dataset_name speech_commands/v0.02 --train_split train --test_split test --label_column label \\
         --num_train_epochs 10 --learning_rate 1e-4 --per_device_train_batch_size 32 --output_dir keywords
 
-Low-rank adapters (LoRA, arXiv 2106.09685) in place of all weights, merged at the end:
+Low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights, merged at the end:
 
     python examples/finetune_keyword_spotting.py --lora --learning_rate 3e-3 --output_dir outputs/keywords-lora
 
-The same architecture with random weights, to compare with:
+The same architecture with random weights, for comparison:
 
     python examples/finetune_keyword_spotting.py --from_scratch --output_dir outputs/keywords-from-scratch
 
-A dataset has a column of audio, of any rate, and a column of labels: names, or classes as `datasets` stores them. The
-classifier reads a trained weighted sum of all hidden states, as in SUPERB (arXiv 2105.01051). `output_dir` then holds
-a model for `AutoModelForAudioClassification` and `pipeline("audio-classification")`, and `all_results.json`.
+The dataset needs a column of audio, at any sampling rate, and a column of labels: names, or classes as stored by
+`datasets`. The classifier uses a trained weighted sum of all hidden states, as in SUPERB (arXiv 2105.01051).
+`output_dir` then contains a model for `AutoModelForAudioClassification` and `pipeline("audio-classification")`, and
+`all_results.json`.
 """
 
 import sys
@@ -58,8 +59,8 @@ from skill_hf.encoders import feature_extractor_for
 
 @dataclass
 class KeywordDataArguments(DataArguments):
-    label_column: str = field(default="label", metadata={"help": "Column of the dataset with the keyword."})
-    max_seconds: Seconds = field(default=2.0, metadata={"help": "Length in seconds that clips are cropped to."})
+    label_column: str = field(default="label", metadata={"help": "Name of the keyword column."})
+    max_seconds: Seconds = field(default=2.0, metadata={"help": "Length in seconds to crop clips to."})
 
     def __post_init__(self):
         if self.dataset_name is None:
@@ -70,10 +71,8 @@ class KeywordDataArguments(DataArguments):
 class KeywordTrainingArguments(FineTuningArguments):
     """Defaults for the demo's student and its 400 clips."""
 
-    output_dir: str = field(
-        default=str(REPOSITORY / "outputs" / "keywords"), metadata={"help": "Where the model goes."}
-    )
-    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the training set."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "keywords"), metadata={"help": "Output directory."})
+    num_train_epochs: float = field(default=10, metadata={"help": "Epochs over the training set."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Clips per step and device."})
 
 
@@ -105,7 +104,7 @@ def with_labels(dataset: datasets.Dataset, column: str, names: list[str]) -> dat
     labels = [known.get(str(value)) for value in values]
     if None in labels:
         wrong = values[labels.index(None)]
-        raise ValueError(f"A clip has the label {wrong!r} in `{column}`, which is none of: {', '.join(names)}.")
+        raise ValueError(f"A clip has the label {wrong!r} in `{column}`, which is not one of: {', '.join(names)}.")
     return dataset.select_columns("audio").add_column("labels", labels)
 
 
@@ -116,7 +115,7 @@ def accuracy(prediction) -> dict[str, float]:
 def prepare(model_args: ModelArguments, data_args: KeywordDataArguments, training_args: KeywordTrainingArguments):
     """The trainer, and what holds the adapters if there are any; wrong settings and data raise an error here."""
     set_seed(training_args.seed)
-    with training_args.main_process_first(desc="reading the data"):
+    with training_args.main_process_first(desc="loading the data"):
         train, test = load_splits(data_args)
         for dataset in (train, test):
             check_column(dataset, data_args.label_column, "label_column")
@@ -171,7 +170,7 @@ def report(trainer: Trainer, data_args: KeywordDataArguments, results: dict) -> 
     clip = test[0]
     audio = read_audio(clip["audio"], classifier.feature_extractor.sampling_rate, data_args.max_seconds)
     scores = ", ".join(f"{guess['label']} {guess['score']:.2f}" for guess in classifier(audio, top_k=3))
-    print(f"{trainer.model.config.id2label[clip['labels']]!r} is heard as: {scores}")
+    print(f"{trainer.model.config.id2label[clip['labels']]!r} is recognised as: {scores}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,9 +9,9 @@ the demo's that way.
     python examples/pretrain_teacher.py --output_dir teacher \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
 
-Both directories have the `audiofolder` form: a `metadata.csv` with `file_name` and `speaker` beside the audio, which
-has a rate of 16 kHz. `heldout_split` says what the network never sees; `examples/demo/probe_teacher.py` tests on just
-that. A run that was stopped goes on where it was when the same command is given again.
+Both directories have the `audiofolder` format: 16 kHz audio and a `metadata.csv` with `file_name` and `speaker`.
+`heldout_split` defines the data that the network never sees, on which `examples/demo/probe_teacher.py` tests it. The
+same command resumes an interrupted run.
 """
 
 import json
@@ -60,15 +60,15 @@ HELDOUT_LIBRISPEECH_SPEAKERS = ("1867", "4640", "7367", "226")  # never seen at 
 @dataclass
 class PretrainArguments:
     librispeech: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker) and audio."})
-    speech_commands: Path = field(metadata={"help": "Same, of one-second clips; clips of one speaker are joined."})
-    output_dir: Path = field(metadata={"help": "Where the network, its checkpoints and its log go."})
+    speech_commands: Path = field(metadata={"help": "The same for one-second clips; clips of one speaker are joined."})
+    output_dir: Path = field(metadata={"help": "Output directory for the model, its checkpoints and its log."})
     steps: list[Count] = field(
         default_factory=lambda: [2500, 2500], metadata={"help": "Optimizer steps of each iteration."}
     )
     num_clusters: list[Count] = field(
         default_factory=lambda: [100, 250], metadata={"help": "Clusters that each iteration predicts."}
     )
-    target_layer: Whole = field(default=5, metadata={"help": "Hidden state that is clustered after iteration 1."})
+    target_layer: Whole = field(default=5, metadata={"help": "Hidden state to cluster after iteration 1."})
     crop_seconds: Seconds = field(default=3.0, metadata={"help": "Length of a training crop in seconds."})
     batch_size: Count = field(default=6, metadata={"help": "Crops per step."})
     learning_rate: NotNegative = field(default=6e-4, metadata={"help": "Peak learning rate."})
@@ -85,28 +85,29 @@ class PretrainArguments:
     )
     unmasked_weight: NotNegative = field(
         default=0.3,
-        metadata={"help": "Weight of the loss over frames that are not masked: a short run learns faster."},
+        metadata={"help": "Weight of the loss over unmasked frames; short runs learn faster with it."},
     )
     init_from: Path | None = field(
         default=None,
-        metadata={"help": "Network to grow from: its weights, and clusters of its hidden states from iteration 1 on."},
+        metadata={"help": "Model to start from: its weights, and clusters of its hidden states from iteration 1 on."},
     )
     num_hidden_layers: Count = field(
-        default=8, metadata={"help": "Layers; those beyond `init_from`'s start at random."}
+        default=8, metadata={"help": "Number of layers; those that `init_from` lacks are initialised at random."}
     )
     bf16: bool = field(
         default=True,
-        metadata={"help": "bfloat16 autocast; without AMX or AVX512-BF16, a processor is slower with it."},
+        metadata={"help": "Use bfloat16 autocast; slower on CPUs without AMX or AVX512-BF16."},
     )
-    seed: Seed = field(default=0, metadata={"help": "Seed of everything."})
-    save_steps: Count = field(default=500, metadata={"help": "Steps between checkpoints."})
+    seed: Seed = field(default=0, metadata={"help": "Random seed."})
+    save_steps: Count = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
 
     def __post_init__(self):
         if self.mixing_probability is None:
             self.mixing_probability = 0.2 if self.family == "wavlm" else 0.0
         if len(self.steps) != len(self.num_clusters):
             raise ValueError(
-                f"`steps` has {len(self.steps)} iterations, `num_clusters` {len(self.num_clusters)}; give as many."
+                f"`steps` has {len(self.steps)} entries, but `num_clusters` has {len(self.num_clusters)}; both need"
+                " one per iteration."
             )
         if len(self.steps) > 1 and self.target_layer > self.num_hidden_layers:
             raise ValueError(
@@ -181,7 +182,7 @@ def training_utterances(args: PretrainArguments) -> list[np.ndarray]:
         ]
     minimum = int(args.crop_seconds * RATE)
     if not utterances:
-        raise ValueError(f"{args.librispeech} and {args.speech_commands} have no clips to train on; give others.")
+        raise ValueError(f"{args.librispeech} and {args.speech_commands} have no clips to train on; choose others.")
     if empty := sum(not len(audio) for audio in utterances):
         raise ValueError(f"{empty} clips of {args.librispeech} and {args.speech_commands} are empty; leave them out.")
     return [
@@ -350,7 +351,7 @@ def run(args: PretrainArguments) -> None:
         try:
             encoder.load_state_dict(grown_from.state_dict(), strict=False)
         except RuntimeError as error:  # other shapes
-            raise ValueError(f"`init_from`, {args.init_from}, is of another size: {error}") from error
+            raise ValueError(f"`init_from`, {args.init_from}, has a different size: {error}") from error
     logger.info("%.2f M parameters", encoder.num_parameters() / 1e6)
     for iteration, (steps, num_clusters) in enumerate(zip(args.steps, args.num_clusters, strict=True), start=1):
         directory = args.output_dir / f"iteration-{iteration}"
@@ -386,9 +387,9 @@ def read_targets(path: Path, number: int) -> list[np.ndarray]:
         with np.load(path) as stored:
             targets = [stored[name] for name in stored.files]
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it, it is then computed again.") from error
+        raise ValueError(f"{path} cannot be read ({error}); remove it to compute it again.") from error
     if len(targets) != number:
-        raise ValueError(f"{path} is of {len(targets)} utterances, not {number}; name another `output_dir`.")
+        raise ValueError(f"{path} is for {len(targets)} utterances, not {number}; choose another `output_dir`.")
     return targets
 
 

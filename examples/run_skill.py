@@ -1,5 +1,5 @@
 """
-Distils and prunes a speech encoder by SKILL, from audio to a directory that loads with `AutoModel`.
+Distils and prunes a speech encoder with SKILL, from audio to a directory that loads with `AutoModel`.
 
 WavLM Base+ on LibriSpeech, the published recipe (640 s of audio per step) on 4 GPUs:
 
@@ -10,24 +10,24 @@ WavLM Base+ on LibriSpeech, the published recipe (640 s of audio per step) on 4 
         --per_device_train_batch_size 10 --dataloader_num_workers 8 \\
         --target_sparsity 0.75 --output_dir wavlm-base-plus-skill
 
-A local folder of audio (wav, flac, mp3, ogg, opus; any rate and number of channels), short, on a CPU:
+A short run on a CPU, on a local folder of audio (wav, flac, mp3, ogg, opus; any rate and number of channels):
 
     python examples/run_skill.py --teacher_name_or_path microsoft/wavlm-base-plus \\
         --audio_dir recordings/train --eval_audio_dir recordings/heldout \\
         --max_steps 300 --per_device_train_batch_size 8 --max_seconds 3 --output_dir wavlm-small
 
-All settings in one JSON or YAML file, which holds the same names:
+All settings in one JSON or YAML file with the same names:
 
     python examples/run_skill.py recipe.json
 
 Add `--resume_from_checkpoint True` to resume a run that was stopped, `--overwrite_output_dir` to replace an earlier
 run in `output_dir`, `--push_to_hub` to publish the student. With no arguments at all: the demo of `examples/demo/`,
-offline, in about 10 minutes on 2 CPU cores.
+offline, in about 14 minutes on 2 CPU cores.
 
-Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
-both of which write a checkpoint first.
+Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
+Both signals write a checkpoint first.
 
-`output_dir` then holds the student, its model card, `layer_similarity.png` (teacher's layers and their tree),
+`output_dir` then contains the student, its model card, `layer_similarity.png` (teacher's layers and their tree),
 `architecture.png` (what is left of each layer), `layer_distances.png` (student and teacher at every layer),
 `training.png` and `all_results.json`.
 """

@@ -1,19 +1,19 @@
 """
-What a frozen speech encoder knows, by the tasks of SUPERB (arXiv 2105.01051): teacher, student, or any other model.
+Evaluates a frozen speech encoder, such as a teacher or a student, on the tasks of SUPERB (arXiv 2105.01051).
 
-Of the demo, offline: keywords, by the student that `make demo` leaves, by its teacher, and by filterbanks:
+The demo's keywords, offline, with the student of `make demo`, its teacher, and filterbanks:
 
     python examples/run_superb.py
     python examples/run_superb.py --model examples/demo/teacher
     python examples/run_superb.py --model fbank
 
-A published model, on data of the Hub:
+A published model, on data from the Hub:
 
     python examples/run_superb.py --task asr --model you/wavlm-base-plus-skill \\
         --dataset_name openslr/librispeech_asr --dataset_config_name clean \\
         --train_split train.100 --validation_split validation --test_split test
 
-A local directory, in any form that `datasets` reads, such as `audiofolder` (a `metadata.csv` with `file_name` and
+A local directory, in any format that `datasets` reads, such as `audiofolder` (a `metadata.csv` with `file_name` and
 labels in each split's folder):
 
     python examples/run_superb.py --task sid --model microsoft/wavlm-base-plus --dataset_name voxceleb \\
@@ -32,24 +32,24 @@ labels in each split's folder):
 | sd | speaker diarization, `--time_unit` for other times than seconds | speakers | diarization error rate |
 | qbe | query by example: spoken words are searched in documents | word or text, or documents | term-weighted value |
 
-`iob` has `O` or the slot's type for each word. `speakers` is a list of `speaker_id`, `start` and `end`, as a
-`metadata.jsonl` can hold it. For qbe the training split has the documents, the others have queries; a document that
-has the query's words in its text holds it, or the queries have a column `documents` with lists of file names. Nothing
-is trained: the layer that is best on the validation set is tested.
+`iob` has `O` or the slot's type for each word. `speakers` is a list of `speaker_id`, `start` and `end`, for instance
+in a `metadata.jsonl`. For qbe, the training split contains the documents, the others contain queries. A document
+matches if the query's words are in its text; or the queries have a column `documents` with lists of file names.
+Nothing is trained: the best layer on the validation set is tested.
 
-The encoder's hidden states are written to `cache_dir` once, in half precision. A head over their weighted sum is then
-trained for each of `--learning_rates`; the one that is best on the validation set is tested. The same command resumes
-a run that was stopped. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`, a table
-of its results and of their data. Run several tasks into one `output_dir`, and the table fills up.
+The encoder's hidden states are written to `cache_dir` once, in half precision. A head on their weighted sum is then
+trained for each of `--learning_rates`, and the best one on the validation set is tested. The same command resumes an
+interrupted run. In `output_dir`, the model then has a folder with `all_results.json` and `superb.md`, a table of its
+results and their data. Several tasks with the same `output_dir` are collected in one table.
 
-Results compare with published ones only on SUPERB's own data: its splits of Speech Commands, Fluent Speech Commands,
-VoxCeleb1, IEMOCAP, LibriSpeech and so on. Say so by `--superb_data`: `superb.md` then sets what was measured on them
-beside published models, and with all ten tasks it has a score.
+Results are comparable with published ones only on SUPERB's own data: its splits of Speech Commands, Fluent Speech
+Commands, VoxCeleb1, IEMOCAP, LibriSpeech and so on. If you use them, pass `--superb_data`: `superb.md` then compares
+the results with published models and, with all ten tasks, has a score.
 
-Means over time are all that ks, ic, sid and er need; for the others, and x-vectors, a model of Base size takes 3.6 GB
-for an hour of speech.
+For ks, ic, sid and er only means over time are stored; for the others and for x-vectors, a model of Base size needs
+3.6 GB for an hour of speech.
 
-The published protocol takes far more steps than the default (keywords: 200,000) and larger data than the demo's.
+The published protocol uses far more steps than the default (keywords: 200,000) and more data than the demo.
 """
 
 import hashlib
@@ -103,69 +103,84 @@ TASK_SETTINGS = (
 
 @dataclass
 class SuperbArguments:
-    task: str = field(default="ks", metadata={"help": "What to test.", "choices": [*TASKS, "qbe"]})
+    task: str = field(default="ks", metadata={"help": "SUPERB task to evaluate.", "choices": [*TASKS, "qbe"]})
     model: str = field(
         default=str(DEMO_STUDENT),
         metadata={
-            "help": "Hub id or directory of a speech encoder, or fbank or mfcc; by default `make demo`'s student."
+            "help": "Hub id or directory of a speech encoder, or fbank or mfcc; the student of `make demo` by default."
         },
     )
-    untrained: bool = field(default=False, metadata={"help": "Draw the model's weights at random: a floor."})
+    untrained: bool = field(
+        default=False, metadata={"help": "Initialise the model's weights at random, as a lower bound."}
+    )
     dataset_name: str = field(
         default=str(DEMO_DATA / "keywords"),
-        metadata={"help": "Hub id, or a local directory in any form that `datasets` reads."},
+        metadata={"help": "Hub id, or a local directory in any format that `datasets` can load."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_split: str = field(
-        default="train", metadata={"help": "Split to train heads on, or of qbe's documents; `a+b` joins two."}
+        default="train",
+        metadata={"help": "Split to train heads on, or with the documents of qbe; `a+b` concatenates two."},
     )
     validation_split: str | None = field(
-        default=None, metadata={"help": "Split that chooses the head; by default a part of the training split."}
+        default=None, metadata={"help": "Split to select the head on; a part of the training split by default."}
     )
     validation_share: Annotated[float, Range(above=0, below=1)] = field(
         default=0.2,
-        metadata={"help": "Share of the training split for that, by speaker where there is such a column."},
+        metadata={
+            "help": "Share of the training split to use for validation, split by speaker if there is such a column."
+        },
     )
     test_split: str = field(default="test", metadata={"help": "Split to test on."})
     folds: list[str] | None = field(
         default=None,
-        metadata={"help": "Splits for cross-validation: each is tested once, heads train on the others (er)."},
+        metadata={"help": "Splits for cross-validation (er): each is tested once with heads trained on the others."},
     )
     audio_column: str = field(default="audio", metadata={"help": "Column with the audio."})
     label_column: list[str] | None = field(
-        default=None, metadata={"help": "Column with the class, or three for ic; for sd."}
+        default=None,
+        metadata={"help": "Name of the label column, three names for ic, or the column of segments for sd."},
     )
-    text_column: str | None = field(default=None, metadata={"help": "Column with the text or the phonemes; for qbe."})
-    speaker_column: str | None = field(default=None, metadata={"help": "Column with the speaker, for asv."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Name of the column with text or phonemes; also for qbe."}
+    )
+    speaker_column: str | None = field(default=None, metadata={"help": "Name of the speaker column, for asv."})
     trials: str | None = field(
-        default=None, metadata={"help": "Pairs for asv, in VoxCeleb's form; by default all of the test set."}
+        default=None,
+        metadata={"help": "File of trial pairs for asv, in VoxCeleb's format; all pairs of the test set by default."},
     )
-    asv_head: str = field(default="x_vector", metadata={"help": "Network for asv.", "choices": ["x_vector", "mean"]})
+    asv_head: str = field(
+        default="x_vector", metadata={"help": "Type of the head for asv.", "choices": ["x_vector", "mean"]}
+    )
     lexicon: str | None = field(
-        default=None, metadata={"help": "Words and their phonemes for pr; by default the CMU pronouncing dictionary."}
+        default=None,
+        metadata={"help": "Lexicon of words and phonemes for pr; the CMU pronouncing dictionary by default."},
     )
-    stress: bool = field(default=True, metadata={"help": "Tell stressed vowels from others, as SUPERB does."})
+    stress: bool = field(
+        default=True, metadata={"help": "Distinguish stressed from unstressed vowels, as SUPERB does."}
+    )
     lstm_size: Annotated[int, Range(0, most=16384)] | None = field(
-        default=None, metadata={"help": "Width of the LSTM; by default 1024, for sd 512."}
+        default=None, metadata={"help": "Size of the LSTM; 1024 by default, 512 for sd."}
     )
     time_unit: Positive = field(
         default=1.0,
-        metadata={"help": "Seconds of one unit of sd's times: 0.01 for the Hub's SUPERB, 0.0000625 for samples."},
+        metadata={"help": "Seconds per time unit of sd: 0.01 for the Hub's SUPERB, 0.0000625 for samples."},
     )
-    max_seconds: Seconds | None = field(default=None, metadata={"help": "Length that clips are cropped to."})
+    max_seconds: Seconds | None = field(default=None, metadata={"help": "Length in seconds to crop clips to."})
     learning_rates: list[Positive] = field(
         default_factory=lambda: [1e-4, 1e-3, 1e-2], metadata={"help": "Learning rates to try."}
     )
-    patience: Count = field(default=10, metadata={"help": "Evaluations without gain after which a training ends."})
+    patience: Count = field(default=10, metadata={"help": "Evaluations without improvement before training stops."})
     superb_data: bool = field(
         default=False,
-        metadata={"help": "Say that the data are the task's own splits of SUPERB: published results stand beside."},
+        metadata={"help": "Declare that the data are SUPERB's own splits, to compare with published results."},
     )
     cache_dir: str = field(
-        default=str(REPOSITORY / "outputs" / "superb_cache"), metadata={"help": "Where hidden states go."}
+        default=str(REPOSITORY / "outputs" / "superb_cache"), metadata={"help": "Directory for the hidden states."}
     )
     cache_dtype: str = field(
-        default="float16", metadata={"help": "Their precision there.", "choices": ["float16", "float32"]}
+        default="float16",
+        metadata={"help": "Precision of the stored hidden states.", "choices": ["float16", "float32"]},
     )
 
     def __post_init__(self):
@@ -173,31 +188,37 @@ class SuperbArguments:
             raise ValueError("`folds` needs at least two splits.")
         if self.task == "qbe" and (self.folds is not None or self.validation_split is None):
             raise ValueError(
-                "qbe needs a split with queries that chooses the layer, `--validation_split`, and no folds."
+                "qbe needs `--validation_split`, a split with queries to choose the layer on, and no folds."
             )
         if self.untrained and self.model in FilterBank.KINDS:
-            raise ValueError(f"`{self.model}` has no weights to draw; leave out `--untrained`.")
+            raise ValueError(f"`{self.model}` has no weights to initialise; leave out `--untrained`.")
         if not self.learning_rates:
-            raise ValueError("`learning_rates` is empty; give at least one.")
+            raise ValueError("`learning_rates` is empty; pass at least one.")
 
 
 @dataclass
 class HeadArguments(FineTuningArguments):
     """[`~transformers.TrainingArguments`] with other defaults: SUPERB's optimizer, on fewer steps."""
 
-    output_dir: str = field(default=str(REPOSITORY / "outputs" / "superb"), metadata={"help": "Where results go."})
-    max_steps: int = field(default=2000, metadata={"help": "Steps with each learning rate."})
+    output_dir: str = field(default=str(REPOSITORY / "outputs" / "superb"), metadata={"help": "Output directory."})
+    max_steps: int = field(default=2000, metadata={"help": "Optimizer steps per learning rate."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Clips per step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Clips per step and device in tests."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Course of the learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0, metadata={"help": "Share of all steps (below 1) or a number of steps."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When the validation set is scored."})
-    eval_steps: float = field(default=200, metadata={"help": "Steps between two scores of the validation set."})
-    save_strategy: str = field(default="steps", metadata={"help": "When checkpoints are saved; as `eval_strategy`."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to score the validation set."})
+    eval_steps: float = field(default=200, metadata={"help": "Optimizer steps between scores of the validation set."})
+    save_strategy: str = field(
+        default="steps", metadata={"help": "When to save checkpoints; follows `eval_strategy`."}
+    )
     save_steps: float = field(default=200, metadata={"help": "As `eval_steps`."})
-    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints that are kept, beside the best."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Test the best head on the validation set."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off."})
+    save_total_limit: int = field(
+        default=1, metadata={"help": "Number of checkpoints to keep in addition to the best."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Test the head that is best on the validation set."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False."})
 
     def __post_init__(self):
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
@@ -257,7 +278,7 @@ def hold_out(dataset: datasets.Dataset, args: SuperbArguments, seed: int) -> tup
     size = max(2 if args.task == "asv" else 1, round(args.validation_share * len(known)))
     if size >= len(known):
         raise ValueError(
-            f"The training set has {len(known)} speakers, too few to hold some out; name a validation split."
+            f"The training set has {len(known)} speakers, too few to hold some out; pass a validation split."
         )
     chosen = np.isin(speakers, rng.permutation(known)[:size])
     return dataset.select(np.flatnonzero(~chosen)), dataset.select(np.flatnonzero(chosen))
@@ -324,8 +345,8 @@ def run(args: SuperbArguments, head_args: HeadArguments) -> None:
     for task, task_results in read_results(model_dir).items():  # which this adds to
         if _place(str(task_results.get("model"))) != _place(args.model):
             raise ValueError(
-                f"{model_dir} has results of {task} by {task_results.get('model')}, not by {args.model}; name another"
-                " `output_dir`."
+                f"{model_dir} has results of {task} by {task_results.get('model')}, not by {args.model}; choose"
+                " another `output_dir`."
             )
     encoder = load_encoder(args, head_args.seed, head_args.device)
     runs = {}
@@ -358,7 +379,7 @@ def read_results(model_dir: Path) -> dict[str, dict]:
     if not isinstance(results, dict) or not all(
         isinstance(task_results, dict) and "scores" in task_results for task_results in results.values()
     ):
-        raise ValueError(f"{path} is not of this script; name another `output_dir`.")
+        raise ValueError(f"{path} was not written by this script; choose another `output_dir`.")
     return results
 
 

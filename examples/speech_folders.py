@@ -1,4 +1,4 @@
-"""Folders of speech with a `metadata.csv`, read with one clear error: which file, what is wrong."""
+"""Reads folders of speech with a `metadata.csv`; errors name the file and what is wrong."""
 
 import csv
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ def read_metadata(directory: Path, columns: Sequence[str]) -> list[dict[str, str
     """
     path = Path(directory) / "metadata.csv"
     if not path.is_file():
-        raise ValueError(f"{directory} has no metadata.csv; give the directory that has it.")
+        raise ValueError(f"{directory} has no metadata.csv; pass the directory that contains it.")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             rows, header = list(table), table.fieldnames or ()
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file in UTF-8 ({error}); save it as one.") from error
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one.") from error
     columns = ("file_name", *columns)
     if missing := [column for column in columns if column not in header]:
         raise ValueError(f"{path} has no column {' and no column '.join(missing)}.")
@@ -51,7 +51,7 @@ def speech_info(path: Path, rate: int):
     try:
         info = soundfile.info(path)
     except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{path} is no audio that can be read ({error}); leave it out.") from error
+        raise ValueError(f"{path} cannot be read as audio ({error}); leave it out.") from error
     if info.samplerate != rate or info.channels != 1:
         raise ValueError(
             f"{path} must be mono at {rate} Hz, but has {info.channels} channel(s) at {info.samplerate} Hz."
@@ -70,7 +70,7 @@ def read_speech(path: Path, rate: int, start: int = 0, frames: int = -1) -> np.n
     try:
         audio, _ = soundfile.read(path, start=start, frames=frames, dtype="float32")
     except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{path} is no audio that can be read ({error}); leave it out.") from error
+        raise ValueError(f"{path} cannot be read as audio ({error}); leave it out.") from error
     if not np.isfinite(audio).all():
-        raise ValueError(f"{path} holds NaN or infinite samples; leave it out.")
+        raise ValueError(f"{path} contains NaN or infinite samples; leave it out.")
     return audio

@@ -1,15 +1,15 @@
 """
-Makes a student an upstream of s3prl, the toolkit of the SUPERB benchmark (arXiv 2105.01051).
+Uses a student as an upstream of s3prl, the toolkit of the SUPERB benchmark (arXiv 2105.01051).
 
 s3prl's own entries for Hugging Face models (`hf_hubert_custom`, `hf_wav2vec2_custom`) load one class each. The entries
-here load by `AutoModel`: `skill_student` a student, or any WavLM, HuBERT or wav2vec 2.0; `skill_student_remote_code`
-a student where skill-hf is not installed, by the Python files in its repository. `-k` names a directory or a Hub id:
+here use `AutoModel`: `skill_student` loads a student, or any WavLM, HuBERT or wav2vec 2.0; `skill_student_remote_code`
+loads a student without skill-hf, with the Python files in its repository. `-k` is a directory or a Hub id:
 
     pip install s3prl tensorboardX "torchaudio<2.9"
     python examples/use_in_s3prl.py -m train -n emotion -u skill_student -k wavlm-small -d emotion -c config.yaml
 
-All arguments are those of s3prl's `run_downstream.py`, which this starts; the configuration of each task lies in the
-repository of s3prl. In Python, with this folder on `PYTHONPATH`:
+All arguments are passed to s3prl's `run_downstream.py`; the configuration of each task is in the repository of s3prl.
+In Python, with this folder on `PYTHONPATH`:
 
     import use_in_s3prl  # adds the entries
     from s3prl.nn import Featurizer, S3PRLUpstream
@@ -18,8 +18,8 @@ repository of s3prl. In Python, with this folder on `PYTHONPATH`:
     hidden_states, lengths = upstream(wavs, wav_lengths)
     weighted_sum, lengths = Featurizer(upstream)(hidden_states, lengths)
 
-s3prl 0.4.18 needs what torchaudio 2.9 removed. To read its own checkpoints (`-e`, `-m evaluate`) in torch 2.6 or newer
-it needs `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`.
+s3prl 0.4.18 needs functions that torchaudio 2.9 removed. To read its own checkpoints (`-e`, `-m evaluate`) with torch
+2.6 or newer, set `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1`.
 """
 
 import contextlib

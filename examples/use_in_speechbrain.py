@@ -1,20 +1,20 @@
 """
-Uses a student in SpeechBrain: a classifier of speakers over its hidden states.
+Uses a student in SpeechBrain: a speaker classifier on its hidden states.
 
-On the demo's held-out speech, with the student that `make demo` leaves, offline:
+On the demo's held-out speech, with the student of `make demo`, offline:
 
     pip install speechbrain
     python examples/use_in_speechbrain.py
 
-Any other student or speech encoder, a directory or a Hub id, which here is trained as well and then saved, as a
-directory that `AutoModel` loads:
+Any other student or speech encoder, a directory or a Hub id; here it is also trained, and saved as a directory that
+`AutoModel` loads:
 
     python examples/use_in_speechbrain.py --model you/wavlm-base-plus-skill --audio_dir recordings \\
         --device cuda:0 --output_dir wavlm-speakers
 
 Each speaker's last clip is kept for the test.
 
-What to take over into a recipe is `load_encoder`: SpeechBrain's own wrapper takes a student as it is. In YAML:
+To use a student in your own recipe, copy `load_encoder`: SpeechBrain's own wrapper accepts students. In YAML:
 
     encoder: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2
         source: you/wavlm-base-plus-skill
@@ -22,20 +22,20 @@ What to take over into a recipe is `load_encoder`: SpeechBrain's own wrapper tak
         output_all_hiddens: True
         freeze: True
 
-after `import skill_hf` in the training script, or with `trust_remote_code: True` where skill-hf is not installed. Four
-things to know about the wrapper:
+after `import skill_hf` in the training script, or with `trust_remote_code: True` if skill-hf is not installed. Four
+notes on the wrapper:
 
-- `Brain.fit` puts all of its modules into training mode, even frozen ones, which switches their dropout on. A frozen
-  encoder is therefore kept out of `modules`.
+- `Brain.fit` sets all of its modules to training mode, even frozen ones, which enables dropout. A frozen encoder is
+  therefore not part of `modules`.
 - If the model wants normalised audio, the wrapper normalises each row of a batch, padding included. Here clips are
-  normalised as they are read, before they are padded.
-- `wav_lens` becomes the attention mask. Students with group norm need `masked_group_norm` to keep padding out of the
-  convolutions as well.
-- In training mode a model with `layerdrop` returns no hidden state for a layer that it skips, so that their number
-  changes from batch to batch. `SkillDistillationTrainer` sets it to 0.
+  normalised when they are read, before padding.
+- `wav_lens` becomes the attention mask. Students with group norm also need `masked_group_norm` to exclude padding in
+  the convolutions.
+- In training mode, a model with `layerdrop` returns no hidden states for skipped layers, so their number changes from
+  batch to batch. `SkillDistillationTrainer` sets `layerdrop` to 0.
 
 SpeechBrain 1.0 has the same class in `speechbrain.lobes.models.huggingface_transformers.wav2vec2`, but can't be
-imported beside transformers 5; beside transformers 4.57 it loads students with `trust_remote_code`.
+imported with transformers 5; with transformers 4.57, it loads students with `trust_remote_code`.
 """
 
 import math
@@ -83,22 +83,26 @@ MIN_SEGMENT_SECONDS = 0.5
 class Arguments:
     model: str = field(
         default=str(DEMO_STUDENT),
-        metadata={"help": "Hub id or directory of a speech encoder; by default what `make demo` leaves."},
+        metadata={"help": "Hub id or directory of a speech encoder; the output of `make demo` by default."},
     )
     audio_dir: str = field(
         default=str(DEMO_DATA / "audio" / "heldout"),
-        metadata={"help": "Folder with `metadata.csv`, whose columns are `file_name` and `speaker`, and the audio."},
+        metadata={
+            "help": "Directory with the audio and `metadata.csv`, which has the columns `file_name` and `speaker`."
+        },
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Fine-tunes the student and saves it there."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Output directory; if set, the student is fine-tuned and saved there."}
+    )
     segment_seconds: Annotated[float, Range(MIN_SEGMENT_SECONDS, most=MAX_SECONDS)] = field(
-        default=2.0, metadata={"help": "Length in seconds that the clips are cut to."}
+        default=2.0, metadata={"help": "Length in seconds of the segments that clips are cut into."}
     )
-    batch_size: Count = field(default=16, metadata={"help": "Segments in a batch."})
-    num_epochs: Count = field(default=8, metadata={"help": "Times that the training segments are gone through."})
+    batch_size: Count = field(default=16, metadata={"help": "Segments per batch."})
+    num_epochs: Count = field(default=8, metadata={"help": "Epochs over the training segments."})
     learning_rate: NotNegative = field(default=5e-3, metadata={"help": "Learning rate of the classifier."})
     encoder_learning_rate: NotNegative = field(default=1e-4, metadata={"help": "Learning rate of the student."})
     seed: Seed = field(default=0, metadata={"help": "Seed of the weights, the order of the segments and dropout."})
-    device: str = field(default="cpu", metadata={"help": "Such as `cpu` or `cuda:0`."})
+    device: str = field(default="cpu", metadata={"help": "Device, such as `cpu` or `cuda:0`."})
 
 
 def load_encoder(source: str, freeze: bool = True) -> Wav2Vec2:
@@ -182,7 +186,9 @@ def read_splits(args: Arguments, feature_extractor) -> tuple[DynamicItemDataset,
     if untrained := {row["speaker"] for row in test.values()} - {row["speaker"] for row in train.values()}:
         raise ValueError(f"Each speaker needs two clips, but these have one: {', '.join(sorted(untrained))}.")
     if not test:
-        raise ValueError(f"The last clips of the speakers are all shorter than {MIN_SEGMENT_SECONDS} s; give others.")
+        raise ValueError(
+            f"The last clips of the speakers are all shorter than {MIN_SEGMENT_SECONDS} s; use longer clips."
+        )
 
     @sb.utils.data_pipeline.takes("path", "start")
     @sb.utils.data_pipeline.provides("wav")
@@ -243,10 +249,10 @@ def run(args: Arguments) -> None:
     if args.output_dir is not None:
         encoder = brain.hparams.encoder
         if not all(parameter.isfinite().all() for parameter in encoder.model.parameters()):
-            raise ValueError("The weights hold NaN or infinite values and are not saved; lower the learning rates.")
+            raise ValueError("The weights contain NaN or infinite values and are not saved; lower the learning rates.")
         encoder.model.save_pretrained(args.output_dir)
         encoder.feature_extractor.save_pretrained(args.output_dir)
-        print(f"The fine-tuned student is in {args.output_dir}; it loads with AutoModel.from_pretrained")
+        print(f"The fine-tuned student is in {args.output_dir}; load it with AutoModel.from_pretrained")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
 import gc
+import os
+
+
+# A name that is looked for on the Hub is not found at once, instead of after many attempts; read at import.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
@@ -55,7 +60,7 @@ torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 def pytest_collection_modifyitems(items):
     # Files with long tests come first, so that no worker is left alone with one in the end.
-    lengthy = {item.path for item in items if item.get_closest_marker("slow")}
+    lengthy = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("nightly")}
     items.sort(key=lambda item: item.path not in lengthy)
 
 

@@ -120,9 +120,9 @@ def test_models_run_in_eval_mode_and_go_back(audio):
 
 def test_models_that_do_not_match_are_refused(audio):
     teacher = tiny_teacher()
-    with pytest.raises(ValueError, match="`num_hidden_layers` of 3, the student of 2"):
+    with pytest.raises(ValueError, match="`num_hidden_layers` 3, but the student has 2"):
         distances_of(teacher, tiny_teacher(num_hidden_layers=2), audio)
-    with pytest.raises(ValueError, match="`hidden_size` of 32, the student of 48"):
+    with pytest.raises(ValueError, match="`hidden_size` 32, but the student has 48"):
         distances_of(teacher, tiny_teacher(hidden_size=48), audio)
 
 

@@ -179,7 +179,7 @@ def test_pairs_of_one_machine(results):
     assert compare(study, SCORES["ks_accuracy"], "dphubert", 0.75).differences.tolist() == [10, 20, 20]
     assert compare_on_one_machine(study, SCORES["ks_accuracy"], "dphubert", 0.75).differences.tolist() == [10, 25]
     assert compare_on_one_machine(study, SCORES["ks_accuracy"], "last layer", 0.75) is None
-    assert "The same of pairs that were trained on one machine" in draw_study.significance(study)
+    assert "The same for pairs that were trained on one machine" in draw_study.significance(study)
     assert "| SKILL | – | AAA | – |" in draw_study.machines(study)
     assert "| DPHuBERT | – | ABB | – |" in draw_study.machines(study)
 
@@ -243,7 +243,7 @@ def test_first_of_two_lines_counts_and_torn_ones_do_not(results, caplog):
     write_runs(results, [row_of("skill", 0, ks_accuracy=80), row_of("skill", 1, ks_accuracy=90)], worker=1)
     found = read_study(results).runs_of("skill", 0.75)
     assert {seed: run["scores"]["ks_accuracy"] for seed, run in found.items()} == {0: 60, 1: 90}
-    assert "runs.0.jsonl has a line that is torn" in caplog.text
+    assert "runs.0.jsonl has an incomplete line" in caplog.text
 
 
 def test_students_trained_twice_are_compared(results):
@@ -265,7 +265,7 @@ def test_run_of_no_method_is_passed_over(results, caplog):
     write_runs(results, [row_of("skill", 0), row_of("skill", 1) | {"key": "of another teacher"}])
     study = read_study(results)
     assert study.runs_of("skill", 0.75).keys() == {0}
-    assert "1 runs" in caplog.text and "belong to no method" in caplog.text
+    assert "1 runs" in caplog.text and "do not belong to any method" in caplog.text
     assert "| students | 1 of " in draw_study.setting(study)
 
 
@@ -370,6 +370,7 @@ def all_blocks(path):
     return path
 
 
+@pytest.mark.nightly
 def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
     rows = [row_of(name, seed) for name in ("skill", "dphubert", "one group") for seed in (0, 1)]
     write_runs(results, rows + [row_of("skill", 0, 0.5)])

@@ -151,7 +151,7 @@ def test_the_model_is_not_overwritten(shared, tmp_path, script):
 def test_another_model_is_not_overwritten(shared, script):
     before = checksums(shared)
     settings = {"model": shared / "student", "output_dir": shared / "teacher"}
-    refused(script, settings, "holds another model (['WavLMModel']), which would be overwritten; name another")
+    refused(script, settings, "contains another model (['WavLMModel']), which would be overwritten; choose another")
     settings = {"model": shared / "student", "output_dir": shared / "speech", "dataset_name": shared / "speech"}
     refused(script, settings, "is the `dataset_name`")
     assert checksums(shared) == before
@@ -177,17 +177,17 @@ HEADER = "file_name,speaker,chapter,text,label\n"
 ROW = "0.wav,1,1,GO,go\n"
 # What is wrong -> content of metadata.csv, or `None`, and what is said.
 TABLES = {
-    "no table": (None, "has no metadata.csv; give the directory that has it"),
+    "no table": (None, "has no metadata.csv; pass the directory that contains it"),
     "empty": ("", "has no column file_name"),
     "no rows": (HEADER, "has no rows"),
     "another table": ("path,who\n0.wav,1\n", "has no column file_name and no column speaker"),
-    "UTF-16": ((HEADER + ROW).encode("utf-16"), "is no CSV file in UTF-8"),
+    "UTF-16": ((HEADER + ROW).encode("utf-16"), "is not a CSV file in UTF-8"),
     "a short row": (HEADER + "0.wav\n", "Row 1 of {path} lacks a value; it needs file_name, speaker"),
     "no name": (HEADER + ",1,1,GO,go\n", "Row 1 of {path} lacks a value"),
     "a name outside": (HEADER + "../0.wav,1,1,GO,go\n", "names '../0.wav', which is not in the directory"),
     "an absolute name": (HEADER + "/etc/passwd,1,1,GO,go\n", "names '/etc/passwd', which is not in the directory"),
     "no such file": (HEADER + "1.wav,1,1,GO,go\n", "1.wav does not exist; correct its name"),
-    "no audio": (HEADER + "text.wav,1,1,GO,go\n", "text.wav is no audio that can be read"),
+    "no audio": (HEADER + "text.wav,1,1,GO,go\n", "text.wav cannot be read as audio"),
     "another rate": (HEADER + "8k.wav,1,1,GO,go\n", "8k.wav must be mono at 16000 Hz, but has 1 channel(s) at 8000"),
 }
 
@@ -226,7 +226,7 @@ def test_what_was_selected_before_stays(shared, tmp_path):
     (tmp_path / "train").mkdir()
     for script in ("select_audio", "select_keywords"):
         refused(
-            script, {"source": shared / "speech", "output": tmp_path}, "exists already; remove it, or name another"
+            script, {"source": shared / "speech", "output": tmp_path}, "already exists; remove it, or choose another"
         )
     refused("select_keywords", {"source": shared / "speech", "output": tmp_path / "out"}, "There are fewer than 40")
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
@@ -235,10 +235,10 @@ def test_what_was_selected_before_stays(shared, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("references.json", "{", "references.json is no JSON file that can be read"),
-        ("clusters.0.json", "", "clusters.0.json is no JSON file that can be read"),
-        ("clusters.x.json", "{}", "clusters.x.json is no file of the study"),
-        ("runs.0.jsonl", "[1]\n", "runs.0.jsonl has a line that is no run of the study: [1]"),
+        ("references.json", "{", "references.json is not a readable JSON file"),
+        ("clusters.0.json", "", "clusters.0.json is not a readable JSON file"),
+        ("clusters.x.json", "{}", "clusters.x.json is not a file of the study"),
+        ("runs.0.jsonl", "[1]\n", "runs.0.jsonl has a line that is not a run of the study: [1]"),
     ],
 )
 def test_results_of_a_study_that_are_none(tmp_path, name, content, message):
@@ -294,8 +294,8 @@ def test_a_training_that_diverges_saves_nothing(shared, tmp_path, settings):
     ("resume", "message"),
     [
         ("True", "There is no checkpoint to resume from in `output_dir`"),
-        ("{tmp}", "is no checkpoint, it has no trainer_state.json"),
-        ("{tmp}/none", "is no checkpoint, it has no trainer_state.json"),
+        ("{tmp}", "is not a checkpoint, since it has no trainer_state.json"),
+        ("{tmp}/none", "is not a checkpoint, since it has no trainer_state.json"),
         ("{tmp}/broken", "broken cannot be resumed: "),
     ],
 )

@@ -215,7 +215,7 @@ def test_other_settings_want_another_folder(shared, tmp_path):
     extract(shared, tmp_path, layers=[0])
     status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path, layers=[1]))
     assert status == 2
-    assert errors == [f"error: {tmp_path} has hidden states with `layers` [0], not [1]; name another `output_dir`."]
+    assert errors == [f"error: {tmp_path} has hidden states with `layers` [0], not [1]; choose another `output_dir`."]
     assert json.loads((tmp_path / "settings.json").read_text())["layers"] == [0]
 
 
@@ -226,7 +226,7 @@ def test_files_of_something_else_stay(shared, tmp_path, name):
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path / "out"))
-    assert status == 2 and len(errors) == 1 and "name another `output_dir`" in errors[0] and name in errors[0]
+    assert status == 2 and len(errors) == 1 and "choose another `output_dir`" in errors[0] and name in errors[0]
     assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [path] and path.read_text() == "{}"
 
 
@@ -234,7 +234,7 @@ def test_an_index_of_something_else_beside_these_settings_stays(shared, tmp_path
     extract(shared, tmp_path, layers=[0])
     (tmp_path / "index.csv").write_text("my,own,table\n1,2,3\n")
     status, _, errors = run_main(extract_hidden_states, settings_of(shared, tmp_path, layers=[0]))
-    assert status == 2 and f"{tmp_path / 'index.csv'} is not of this script" in errors[0]
+    assert status == 2 and f"{tmp_path / 'index.csv'} was not written by this script" in errors[0]
     assert (tmp_path / "index.csv").read_text() == "my,own,table\n1,2,3\n"
 
 
@@ -247,7 +247,7 @@ def test_names_of_any_length_and_case_have_files():
     assert files == extract_hidden_states.file_names(long[::-1], ".safetensors")  # the same in each run
     assert extract_hidden_states.file_names(["A", "a"], ".npy") == {"A": "A.npy", "a": "a.npy"}
     for pair in (["A", "a"], ["\u00e9", "e\u0301"], ["Straße", "STRASSE"]):
-        with pytest.raises(ValueError, match="fall on one file"):
+        with pytest.raises(ValueError, match="map to the same file"):
             extract_hidden_states.file_names(pair, ".npy", folds_case=True)
 
 
@@ -290,7 +290,7 @@ def test_a_clip_that_the_memory_is_too_small_for_is_left_out(shared, tmp_path, m
     assert sizes == [7, *[1] * 7] and written.keys() == whole.keys() - {name_of(3)}
     for name, states in written.items():
         np.testing.assert_allclose(states, whole[name], atol=1e-5)
-    assert f"Left out: the memory is too small for {name_of(3)} of 1 s" in caplog.text
+    assert f"Left out: out of memory for {name_of(3)} of 1 s" in caplog.text
 
     def broken(self, waveforms):
         raise RuntimeError("a bug")
@@ -304,7 +304,7 @@ def test_a_clip_that_the_memory_is_too_small_for_is_left_out(shared, tmp_path, m
     ("scale", "message"),
     [
         (1e6, r"the clip .*\.(wav|flac) reach .*, too large for float16 \(at most 65504\)"),
-        (np.nan, "hold NaN or infinite"),
+        (np.nan, "contain NaN or infinite"),
     ],
 )
 def test_values_too_large_for_half_precision_are_an_error(shared, tmp_path, monkeypatch, scale, message):
@@ -345,9 +345,9 @@ def test_a_dataset_s_clips_are_named_by_row_or_column(shared, tmp_path):
     "columns, message",
     [
         ({"id": ["a", "a"]}, "Two clips have the name 'a'; choose another `id_column`"),
-        ({"id": ["a", "./a"]}, "The clips 'a' and './a' fall on one file, a.safetensors; choose another"),
-        ({"id": ["b//a", "b/./a/"]}, "The clips 'b//a' and 'b/./a/' fall on one file, b/a.safetensors"),
-        ({"id": ["a.safetensors/b", "a"]}, "The file of 'a' is a folder of 'a.safetensors/b'"),
+        ({"id": ["a", "./a"]}, "The clips 'a' and './a' map to the same file, a.safetensors; choose another"),
+        ({"id": ["b//a", "b/./a/"]}, "The clips 'b//a' and 'b/./a/' map to the same file, b/a.safetensors"),
+        ({"id": ["a.safetensors/b", "a"]}, "The file of 'a' has the path of a folder of 'a.safetensors/b'"),
         ({"id": ["a", "../b"]}, "'../b' cannot name a file; choose another `id_column`"),
         ({"id": ["a", "a/../b"]}, "'a/../b' cannot name a file"),
         ({"id": ["/etc/b", "a"]}, "'/etc/b' cannot name a file"),
@@ -372,12 +372,12 @@ def test_a_column_must_name_files(shared, tmp_path, columns, message):
     "settings, message",
     [
         ({"model": "no/such-directory/x"}, "The model `no/such-directory/x` cannot be loaded"),
-        ({"model": "{shared}/bert"}, "is a `bert`, which is no encoder of waveforms"),
-        ({"layers": [3]}, "`layers` holds 3, but the hidden states of `.*` are 0 to 2"),
-        ({"layers": [0, -4]}, "`layers` holds -4"),
+        ({"model": "{shared}/bert"}, "is a `bert`, not a waveform encoder"),
+        ({"layers": [3]}, "`layers` contains 3, but the hidden states of `.*` are 0 to 2"),
+        ({"layers": [0, -4]}, "`layers` contains -4"),
         ({"audio_dir": "no-such-folder"}, "The audio directory `no-such-folder` does not exist"),
-        ({"dataset_name": "x"}, "Give the speech by either `audio_dir` or `dataset_name`"),
-        ({"id_column": "id"}, "`id_column` is a column of `dataset_name`"),
+        ({"dataset_name": "x"}, "Pass the audio as either `audio_dir` or `dataset_name`"),
+        ({"id_column": "id"}, "`id_column` needs `dataset_name`"),
         ({"batch_seconds": 0}, "`batch_seconds` must be a number above 0 and at most 1000000, but is 0.0"),
         ({"max_seconds": -2}, "`max_seconds` must be a number above 0 and at most 1000000, but is -2.0"),
         ({"max_seconds": 0.01}, "None of the 7 clips can be used"),

@@ -43,7 +43,7 @@ def test_what_cannot_be_written_is_one_error(tmp_path, name, trial):
     before = listing(tmp_path)
     # For a file it is a directory that is in the way.
     path = tmp_path if trial is try_file and name == "a file" else f"{tmp_path}/{UNWRITABLE[name]}"
-    with pytest.raises(ValueError, match="^`result`, .* cannot be written to .*; name another.$") as caught:
+    with pytest.raises(ValueError, match="^`result`, .* cannot be written to .*; choose another.$") as caught:
         trial(path, "result")
     assert "\n" not in str(caught.value)
     assert listing(tmp_path) == before and (tmp_path / "file").read_text() == "kept"
@@ -77,11 +77,11 @@ def test_sources_are_kept_whatever_the_path(tmp_path, monkeypatch):
     ):
         for output, source in ((path, model), (model, path)):
             with pytest.raises(
-                ValueError, match="`output_dir`, .* is the `model`, .*, which would be overwritten; name"
+                ValueError, match="`output_dir`, .* is the `model`, .*, which would be overwritten; choose"
             ):
                 keep_sources(output, {"data": None, "model": source})
     with pytest.raises(
-        ValueError, match="`output_dir`, .* holds the `model`, .*checkpoint-3, which would be overwritten"
+        ValueError, match="`output_dir`, .* contains the `model`, .*checkpoint-3, which would be overwritten"
     ):
         keep_sources("link", {"model": model / "checkpoint-3"})
     keep_sources(tmp_path / "other", {"model": model})
@@ -108,9 +108,9 @@ def test_files_that_two_directories_share_are_kept(tmp_path, link):
 def test_json_that_cannot_be_read_is_one_error(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a.json is no JSON file that can be read \(.*\); restore or remove it"):
+    with pytest.raises(ValueError, match=r"a.json is not a readable JSON file \(.*\); restore or remove it"):
         read_json(path)
-    with pytest.raises(ValueError, match="is no JSON file that can be read"):
+    with pytest.raises(ValueError, match="is not a readable JSON file"):
         read_json(tmp_path)
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(ValueError, match="not a regular file"):

@@ -298,7 +298,7 @@ def test_the_default_data_is_the_demo_s(monkeypatch):
         ({"model": "no/such-directory/x"}, "The model `no/such-directory/x` cannot be loaded"),
         ({"text_column": "words"}, "has no column `words`; correct `text_column`, one of: audio, speaker"),
         ({"max_seconds": -1}, "`max_seconds` must be a number above 0 and at most 1000000, but is -1.0"),
-        ({"max_seconds": 0.5}, "No clip is left of 4: they are longer than 0.5 s"),
+        ({"max_seconds": 0.5}, "None of the 4 clips can be used: they are longer than 0.5 s"),
         ({"train_split": "validation"}, "has no split `validation`"),
         ({"lora": True, "lora_modules": ["nothing"]}, "Target modules .*nothing.* not found"),
     ],
@@ -311,7 +311,7 @@ def test_bad_input_is_one_line_before_training(shared, tmp_path, settings, messa
 
 def test_without_any_transcript_it_says_so(shared, tmp_path):
     dataset = datasets.Dataset.from_dict({"audio": ["a.wav", "b.wav"], "text": [None, "..."]})
-    with pytest.raises(ValueError, match="No clip is left of 2: they have no transcript"):
+    with pytest.raises(ValueError, match="None of the 2 clips can be used: they have no transcript"):
         finetune_ctc.with_transcripts(dataset, "text")
 
 

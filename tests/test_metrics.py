@@ -171,7 +171,7 @@ for name, arguments in inputs.items():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_share_an_empty_cache_offline(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -209,7 +209,7 @@ def test_accuracy(predictions, references, expected):
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        ([0.9, 0.2], "`predictions` must hold classes, strings or integers, but item 0 is 0.9"),
+        ([0.9, 0.2], "`predictions` must contain classes as strings or integers, but item 0 is 0.9"),
         ([1, None], "item 1 is None"),
         ([1, math.nan], "item 1 is nan"),
         ([[0.1, 0.9], [0.8, 0.2]], "don't match the expected format"),
@@ -272,9 +272,9 @@ def test_error_rate_of_random_texts():
     ("predictions", "references", "unit", "message"),
     [
         (["A"], ["A"], "phoneme", "`unit` must be one of word, character, but is 'phoneme'"),
-        (["A", ""], ["", "  "], "word", "no reference that is not empty"),
-        (["A", None], ["A", "B"], "word", "`predictions` must hold strings, but item 1 is None"),
-        (["A", "B"], ["A", None], "word", "`references` must hold strings, but item 1 is None"),
+        (["A", ""], ["", "  "], "word", "all references are empty"),
+        (["A", None], ["A", "B"], "word", "`predictions` must contain strings, but item 1 is None"),
+        (["A", "B"], ["A", None], "word", "`references` must contain strings, but item 1 is None"),
         ([1], [2], "word", "don't match the expected format"),
     ],
 )
@@ -323,7 +323,7 @@ def test_equal_error_rate_of_random_scores():
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
-        ([0.1, 0.2], [1, 1], r"at least one trial of each, but hold \[.*1.0.*\]"),
+        ([0.1, 0.2], [1, 1], r"at least one trial of each, but contain \[.*1.0.*\]"),
         ([0.1, 0.2], [0, 0], "at least one trial of each"),
         ([0.1, 0.2, 0.3], [0, 1, 2], "must be 0 and 1"),
         ([0.1, 0.2, 0.3], [0, 1, 0.5], "must be 0 and 1"),
@@ -386,9 +386,9 @@ def test_slot_filling_averages_f1_over_utterances_and_sums_edits_over_the_set():
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
     [
-        (["B-a ONE E-a"], ["ONE"], "no reference holds a slot"),
-        (["B-a ONE E-a"], ["B-a ONE E-b"], "no reference holds a slot"),
-        (["X", None], ["X", "B-a ONE E-a"], "`predictions` must hold strings, but item 1 is None"),
+        (["B-a ONE E-a"], ["ONE"], "no reference contains a slot"),
+        (["B-a ONE E-a"], ["B-a ONE E-b"], "no reference contains a slot"),
+        (["X", None], ["X", "B-a ONE E-a"], "`predictions` must contain strings, but item 1 is None"),
     ],
 )
 def test_slot_filling_of_bad_input(predictions, references, message):
@@ -489,15 +489,15 @@ def test_diarization_agrees_with_pyannote(collar):
 @pytest.mark.parametrize(
     ("prediction", "reference", "collar", "message"),
     [
-        ([("1", 2, 1)], [(ANN, 0, 1)], 0, "Recording 0 of `predictions` holds .* finite start <= end"),
-        ([], [(ANN, 0, math.nan)], 0, "Recording 0 of `references` holds .* finite start <= end"),
-        ([], [(ANN, None, 1)], 0, "Recording 0 of `references` holds"),
-        ([("1", 0, math.inf)], [(ANN, 0, 1)], 0, "Recording 0 of `predictions` holds"),
+        ([("1", 2, 1)], [(ANN, 0, 1)], 0, "Recording 0 of `predictions` contains .* finite start <= end"),
+        ([], [(ANN, 0, math.nan)], 0, "Recording 0 of `references` contains .* finite start <= end"),
+        ([], [(ANN, None, 1)], 0, "Recording 0 of `references` contains"),
+        ([("1", 0, math.inf)], [(ANN, 0, 1)], 0, "Recording 0 of `predictions` contains"),
         ([(None, 0, 1)], [(ANN, 0, 1)], 0, "needs a speaker"),
         ([], [(ANN, 0, 1)], -0.1, "`collar` must be a number of seconds, 0 or larger, but is -0.1"),
         ([], [(ANN, 0, 1)], math.nan, "`collar` must be a number of seconds"),
-        ([("1", 0, 1)], [], 0, "hold no speech to score"),
-        ([("1", 0, 1)], [(ANN, 0, 1)], 2, "hold no speech to score"),
+        ([("1", 0, 1)], [], 0, "contain no speech to score"),
+        ([("1", 0, 1)], [(ANN, 0, 1)], 2, "contain no speech to score"),
     ],
 )
 def test_diarization_of_bad_input(prediction, reference, collar, message):
@@ -607,8 +607,8 @@ def test_term_weighted_value_of_random_scores():
     [
         ([0.1, math.nan], [1, 0], {}, r"must be numbers, but item 1 is NaN"),
         ([0.1, None], [1, 0], {}, r"must be numbers, but item 1 is NaN"),
-        ([0.1, 0.2], [1, 2], {}, "must be 0 or 1, but hold .*2"),
-        ([0.1, 0.2], [0, 0], {}, "no query has a document that holds it"),
+        ([0.1, 0.2], [1, 2], {}, "must be 0 or 1, but contain .*2"),
+        ([0.1, 0.2], [0, 0], {}, "no query has a document that contains it"),
         ([0.1, 0.2], [1, 0], {"prior": 0}, "`prior` must be between 0 and 1, but is 0"),
         ([0.1, 0.2], [1, 0], {"prior": 1}, "`prior` must be between 0 and 1, but is 1"),
         ([0.1, 0.2], [1, 0], {"cost_miss": 0}, "must be above 0, but are 1.0 and 0"),

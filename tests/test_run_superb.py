@@ -168,19 +168,19 @@ def test_table_of_keywords(finished):
     accuracy = results["ks"]["scores"]["ks_accuracy"]
     assert page.startswith(f"# student, {size:.1f} M parameters\n")
     assert f"| KS acc ↑ | {accuracy:.2f} | {results['ks']['dataset'][0]} |" in page.splitlines()
-    assert not any(row.name in page for row in PUBLISHED) and "not of SUPERB's own data" in page
+    assert not any(row.name in page for row in PUBLISHED) and "not use SUPERB's own data" in page
 
 
 def test_published_rows_stand_beside_superb_s_data_alone(shared, finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "copy")
     results = evaluate(shared, tmp_path / "copy", **keywords_of(shared, superb_data=True))
     page = (tmp_path / "copy" / "out" / "student" / "superb.md").read_text()
-    rows = page[page.index("## Beside published models") :].splitlines()
+    rows = page[page.index("## Comparison with published models") :].splitlines()
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if row.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["**student**", *(row.name for row in sorted_by_score())]
     accuracy = results["ks"]["scores"]["ks_accuracy"]
     assert rows[0][2:4] == ["–", f"{accuracy:.2f}"] and set(rows[0][4:]) == {"–"}
-    assert "not of SUPERB's own data" not in page
+    assert "not use SUPERB's own data" not in page
 
 
 def sorted_by_score():
@@ -355,28 +355,31 @@ def test_a_run_that_was_stopped_goes_on(shared, finished, tmp_path, monkeypatch,
     [
         ({"task": "vc"}, "invalid choice: 'vc'"),
         ({"model": "no/such-directory/x"}, "The model `no/such-directory/x` cannot be loaded"),
-        ({"model": "{shared}/bert"}, "is a `bert`, which is no encoder of waveforms"),
-        ({"dataset_name": "{shared}/none"}, "The dataset `.*none`, which is no local directory, cannot be loaded"),
+        ({"model": "{shared}/bert"}, "is a `bert`, not a waveform encoder"),
+        ({"dataset_name": "{shared}/none"}, "The dataset `.*none`, which is not a local directory, cannot be loaded"),
         ({"train_split": "dev"}, "has no split `dev`; choose from train, validation, test"),
         ({"validation_split": "dev"}, "has no split `dev`"),
         ({"task": "er", "folds": ["train", "dev"], "validation_split": None}, "has no split `dev`"),
-        ({"audio_column": "sound"}, "has no column `sound`; name the one with the audio: audio, action"),
-        ({}, "`ks` needs one of the columns label, keyword, but the data set has audio, action"),
+        ({"audio_column": "sound"}, "has no column `sound`; choose the audio column from: audio, action"),
+        ({}, "`ks` needs one of the columns label, keyword, but the dataset has audio, action"),
         ({"label_column": "colour"}, "The train set has no column `colour`; it has audio, action"),
-        ({"label_column": ["action", "object"]}, "`ks` has one label, but 2 columns are named"),
+        ({"label_column": ["action", "object"]}, "`ks` has one label column, but 2 were given"),
         ({"label_column": "clip"}, "The test set has 'test/0' in `clip`, which the training set lacks"),
         ({"task": "asr", "text_column": "words"}, "The train set has no column `words`"),
         ({"task": "asv", "speaker_column": "who"}, "The train set has no column `who`"),
-        ({"task": "asv", "trials": "{shared}/none.txt"}, "The trials .*none.txt do not exist; correct the path"),
+        (
+            {"task": "asv", "trials": "{shared}/none.txt"},
+            "The trials file .*none.txt does not exist; correct its path",
+        ),
         ({"task": "asv", "trials": "{shared}/lexicon.txt"}, "Line 1 of .* must be `1` or `0` and two files"),
         ({"task": "pr", "lexicon": "{shared}/none.txt"}, "The lexicon .*none.txt does not exist"),
         ({"task": "sid", "max_seconds": 0.01}, "None of the 12 clips can be read"),
-        ({"task": "sid", "learning_rates": [1e38]}, "Training sid came to NaN with every learning rate"),
+        ({"task": "sid", "learning_rates": [1e38]}, "Training sid produced NaN with every learning rate"),
         ({"task": "sid", "learning_rates": [1e-3, 0]}, "`learning_rates` must be a number above 0, but is 0"),
         ({"task": "sid", "learning_rates": [-1.0]}, "`learning_rates` must be a number above 0, but is -1.0"),
         ({"validation_share": 1}, "`validation_share` must be a number above 0 and below 1, but is 1.0"),
         ({"task": "er", "folds": ["train"]}, "`folds` needs at least two splits"),
-        ({"model": "fbank", "untrained": True}, "`fbank` has no weights to draw; leave out `--untrained`"),
+        ({"model": "fbank", "untrained": True}, "`fbank` has no weights to initialise; leave out `--untrained`"),
         ({"cache_dtype": "bfloat16"}, "invalid choice: 'bfloat16'"),
         ({"asv_head": "linear"}, "invalid choice: 'linear'"),
         ({"task": "sid", "eval_strategy": "no"}, "`eval_strategy` is no, but the validation set chooses the head"),
@@ -396,7 +399,7 @@ def test_bad_input_is_one_line(shared, tmp_path, settings, message):
 def test_other_settings_want_another_directory(shared, finished, tmp_path):
     directory, before = finished
     for changed, message in (
-        ({"max_steps": 6}, "results with `max_steps` 4, not 6; name another directory"),
+        ({"max_steps": 6}, "results with `max_steps` 4, not 6; choose another directory"),
         ({"per_device_train_batch_size": 8}, "results with `per_device_train_batch_size` 4, not 8"),
         ({"label_column": "label"}, r"results with `label_column` None, not \['label'\]"),
         ({"train_split": "train[:80%]"}, "results with `cache`"),
@@ -415,7 +418,7 @@ def test_other_settings_want_another_directory(shared, finished, tmp_path):
 
 def test_too_few_speakers_to_hold_some_out(shared, tmp_path):
     for rows, message in (
-        ([0, 1, 2], "The training set has 1 speakers, too few to hold some out; name a validation split"),
+        ([0, 1, 2], "The training set has 1 speakers, too few to hold some out; pass a validation split"),
         ([0], "The training set has 1 speakers, too few"),
     ):
         chosen = [read_metadata(shared / "keywords" / "train")[row] | {"speaker": "ann"} for row in rows]
@@ -441,4 +444,4 @@ def test_unreadable_clips_are_left_out_and_named(shared, tmp_path, caplog):
     settings = keywords_of(shared) | {"dataset_name": tmp_path / "keywords"}
     results = evaluate(shared, tmp_path / "run", **settings)["ks"]["runs"]["test"]
     assert results["num_clips"]["test"] == 5
-    assert f"Left out: `{path}` is no audio" in caplog.text
+    assert f"Left out: `{path}` cannot be decoded as audio" in caplog.text

@@ -246,7 +246,7 @@ def test_directory_without_metadata_is_an_error(speech, tmp_path):
         run_study.StudyArguments(librispeech=tmp_path, speech_commands=speech["speech_commands"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypatch):
     for module in (run_study, study_design):
         monkeypatch.setattr(module, "SEEDS", (0,))

@@ -31,7 +31,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 from skill_hf import WavLMForSkillStudent
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 WRONG = {
     "one clip": r"Each speaker needs two clips, but these have one: \d+\.$",

@@ -1,7 +1,7 @@
 """
-What the demo compares its student with, all on the same held-out audio:
+Models that the demo compares its student with, all on the same held-out audio:
 
-- itself right after the cut, before stage 2;
+- the student itself right after the cut, before stage 2;
 - a student that was pruned at random to the same size and distilled for as many steps;
 - a student of the same recipe whose loss sees DPHuBERT's layers instead of groups.
 """
@@ -104,7 +104,7 @@ def compare(trainer: SkillDistillationTrainer) -> dict:
         for name, run, step in (
             ("SKILL, both stages", trainer, total),
             ("SKILL, after the cut, before stage 2", trainer, trainer.steps.joint),
-            ("pruned at random, as many steps", by_chance, total),
+            ("pruned at random, same number of steps", by_chance, total),
         )
     }
     seconds = {"random": time.perf_counter() - start}

@@ -1,10 +1,10 @@
-"""Shows by a linear probe that the demo's teacher is trained: its layers against the untrained network and MFCC.
+"""Linear probes of the demo's teacher: compares its layers with the untrained network and MFCC.
 
-Each clip becomes one vector, the mean over time of its features; one and the same classifier reads every kind of
+Each clip becomes one vector, the mean over time of its features; the same classifier is used for every kind of
 feature. Two tasks, on audio that `examples/pretrain_teacher.py` leaves out:
 
-- *word*: ten keywords of Speech Commands, by speakers that neither the network nor the classifier has heard;
-- *speaker*: who reads a segment of 2 s of LibriSpeech, in recordings that neither has heard.
+- *word*: ten keywords of Speech Commands, by speakers that neither the network nor the classifier was trained on;
+- *speaker*: who reads a segment of 2 s of LibriSpeech, in recordings that neither was trained on.
 
     python examples/demo/probe_teacher.py --librispeech DIR/librispeech-train-clean-5 \\
         --speech_commands DIR/speech-commands-test --output probe.json
@@ -49,16 +49,18 @@ C_GRID = (0.01, 0.1, 1.0, 10.0)  # inverse strength of the L2 penalty
 @dataclass
 class ProbeArguments:
     librispeech: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker) and audio."})
-    speech_commands: Path = field(metadata={"help": "Same, of one-second clips, with the column label."})
-    output: Path = field(metadata={"help": "JSON file for the figures."})
+    speech_commands: Path = field(metadata={"help": "The same for one-second clips, with the column label."})
+    output: Path = field(metadata={"help": "JSON file for the results."})
     teacher: Path = field(
-        default=Path(__file__).resolve().parent / "teacher", metadata={"help": "Directory of the trained network."}
+        default=Path(__file__).resolve().parent / "teacher", metadata={"help": "Directory of the trained model."}
     )
-    untrained_seeds: Count = field(default=3, metadata={"help": "Untrained networks, each of another seed."})
+    untrained_seeds: Count = field(
+        default=3, metadata={"help": "Number of untrained models, each with a different seed."}
+    )
     share: Annotated[float, Range(above=0, most=1)] = field(
-        default=1.0, metadata={"help": "Share of the clips, for a quick look."}
+        default=1.0, metadata={"help": "Share of the clips to use, for a quick test."}
     )
-    seed: Seed = field(default=0, metadata={"help": "Seed of the folds; untrained networks count up from it."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the folds; untrained models use the seeds that follow."})
 
 
 @dataclass
@@ -105,8 +107,8 @@ def segments(audio: np.ndarray, seconds: float = SEGMENT_SECONDS, most: int = SE
 def check_folds(directory: Path, rows: list[dict], group: str) -> None:
     if len({row[group] for row in rows}) < 2 * NUM_FOLDS:
         raise ValueError(
-            f"{directory} has {len(rows)} clips to probe, of less than {2 * NUM_FOLDS} different {group}s; give more,"
-            " or a larger `share`."
+            f"{directory} has {len(rows)} clips to probe from fewer than {2 * NUM_FOLDS} different {group}s; use more"
+            " clips or a larger `share`."
         )
 
 

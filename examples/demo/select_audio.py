@@ -2,9 +2,9 @@
 
     python examples/demo/select_audio.py --source DIR/librispeech-train-clean-5 --output examples/demo/audio
 
-`heldout` has the speakers that neither the teacher nor the student ever hears. `train` has recordings of the others
-that the teacher was trained on; those that it was not trained on stay free for `probe_teacher.py`. The same seed picks
-the same files on every machine.
+`heldout` has speakers that neither the teacher nor the student is trained on. `train` has recordings of the others
+that the teacher was trained on; the remaining ones are reserved for `probe_teacher.py`. The same seed picks the same
+files on every machine.
 """
 
 import csv
@@ -35,12 +35,12 @@ class SelectArguments:
     source: Path = field(
         metadata={"help": "Directory with audio and metadata.csv (file_name, speaker, chapter, text)."}
     )
-    output: Path = field(metadata={"help": "Directory that gets the folders train and heldout."})
-    train_megabytes: Positive = field(default=4.5, metadata={"help": "Most audio in train, in units of 10^6 bytes."})
+    output: Path = field(metadata={"help": "Output directory for the folders train and heldout."})
+    train_megabytes: Positive = field(default=4.5, metadata={"help": "Maximum size of train, in units of 10^6 bytes."})
     heldout_megabytes: Positive = field(
-        default=1.0, metadata={"help": "Most audio in heldout, in units of 10^6 bytes."}
+        default=1.0, metadata={"help": "Maximum size of heldout, in units of 10^6 bytes."}
     )
-    seed: Seed = field(default=0, metadata={"help": "Seed of the order in which a speaker's utterances are taken."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the order in which a speaker's utterances are chosen."})
 
 
 def select(rows: list[dict], budget: int, seed: int = 0) -> list[dict]:
@@ -76,7 +76,9 @@ def select(rows: list[dict], budget: int, seed: int = 0) -> list[dict]:
         used += row["bytes"]
         seconds[speaker] += row["seconds"]
     if len({row["speaker"] for row in chosen}) < len(waiting):
-        raise ValueError(f"{budget} bytes are too few for an utterance of each of {len(waiting)} speakers; give more.")
+        raise ValueError(
+            f"{budget} bytes are too few for an utterance of each of {len(waiting)} speakers; raise the limit."
+        )
     return sorted(chosen, key=lambda row: row["file_name"])
 
 
@@ -115,7 +117,7 @@ def check_folders(output: Path, names: Sequence[str]) -> None:
     try_directory(output, "output")
     for name in names:
         if (output / name).exists():
-            raise ValueError(f"{output / name} exists already; remove it, or name another `output`.")
+            raise ValueError(f"{output / name} already exists; remove it, or choose another `output`.")
 
 
 def run(args: SelectArguments) -> None:
@@ -137,7 +139,7 @@ def run(args: SelectArguments) -> None:
         for row in chosen:
             row["target"] = Path(row["file_name"]).name
         if len({row["target"] for row in chosen}) < len(chosen):
-            raise ValueError(f"Utterances of {args.source} in different folders have one name; rename them.")
+            raise ValueError(f"Utterances of {args.source} in different folders have the same name; rename them.")
     for name, chosen in splits.items():
         size = copy_clips(args.source, args.output / name, chosen, COLUMNS)
         seconds = defaultdict(float)

@@ -2,8 +2,8 @@
 
     python examples/demo/select_keywords.py --source DIR/speech-commands-test --output examples/demo/keywords
 
-`test` has speakers that the demo's teacher never heard, `train` has speakers of its training set: none is in both.
-The same seed picks the same files on every machine.
+`test` has speakers that the demo's teacher was not trained on, `train` has speakers of its training set. The same seed
+picks the same files on every machine.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ SPLITS = {"train": "train", "test": "speakers"}  # folder -> what `heldout_split
 @dataclass
 class SelectArguments:
     source: Path = field(metadata={"help": "Directory with audio and metadata.csv (file_name, label, speaker)."})
-    output: Path = field(metadata={"help": "Directory that gets the folders train and test."})
-    train_clips: Count = field(default=40, metadata={"help": "Clips of each word in train."})
-    test_clips: Count = field(default=25, metadata={"help": "Clips of each word in test."})
-    seed: Seed = field(default=0, metadata={"help": "Seed of the order in which clips are taken."})
+    output: Path = field(metadata={"help": "Output directory for the folders train and test."})
+    train_clips: Count = field(default=40, metadata={"help": "Clips per word in train."})
+    test_clips: Count = field(default=25, metadata={"help": "Clips per word in test."})
+    seed: Seed = field(default=0, metadata={"help": "Seed of the order in which clips are chosen."})
 
 
 def select(rows: list[dict], clips_per_word: int, seed: int = 0) -> list[dict]:
@@ -58,7 +58,7 @@ def select(rows: list[dict], clips_per_word: int, seed: int = 0) -> list[dict]:
     for _ in range(clips_per_word):
         for word, clips in waiting.items():
             if not clips:
-                raise ValueError(f"There are fewer than {clips_per_word} clips of `{word}`; ask for fewer.")
+                raise ValueError(f"There are fewer than {clips_per_word} clips of `{word}`; request fewer.")
             row = min(clips, key=lambda row: taken[row["speaker"]])
             clips.remove(row)
             taken[row["speaker"]] += 1

@@ -1,10 +1,10 @@
 """
-Tables and figures of the study, from what `run_study.py` has left in `results`, as far as it has come.
+Tables and figures of the study, from the results of `run_study.py`, finished or not.
 
     python examples/study/draw_study.py
 
-It prints the tables, draws the figures, and puts both into the docs page, between `<!-- study: NAME -->` and
-`<!-- end -->`, so that the page says what the results say. Run it again whenever there are new results.
+It prints the tables, draws the figures, and inserts both into the docs page between `<!-- study: NAME -->` and
+`<!-- end -->`. Run it again whenever there are new results.
 """
 
 import io
@@ -87,9 +87,9 @@ STYLES = dict(zip(COMPARED, zip((*COLOURS, DARK), (*MARKERS, "X"), strict=True),
 
 @dataclass
 class DrawArguments:
-    results: Path = field(default=HERE / "results", metadata={"help": "What `run_study.py` has made."})
-    page: Path = field(default=DOCS / "study.md", metadata={"help": "Markdown page whose blocks are filled."})
-    figures: Path = field(default=DOCS / "figures", metadata={"help": "Where figures go."})
+    results: Path = field(default=HERE / "results", metadata={"help": "Results directory of `run_study.py`."})
+    page: Path = field(default=DOCS / "study.md", metadata={"help": "Markdown page whose blocks to fill."})
+    figures: Path = field(default=DOCS / "figures", metadata={"help": "Output directory for the figures."})
 
 
 def name_of(method: str) -> str:
@@ -136,8 +136,8 @@ def floors_note(study: Study, floor: str) -> str:
     if not left_out or not study.score("teacher", METRICS[0]).size or not study.score(floor, METRICS[0]).size:
         return ""
     return (
-        f"\n\nThe teacher does not beat {floor} with every seed in {', '.join(left_out)}: there is no gain to keep,"
-        f" and these tasks don't count in the mean share over {floor}."
+        f"\n\nThe teacher does not beat {floor} with every seed in {', '.join(left_out)}, so the mean share over"
+        f" {floor} excludes these tasks."
     )
 
 
@@ -165,11 +165,11 @@ def setting(study: Study) -> str:
     )
     rows = [
         ("teacher", f"{num_hidden_states(study) - 1} layers, {teacher_parameters(study):,} parameters"),
-        ("students", f"{done} of {len(study.planned)} that are planned; methods with the same groups share them"),
+        ("students", f"{done} of {len(study.planned)} planned; methods with the same groups share them"),
         ("seeds", f"{', '.join(map(str, sorted(study.similarities)))}: of calibration, training and heads"),
         ("calibration", f"{CALIBRATION_SAMPLES} clips of at most {CALIBRATION_SECONDS:g} s"),
         (
-            "a student's training",
+            "training of a student",
             f"{first['max_steps']} steps of {first['batch_size']} crops of {first['max_seconds']:g} s",
         ),
         ("audio per student", f"{seconds / 60:.0f} min"),
@@ -197,7 +197,7 @@ def machines(study: Study) -> str:
             ]
             rows.append([name_of(name), *(cell or "–" for cell in cells)])
     names = ", ".join(f"{letter}: {machine}" for machine, letter in letters.items())
-    header = ["trained and probed on, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
+    header = ["machine of training and probing, by seed", *(f"sparsity {sparsity:g}" for sparsity in ordered)]
     return f"{table(header, rows, texts=len(header))}\n\n{names}."
 
 
@@ -227,7 +227,8 @@ def repeats_note(study: Study) -> str:
     places = Counter(" and ".join(sorted(run["settings"]["processor"] for run in pair)) for pair in pairs)
     where = "; ".join(f"{count} on {names}" for names, count in sorted(places.items()))
     return (
-        f"\n\n{len(pairs)} students were trained twice: {where}. They are at most this far apart: {', '.join(most)}."
+        f"\n\n{len(pairs)} students were trained twice: {where}. Largest differences between the two:"
+        f" {', '.join(most)}."
     )
 
 
@@ -255,7 +256,7 @@ def references(study: Study) -> str:
             for task, task_rates in study.references["teacher"]["learning_rates"].items()
         ]
         text += (
-            f"\n\nLearning rates that were best for the teacher on the validation sets, with the first seed:"
+            f"\n\nBest learning rates for the teacher on the validation sets, with the first seed:"
             f" {', '.join(rates)}. All students are probed with these."
         )
     return text + "".join(floors_note(study, floor) for floor in FLOORS)
@@ -307,8 +308,8 @@ def scores_caption(study: Study) -> str:
     if not any(study.runs_of(name, sparsity) for name in COMPARED for sparsity in SPARSITIES):
         return ""
     return (
-        "A mark is a seed, a bar the mean of a method. Axes of error rates are reversed, so that better is"
-        " up. The line of the untrained network is left out where it is far from the others."
+        "Each mark is a seed, each bar the mean of a method. Axes of error rates are reversed, so higher is better."
+        " The line of the untrained network is omitted where it is far from the others."
     )
 
 
@@ -358,7 +359,7 @@ def against_teacher(study: Study) -> str:
             rows.append([name_of(name), len(comparison.differences), *cells])
         header = [f"sparsity {sparsity:g}: student minus teacher (p)", "seeds"]
         tables.append(table([*header, *(SCORES[metric].label for metric in METRICS)], rows))
-    note = "Paired by the seed of the heads; bold: below 0.05 with Holm's correction over a table."
+    note = "Differences are paired by the seed of the heads; bold: p below 0.05 after Holm's correction over a table."
     return "\n\n".join([*tables, note]) if tables else ""
 
 
@@ -387,21 +388,21 @@ def significance(study: Study) -> str:
         # Where all pairs are, it is the same table.
         if on_one and [found.p for *_, found in on_one] != [found.p for *_, found in compared]:
             text = comparisons(on_one, several)
-            tables.append(f"The same of pairs that were trained on one machine:\n\n{text}")
+            tables.append(f"The same for pairs that were trained on one machine:\n\n{text}")
     if not tables:
         return ""
     text = (
-        "Differences are paired by seed; intervals and p are those of the paired t test, two-sided, and Holm's"
-        " correction is over all rows of a table. *Detectable* is the true difference that such a test, at 5 % and"
-        " without correction, would find in 80 % of all cases, if the differences spread as they do here."
+        "Differences are paired by seed; intervals and p come from a two-sided paired t test, and Holm's correction"
+        " is over all rows of a table. *Detectable* is the true difference that such a test would find with a power"
+        " of 80 %, at the 5 % level, without correction and with the spread observed here."
     )
     if most > 1:
         text += (
-            f" With {most} seeds that takes {detectable_effect(most):.1f} standard deviations of the differences; a"
-            f" difference of one is missed in {100 * (1 - power(1, most)):.0f} % of all cases, so one that is not"
-            f" significant may well be there. Even {most} seeds on one side have p = {0.5 ** (most - 1):.3g}"
-            " by a sign test. Seeds stand for calibration clips, training and heads: another teacher or other data may"
-            " come to something else."
+            f" With {most} seeds this is {detectable_effect(most):.1f} standard deviations of the differences; a"
+            f" difference of one standard deviation is missed in {100 * (1 - power(1, most)):.0f} % of all cases, so a"
+            f" difference may exist even if it is not significant. Even if all {most} seeds agree in sign, a sign test"
+            f" gives p = {0.5 ** (most - 1):.3g}. Seeds cover calibration clips, training and heads: results with"
+            " another teacher or other data may differ."
         )
     return "\n\n".join([*tables, text])
 
@@ -453,7 +454,7 @@ def distances(study: Study) -> str:
                 )
     if not rows:
         return ""
-    header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "those it distils", "the others"]
+    header = ["sparsity", "mean distance (1 − CKA)", "seeds", "all hidden states", "distilled ones", "the others"]
     text = table([*header, "DPHuBERT's four", "all but these", "heads left, by seed"], rows, texts=2)
     return text + lacking(study, COMPARED, MAIN_SPARSITY)
 
@@ -501,7 +502,9 @@ def variants(study: Study) -> str:
     header = ["", "usual groups", "distinct", "same as SKILL's", "seeds run"]
     labels = [outcome.label for outcome in (*SCORES.values(), *means)]
     text = table([*header, *labels, "p of the share", "p of the distance"], rows, texts=2)
-    note = "p: paired by seed against SKILL, without correction; 1 where all groups are the same, thus the students."
+    note = (
+        "p: paired by seed against SKILL, without correction; 1 where all groups, and thus the students, are the same."
+    )
     return f"{text}\n\n{note}{lacking(study, VARIANTS, MAIN_SPARSITY)}"
 
 
@@ -565,8 +568,7 @@ def groups_table(study: Study) -> str:
         )
     tables = [
         table(("measure", "number", "groups", "seeds"), found, texts=4),
-        "Mean silhouette by the number of groups, mean over the seeds:\n\n"
-        + table(("measure", *numbers), silhouettes),
+        "Silhouette by the number of groups, mean over the seeds:\n\n" + table(("measure", *numbers), silhouettes),
         "Mean similarity of two hidden states, ± over the seeds:\n\n"
         + table(("measure", "all pairs", "in a group", "in different groups"), alike),
     ]
@@ -582,10 +584,12 @@ def stability(study: Study) -> str:
         return ""
     tables = []
     seeds = ", ".join(map(str, study.groups))
-    most = f"those of {most_clips(study)} clips with the same seed, of which they are a part"
+    most = f"those of {most_clips(study)} clips with the same seed, which include them"
     titles = {
-        True: f"Groups of so many clips against {most}: mean adjusted Rand index over the seeds {seeds} (lowest).",
-        False: f"Groups of two seeds, of as many clips: mean over all pairs of the seeds {seeds} (lowest).",
+        True: f"Groups by number of clips against {most}: mean adjusted Rand index over the seeds {seeds} (lowest).",
+        False: (
+            f"Groups of two seeds with the same number of clips: mean over all pairs of the seeds {seeds} (lowest)."
+        ),
     }
     for with_largest, title in titles.items():
         if not with_largest and len(study.groups) < 2:
@@ -785,7 +789,9 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
     filled = BLOCK.sub(replace, page)
     if page.count("<!-- study:") != len(BLOCK.findall(page)):
-        raise ValueError("A block has no `<!-- end -->`, or its marker is no line of the form `<!-- study: NAME -->`.")
+        raise ValueError(
+            "A block has no `<!-- end -->`, or its marker is not a line of the form `<!-- study: NAME -->`."
+        )
     return filled
 
 
@@ -805,7 +811,7 @@ def link_to(figures: Path, page: Path) -> str:
 def run(args: DrawArguments) -> None:
     require("matplotlib", "matplotlib", "The figures need")
     if not args.page.is_file():
-        raise ValueError(f"There is no page {args.page}; give one with lines of the form `<!-- study: NAME -->`.")
+        raise ValueError(f"There is no page {args.page}; pass one with lines of the form `<!-- study: NAME -->`.")
     study = read_study(args.results)
     blocks = make_blocks(study, link_to(args.figures, args.page))
     try_directory(args.figures, "figures")

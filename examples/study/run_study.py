@@ -1,19 +1,19 @@
 """
-Does it help to distil groups of layers that are alike? Trains and probes students of one teacher that differ in
-nothing but what their loss sees: SKILL's groups, DPHuBERT's layers, other baselines and variants (`study_design.py`).
+Does it help to distil groups of similar layers? Trains and probes students of one teacher that differ only in what
+their loss compares: SKILL's groups, DPHuBERT's layers, other baselines and variants (`study_design.py`).
 
     python examples/study/run_study.py \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
 
-Both directories are those of `examples/pretrain_teacher.py`. The study takes hours; whatever is in `results` is not
-done again, so it can be stopped at any time, and several workers can share it, each with a core of its own:
+The directories are the same as for `examples/pretrain_teacher.py`. The study takes hours; runs in `results` are not
+repeated, so it can be stopped at any time, and several workers can share it, each with its own core:
 
     python examples/study/run_study.py ... --worker 0 --num_workers 2 --num_threads 1 &
     python examples/study/run_study.py ... --worker 1 --num_workers 2 --num_threads 1
 
-`results` then holds `clusters.*.json` (for each seed the similarity of the teacher's layers by four measures, and
+`results` then contains `clusters.*.json` (for each seed the similarity of the teacher's layers by four measures, and
 groups by calibration size), `references.json` (teacher, untrained network and filterbanks on the same tasks) and
-`runs.*.jsonl`, a student a line; `draw_study.py` makes tables and figures of them.
+`runs.*.jsonl`, one student per line; `draw_study.py` makes tables and figures from them.
 """
 
 import json
@@ -73,24 +73,28 @@ class StudyArguments:
     librispeech: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker, text) and audio."})
     speech_commands: Path = field(metadata={"help": "Directory with metadata.csv (file_name, speaker, label)."})
     teacher: Path = field(default=HERE / "teacher", metadata={"help": "Hub id or directory of the teacher."})
-    results: Path = field(default=HERE / "results", metadata={"help": "Where results are added."})
+    results: Path = field(default=HERE / "results", metadata={"help": "Directory to add results to."})
     max_steps: Annotated[int, Range(4, most=MAX_COUNT)] = field(
-        default=240, metadata={"help": "Optimizer steps of a student, both stages."}
+        default=240, metadata={"help": "Optimizer steps per student, both stages together."}
     )
     batch_size: Count = field(default=4, metadata={"help": "Crops per step."})
     max_seconds: Seconds = field(default=2.0, metadata={"help": "Length of a crop in seconds."})
-    worker: Whole = field(default=0, metadata={"help": "Number of this worker, from 0."})
-    num_workers: Count = field(default=1, metadata={"help": "Workers that share the study."})
-    num_threads: Annotated[int, Range(1, most=1024)] = field(default=2, metadata={"help": "Threads of this worker."})
-    hours: Positive | None = field(default=None, metadata={"help": "No run is begun after this time."})
-    max_runs: Whole | None = field(default=None, metadata={"help": "Students that this worker trains at most."})
+    worker: Whole = field(default=0, metadata={"help": "Index of this worker, from 0."})
+    num_workers: Count = field(default=1, metadata={"help": "Number of workers that share the study."})
+    num_threads: Annotated[int, Range(1, most=1024)] = field(
+        default=2, metadata={"help": "CPU threads of this worker."}
+    )
+    hours: Positive | None = field(default=None, metadata={"help": "No new run is started after this many hours."})
+    max_runs: Whole | None = field(
+        default=None, metadata={"help": "Maximum number of students that this worker trains."}
+    )
 
     def __post_init__(self):
         if not 0 <= self.worker < self.num_workers:
             raise ValueError(f"`worker` must be from 0 to {self.num_workers - 1}, but is {self.worker}.")
         for directory in (self.librispeech, self.speech_commands):
             if not (directory / "metadata.csv").is_file():
-                raise ValueError(f"{directory} has no metadata.csv; give the directory that has it.")
+                raise ValueError(f"{directory} has no metadata.csv; pass the directory that contains it.")
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -253,7 +257,7 @@ def finished(results: Path) -> set[str]:
             try:
                 keys.add(json.loads(line)["key"])
             except json.JSONDecodeError:
-                logger.warning("%s has a line that is torn; it is passed over.", path)
+                logger.warning("%s has an incomplete line, which is skipped.", path)
     return keys
 
 
@@ -285,7 +289,7 @@ def run(args: StudyArguments) -> None:
     trained = 0
     for number, (name, sparsity, seed) in enumerate(mine, start=1):
         if args.hours is not None and time.monotonic() - start > 3600 * args.hours or trained == args.max_runs:
-            logger.info("%d students are left for another time.", len(mine) - number + 1)
+            logger.info("%d students are left for later.", len(mine) - number + 1)
             return
         method = resolve(name, cluster(args, teacher, feature_extractor, train, seed), seed)
         key = run_key(method, sparsity, seed)

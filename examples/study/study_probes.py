@@ -1,4 +1,4 @@
-"""What an encoder of the study knows: four of SUPERB's tasks on held-out speech, small enough for every student."""
+"""Evaluates an encoder of the study on four of SUPERB's tasks on held-out speech, small enough for every student."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""What the study has found so far: its results, shares of the teacher's gain, and comparisons by seed."""
+"""The study's results so far: scores, shares of the teacher's gain, and comparisons by seed."""
 
 import json
 import logging
@@ -89,14 +89,14 @@ def read_study(directory: Path) -> Study:
         `ValueError`: if the directory is missing, or if runs are of different settings.
     """
     if not directory.is_dir():
-        raise ValueError(f"There is no directory {directory}; give the one that `run_study.py` adds results to.")
+        raise ValueError(f"There is no directory {directory}; pass the one that `run_study.py` adds results to.")
     path = directory / "references.json"
     references = read_json(path) if path.is_file() else {}
     clusters = {}
     for path in directory.glob("clusters.*.json"):
         seed = path.name.split(".")[1]
         if not seed.isdigit():
-            raise ValueError(f"{path} is no file of the study, clusters.SEED.json; move it elsewhere.")
+            raise ValueError(f"{path} is not a file of the study, clusters.SEED.json; move it elsewhere.")
         clusters[int(seed)] = read_json(path)
     runs: dict[str, dict] = {}
     repeats: list[dict] = []
@@ -105,18 +105,18 @@ def read_study(directory: Path) -> Study:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                logger.warning("%s has a line that is torn; it is passed over.", path)
+                logger.warning("%s has an incomplete line, which is skipped.", path)
                 continue
             if not isinstance(row, dict) or "key" not in row or "settings" not in row:
-                raise ValueError(f"{path} has a line that is no run of the study: {line[:80]}")
+                raise ValueError(f"{path} has a line that is not a run of the study: {line[:80]}")
             if runs.setdefault(row["key"], row) is not row:
                 repeats.append(row)
     for name in SHARED_SETTINGS:
         found = {json.dumps(row["settings"][name], sort_keys=True) for row in runs.values()}
         if len(found) > 1:
             raise ValueError(
-                f"Runs in {directory} have different `{name}`: {' and '.join(sorted(found))}. They can't be compared;"
-                " keep those of one setting."
+                f"Runs in {directory} have different `{name}`: {' and '.join(sorted(found))}. They cannot be compared;"
+                " keep only the runs with one setting."
             )
     study = Study(
         similarities={
@@ -135,7 +135,7 @@ def read_study(directory: Path) -> Study:
         repeats=tuple(repeats),
     )
     if strays := len(runs.keys() - study.planned):
-        logger.warning("%d runs in %s belong to no method; they are passed over.", strays, directory)
+        logger.warning("%d runs in %s do not belong to any method; they are skipped.", strays, directory)
     return study
 
 

@@ -1,5 +1,5 @@
 """
-Compression of speech models by SKILL (arXiv 2402.16830): similar layers are distilled as groups, structures pruned.
+Compresses speech models with SKILL (arXiv 2402.16830): distils groups of similar layers and prunes structures.
 
 Importing this package registers the students of all families with the auto classes of transformers, so that
 `AutoModel.from_pretrained(student)` works without `trust_remote_code`. The rest is imported at first use.

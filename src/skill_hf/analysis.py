@@ -1,4 +1,4 @@
-"""What distillation has left of a teacher: how far the student is from it at every layer, and how much it computes."""
+"""Compares a student with its teacher: the distance at every layer, and the number of multiply-accumulates."""
 
 from .compression.macs import count_macs
 from .grouping.layer_distances import layer_distances

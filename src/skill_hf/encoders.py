@@ -1,4 +1,4 @@
-"""Hidden states of clips, from pretrained encoders and from filterbanks alike, each clip's as it has them alone."""
+"""Hidden states of clips, from pretrained encoders or filterbanks; the same in a batch as for each clip alone."""
 
 import functools
 import math
@@ -30,25 +30,25 @@ def ignores_padding(config) -> bool:
 
 def feature_extractor_for(model: str, config) -> Wav2Vec2FeatureExtractor:
     """
-    The feature extractor of a model, which makes an attention mask where the network needs one to ignore padding.
+    The feature extractor of a model; it returns an attention mask if the network needs one to ignore padding.
 
     Args:
         model (`str`): Hub id or local directory.
         config (`PreTrainedConfig`): of the network.
 
     Raises:
-        `ValueError`: if there is none, or it cannot be used.
+        `ValueError`: if it is missing or cannot be used.
     """
     feature_extractor = load_feature_extractor(model)
     if feature_extractor is None:
-        raise ValueError(f"`{model}` has no preprocessor_config.json, which says how it takes audio.")
+        raise ValueError(f"`{model}` has no preprocessor_config.json, which describes how to prepare its audio.")
     if ignores_padding(config):
         feature_extractor.return_attention_mask = True
     return feature_extractor
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on a CPU or a GPU, got no memory."""
+    """Whether the error says that Python, or PyTorch on a CPU or a GPU, ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error)) is not None
@@ -59,9 +59,9 @@ class PretrainedEncoder:
     All hidden states of a speech encoder, frozen.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): WavLM, HuBERT, wav2vec 2.0 and their like, or a student; it runs on
-            its device and in its dtype, in eval mode.
-        feature_extractor (`Wav2Vec2FeatureExtractor`): the model's own; it normalises.
+        model ([`~transformers.PreTrainedModel`]): WavLM, HuBERT, wav2vec 2.0 or similar, or a student; it runs on its
+            device and in its dtype, in eval mode.
+        feature_extractor (`Wav2Vec2FeatureExtractor`): the model's own, which normalises.
         layers (`Sequence[int]`, *optional*): hidden states to keep, 0 to the number of layers; by default all.
 
     Raises:
@@ -95,7 +95,7 @@ class PretrainedEncoder:
     def __call__(self, waveforms: list[np.ndarray]) -> list[torch.Tensor]:
         """
         Args:
-            waveforms (`list[np.ndarray]`): what `prepare` returns; all of one length if `equal_lengths`.
+            waveforms (`list[np.ndarray]`): results of `prepare`; all of the same length if `equal_lengths`.
 
         Returns:
             `list[torch.Tensor]`, one for each clip, of shape `(frames, layers, hidden size)`, float32.
@@ -114,12 +114,12 @@ class PretrainedEncoder:
 
 class FilterBank:
     """
-    What speech recognition used before there were pretrained encoders, as a floor to compare them with: one "layer" of
-    log-mel filterbanks or their cepstra (MFCC), with first and second differences, from windows of 25 ms each 10 ms.
+    Classical features of speech recognition, as a baseline for pretrained encoders: one "layer" of log-mel filterbanks
+    or their cepstra (MFCC), with first and second differences, from windows of 25 ms every 10 ms.
 
-    The differences are regressions over five frames. Filterbanks have 80 bands (240 features), as those of SUPERB
-    (arXiv 2105.01051); cepstra are 13 of 40 bands (39 features). Nothing is normalised by clip: a mean over time would
-    be zero.
+    The differences are regressions over five frames. Filterbanks have 80 bands (240 features), as in SUPERB (arXiv
+    2105.01051); MFCC are 13 cepstra of 40 bands (39 features). Features are not normalised per clip, since their mean
+    over time would be zero.
 
     Args:
         kind (`str`): `"fbank"` or `"mfcc"`.

@@ -1,13 +1,13 @@
 """
-A student for other runtimes: ONNX, in float32 and in int8, and a program of `torch.export`.
+Exports students for other runtimes: ONNX, in float32 and int8, and programs of `torch.export`.
 
-Batch size and length stay free. What is written in float32 is loaded again and compared with the model at several of
-both, with and without padding, before a function returns.
+Batch size and length are dynamic. Before a function returns, each float32 file is loaded again and compared with the
+model at several batch sizes and lengths, with and without padding.
 
-All files take `input_values` `(batch, samples)`, float32, as the student's feature extractor prepares them, and
-`attention_mask` `(batch, samples)`, int64, 1 for samples and 0 for padding (all ones if there is none). Their outputs
-are those of the model: `last_hidden_state` `(batch, frames, hidden_size)`, or `logits` of a task head, to which an
-x-vector head adds `embeddings`; then, if asked for, `hidden_states.0` (the input of the first layer),
+All files have the inputs `input_values` `(batch, samples)`, float32, as prepared by the student's feature extractor,
+and `attention_mask` `(batch, samples)`, int64, 1 for samples and 0 for padding (all ones without padding). Their
+outputs are those of the model: `last_hidden_state` `(batch, frames, hidden_size)`, or `logits` of a task head, and
+`embeddings` of an x-vector head; if requested, also `hidden_states.0` (the input of the first layer),
 `hidden_states.1` and so on.
 """
 
@@ -39,12 +39,12 @@ OUTPUT_NAMES = ("last_hidden_state", "logits", "embeddings")
 # Of the noise that models are traced and compared with: frames beyond the least that a model takes.
 SPARE_FRAMES = (0, 20, 90)
 
-NO_AUDIO = "There is no audio to compare outputs on; give at least one waveform."
+NO_AUDIO = "There is no audio to compare outputs on; pass at least one waveform."
 
 
 class OnnxModel:
     """
-    An ONNX file in onnxruntime on the CPU, called as the model was.
+    An ONNX file in onnxruntime on the CPU, called like the model.
 
     Args:
         path (`str` or `PathLike`): the file.
@@ -60,7 +60,7 @@ class OnnxModel:
         self.session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
 
     def __call__(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All outputs of the file by name, for inputs on the CPU."""
+        """Returns all outputs of the file by name, for inputs on the CPU."""
         inputs = {"input_values": input_values.numpy(), "attention_mask": attention_mask.numpy()}
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, map(torch.from_numpy, self.session.run(names, inputs)), strict=True))
@@ -103,13 +103,13 @@ def export_onnx(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A student or a stock WavLM, with or without a task head, on any device and in any dtype. It is not changed.
+            A student or a stock WavLM, with or without a task head, on any device and in any dtype; it is not changed.
         path (`str` or `PathLike`):
-            Where to write, such as `model.onnx`.
+            Output file, such as `model.onnx`.
         output_hidden_states (`bool`, *optional*, defaults to `False`):
-            Whether hidden states are outputs, too.
+            Whether hidden states are outputs as well.
         tolerance (`float`, *optional*, defaults to 1e-4):
-            Largest difference from the model, measured as what is returned, that is accepted.
+            Largest accepted difference from the model, measured like the returned value.
 
     Returns:
         `float`: the largest difference between an output of the file and the model's, relative to the output's largest
@@ -152,11 +152,11 @@ def export_program(
     model: PreTrainedModel, path: str | os.PathLike, output_hidden_states: bool = False, tolerance: float = 1e-4
 ) -> float:
     """
-    Writes `model` as a program of `torch.export` (a `.pt2` file) in float32 and checks it after loading it again.
+    Writes `model` as a `torch.export` program (a `.pt2` file) in float32, loads it again and checks it.
 
     `torch.export.load(path).module()(input_values=..., attention_mask=...)` returns a dict of the outputs. It runs on
-    the CPU and needs torch alone, neither transformers nor this package. Clips must have two frames (720 samples) or
-    more.
+    the CPU and needs only torch, neither transformers nor this package. Clips must have at least two frames (720
+    samples).
 
     Arguments, returned value and errors are those of [`export_onnx`].
     """
@@ -175,27 +175,27 @@ def export_program(
 
 def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, audio: Iterable) -> dict:
     """
-    Writes an ONNX file of [`export_onnx`] with weights in int8 and says how far its outputs have moved.
+    Quantises an ONNX file of [`export_onnx`] to int8 and returns how much its outputs change.
 
     Linear layers and the positional convolution multiply integers. Activations of linear layers are scaled in each
-    forward by their range over the whole batch, those of the positional convolution by their range over `audio`;
-    weights by output channel and to 7 bits, since two products of 8 bits overflow on x86 processors without VNNI
-    instructions. All other convolutions store their weights in int8, by output channel, and compute in floating point:
-    features of pauses are so small beside those of speech that hidden states are far off if 8 bits and one scale have
-    to do for both.
+    forward pass by their range over the whole batch, those of the positional convolution by their range over `audio`.
+    Weights are scaled per output channel and have 7 bits, since two 8-bit products overflow on x86 processors without
+    VNNI instructions. All other convolutions store their weights in int8, per output channel, and compute in floating
+    point: features of pauses are much smaller than those of speech, and with 8 bits and one scale for both, hidden
+    states would be far off.
 
     Args:
         path (`str` or `PathLike`):
             ONNX file in float32.
         quantized_path (`str` or `PathLike`):
-            Where to write, such as `model_int8.onnx`.
+            Output file, such as `model_int8.onnx`.
         audio (iterable of waveforms):
-            Speech to take ranges from and to compare on, each a 1-D float array or tensor as the feature extractor
-            prepares it.
+            Speech for measuring ranges and for the comparison, each a 1-D float array or tensor as prepared by the
+            feature extractor.
 
     Returns:
-        `dict`: `megabytes` and `megabytes_before` (10^6 bytes), and `cosine_similarity`, for each output the mean over
-        all frames of the cosine between the two files' values.
+        `dict`: `megabytes` and `megabytes_before` (10^6 bytes), and `cosine_similarity`: for each output, the cosine
+        between the values of the two files, averaged over all frames.
 
     Raises:
         `ImportError`: if onnx or onnxruntime is missing.
@@ -244,17 +244,17 @@ def quantize_onnx(path: str | os.PathLike, quantized_path: str | os.PathLike, au
 @torch.no_grad()
 def compare_outputs(reference: Callable, other: Callable, audio: Iterable) -> dict[str, dict[str, float]]:
     """
-    How far the outputs of `other` are from those of `reference`.
+    Differences between the outputs of `other` and those of `reference`.
 
     Args:
         reference, other (`Callable`):
             Two forms of one model: [`NamedOutputs`], [`OnnxModel`], or the module of a loaded program.
         audio (iterable of waveforms):
-            Each a 1-D float array or tensor as the feature extractor prepares it. They pass one by one, so that all
+            Each a 1-D float array or tensor as prepared by the feature extractor. They are run one by one, so all
             frames are valid.
 
     Returns:
-        `dict[str, dict[str, float]]`: for each output `largest_difference`, relative to the largest value of a clip,
+        `dict[str, dict[str, float]]`: for each output, `largest_difference`, relative to the largest value of a clip,
         and `cosine_similarity`, the mean over all frames of all clips.
 
     Raises:
@@ -283,7 +283,7 @@ def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _traceable_copy(reference: NamedOutputs, attn_implementation: str | None = None) -> NamedOutputs:
-    """A copy of `reference` that computes the same by what exporters can follow."""
+    """A copy of `reference` with the same outputs that exporters can trace."""
     exported = copy.deepcopy(reference)
     model = exported.model
     if attn_implementation is not None:
@@ -297,7 +297,7 @@ def _traceable_copy(reference: NamedOutputs, attn_implementation: str | None = N
 
 
 def _convolution(layer: TDNNLayer) -> nn.Conv1d:
-    """The convolution that a layer of an x-vector head computes from the weight of a linear one."""
+    """The convolution equivalent to a layer of an x-vector head, whose weight is that of a linear layer."""
     convolution = nn.Conv1d(layer.in_conv_dim, layer.out_conv_dim, layer.kernel_size, dilation=layer.dilation)
     weight = layer.kernel.weight.view(layer.out_conv_dim, layer.kernel_size, layer.in_conv_dim).transpose(1, 2)
     convolution.load_state_dict({"weight": weight, "bias": layer.kernel.bias})
@@ -331,9 +331,9 @@ def _x_vector(model: PreTrainedModel, input_values: torch.Tensor, attention_mask
 
 def _noise(model: PreTrainedModel, batch: int, spare_frames: int) -> dict[str, torch.Tensor]:
     """
-    Noise `spare_frames` longer than the least that `model` takes and a few samples more; the last clip is padded by
-    half of them. The least is what two frames are made of, before an adapter or a head's own convolutions: torch takes
-    a size of 1 for one that never changes.
+    Noise that is `spare_frames` and a few samples longer than the minimum for `model`; the last clip is padded by half
+    of them. The minimum is two frames before an adapter or a head's own convolutions: torch treats a size of 1 as
+    constant.
     """
     config = model.config
     least = 2 * config.adapter_stride**config.num_adapter_layers if getattr(config, "add_adapter", False) else 2
@@ -374,7 +374,7 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Waveforms:
-    """Waveforms one by one, as calibration in onnxruntime asks for the inputs of a model."""
+    """Yields waveforms one by one as model inputs, for calibration in onnxruntime."""
 
     def __init__(self, audio: list[torch.Tensor]):
         self.inputs = ({name: tensor.numpy() for name, tensor in _inputs(waveform).items()} for waveform in audio)
@@ -386,8 +386,8 @@ class _Waveforms:
 @contextlib.contextmanager
 def _without_advice():
     """
-    Hides what onnxruntime logs as the root logger: that files should be optimised before they are quantised, which
-    would fix in them what suits the installed version and this processor.
+    Hides onnxruntime's advice, logged by the root logger, to optimise files before quantising them: this would make
+    them specific to the installed version and this processor.
     """
     logging.root.addFilter(hide := lambda record: False)
     try:
@@ -403,7 +403,7 @@ def _inputs(waveform) -> dict[str, torch.Tensor]:
 
 
 def _store_convolutions_in_int8(graph) -> None:
-    """Replaces float weights of `Conv` nodes by int8 ones and a node that makes floats of them, in place."""
+    """Replaces float weights of `Conv` nodes by int8 weights and a dequantising node, in place."""
     from onnx import helper, numpy_helper
 
     initializers = {tensor.name: tensor for tensor in graph.initializer}

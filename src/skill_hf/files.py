@@ -1,4 +1,4 @@
-"""Files that a run writes: tried before anything is computed, written at once, read with one clear error."""
+"""Files that a run writes: checked before anything is computed, written atomically, read with one clear error."""
 
 import contextlib
 import json
@@ -18,15 +18,14 @@ MAX_OWN_BYTES = 2**30
 
 def try_directory(path: str | os.PathLike, name: str = "output_dir") -> None:
     """
-    Tries whether files can be written into a directory, which may be missing together with its parents. Nothing is
-    left there.
+    Checks that files can be written to a directory, which may not exist yet, nor its parents. No files are left there.
 
     Args:
         path (`str` or `PathLike`): the directory.
-        name (`str`, *optional*, defaults to `"output_dir"`): the setting that names it, for the error.
+        name (`str`, *optional*, defaults to `"output_dir"`): name of the setting, for the error.
 
     Raises:
-        `ValueError`: if it is something else or can't be written to.
+        `ValueError`: if it is not a directory or not writable.
     """
     path = Path(path)
     with _named(path, name), _made(path):
@@ -35,10 +34,10 @@ def try_directory(path: str | os.PathLike, name: str = "output_dir") -> None:
 
 def try_file(path: str | os.PathLike, name: str = "output") -> None:
     """
-    Tries whether a file can be written, as [`try_directory`] does for its directory; one that exists is not changed.
+    Checks that a file can be written, like [`try_directory`] for its directory; an existing file is not changed.
 
     Raises:
-        `ValueError`: if it can't.
+        `ValueError`: if it can't be written.
     """
     path = Path(path)
     with _named(path, name), _made(path.parent):
@@ -64,16 +63,16 @@ def keep_sources(
     directory: str | os.PathLike, sources: Mapping[str, str | os.PathLike | None], name: str = "output_dir"
 ) -> None:
     """
-    Makes sure that a run does not overwrite what it is made from, by whatever path, link or mount.
+    Checks that a run does not overwrite its inputs, through any path, link or mount.
 
     Args:
-        directory (`str` or `PathLike`): where it writes.
-        sources (`Mapping`): setting -> what it reads; `None` and what is no local directory are passed over.
-        name (`str`, *optional*, defaults to `"output_dir"`): the setting that names `directory`, for the error.
+        directory (`str` or `PathLike`): the output directory.
+        sources (`Mapping`): setting -> input; `None` and anything but local directories are ignored.
+        name (`str`, *optional*, defaults to `"output_dir"`): name of the setting of `directory`, for the error.
 
     Raises:
-        `ValueError`: if one is `directory`, shares a file with it, or lies in a checkpoint there, which is deleted
-            when newer ones are saved.
+        `ValueError`: if an input is `directory`, shares a file with it, or is inside a checkpoint there, which would
+            be deleted when newer ones are saved.
     """
     ours = Path(os.path.realpath(directory))
     files = _files(ours)
@@ -85,18 +84,20 @@ def keep_sources(
         if ours == theirs or _identity(ours) == _identity(theirs):
             relation = "is"
         elif ours in theirs.parents and theirs.relative_to(ours).parts[0].startswith("checkpoint-"):
-            relation = "holds"
+            relation = "contains"
         elif files and files & _files(theirs):  # a data set may have very many
             relation = "shares files with"
         if relation is not None:
             raise ValueError(
-                f"`{name}`, {directory}, {relation} the `{source_name}`, {source}, which would be overwritten; name"
+                f"`{name}`, {directory}, {relation} the `{source_name}`, {source}, which would be overwritten; choose"
                 " another."
             )
 
 
 def local_directory(path: str | os.PathLike | None) -> Path | None:
-    """`path` if it is a local directory, absolute: it stays the same wherever this process goes from here."""
+    """
+    `path` as an absolute path if it is a local directory, so that it stays valid if the working directory changes.
+    """
     return Path(path).absolute() if path and Path(path).is_dir() else None
 
 
@@ -109,7 +110,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _files(directory: Path) -> set[tuple[int, int]]:
-    """Identities of the files of a directory, links followed."""
+    """Identities of the files in a directory, following links."""
     try:
         return {_identity(path) for path in directory.iterdir() if path.is_file()} - {None}
     except (OSError, ValueError):
@@ -122,12 +123,12 @@ def _named(path: Path, name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"`{name}`, {path}, cannot be written to ({reason}); name another.") from error
+        raise ValueError(f"`{name}`, {path}, cannot be written to ({reason}); choose another.") from error
 
 
 @contextlib.contextmanager
 def _made(directory: Path) -> Iterator[None]:
-    """A directory that exists meanwhile; it and its parents are removed if they were missing."""
+    """Within this context the directory exists; afterwards it and its parents are removed if they were created."""
     missing = []
     for parent in (directory, *directory.parents):
         if parent.exists():
@@ -144,10 +145,10 @@ def _made(directory: Path) -> Iterator[None]:
 
 def read_text(path: str | os.PathLike, max_bytes: int = MAX_FOREIGN_BYTES) -> str:
     """
-    Content of a text file, in UTF-8.
+    Content of a UTF-8 text file.
 
     Raises:
-        `ValueError`: if it can't be read; the message is the reason alone.
+        `ValueError`: if it can't be read; the message is only the reason.
     """
     path = Path(path)
     try:
@@ -166,7 +167,7 @@ def parse_json(path: str | os.PathLike, max_bytes: int = MAX_FOREIGN_BYTES) -> A
     Content of a JSON file.
 
     Raises:
-        `ValueError`: if it can't be read; the message is the reason alone, in one line.
+        `ValueError`: if it can't be read; the message is only the reason, in one line.
     """
     try:
         return json.loads(read_text(path, max_bytes))
@@ -176,7 +177,7 @@ def parse_json(path: str | os.PathLike, max_bytes: int = MAX_FOREIGN_BYTES) -> A
 
 def read_json(path: str | os.PathLike) -> Any:
     """
-    Content of a JSON file that a run has written.
+    Content of a JSON file written by a run.
 
     Raises:
         `ValueError`: if it can't be read.
@@ -184,11 +185,11 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return parse_json(path, MAX_OWN_BYTES)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file that can be read ({error}); restore or remove it.") from error
+        raise ValueError(f"{path} is not a readable JSON file ({error}); restore or remove it.") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes a file at once: a process that is stopped, or another one that writes it too, leaves no half of it."""
+    """Writes a file atomically: a killed process, or another one writing it, cannot leave a partial file."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

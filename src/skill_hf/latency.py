@@ -1,6 +1,6 @@
 """
-How long each unit of a student takes on a device: random architectures are measured part by part, and the costs of
-[`~skill_hf.compression.budgets.LatencyBudget`] are fitted to that by least squares.
+Measures the time that each unit of a student takes on a device: random architectures are timed part by part, and the
+costs of [`~skill_hf.compression.budgets.LatencyBudget`] are fitted to these times by least squares.
 """
 
 import copy
@@ -48,49 +48,49 @@ def fit_latency(
     progress: bool = True,
 ) -> dict:
     r"""
-    Measures random students of a teacher and fits what each of their units costs. Their weights are random, too: time
-    depends on shapes alone. Each takes turns with the unpruned one, so that a device that slows down for a while, for
-    heat or for other work, does not count as a slow architecture.
+    Measures random students of a teacher and fits the cost of each of their units. Their weights are random as well,
+    since time depends only on shapes. Each student takes turns with the unpruned one: if the device slows down for a
+    while, due to heat or other work, this does not count as a slow architecture.
 
-    The model of costs is that of [`UnitCosts`], linear in the numbers of units and in the products
-    of the channels of neighbouring convolutions. Real kernels have steps, a CPU's at multiples of 16 units, so widths
-    of all sorts are drawn, and architectures that the fit hasn't seen tell how far it is off.
+    The cost model is that of [`UnitCosts`], linear in the numbers of units and in the products of the channels of
+    neighbouring convolutions. The time of real kernels has steps, on a CPU at multiples of 16 units. Therefore widths
+    of all kinds are drawn, and the error is measured on held-out architectures.
 
     Args:
         config (`PreTrainedConfig`):
-            Of the teacher, or of a student.
+            Configuration of the teacher, or of a student.
         seconds (`float`, *optional*, defaults to 10.0):
             Length in seconds of the clips.
         batch_size (`int`, *optional*, defaults to 1):
-            Clips in a forward.
+            Clips in a forward pass.
         device (`str`, *optional*, defaults to `"cpu"`):
-            `cpu`, or `cuda` with or without a number.
+            `cpu`, or `cuda`, optionally with a number.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Of weights and audio: `float32`, `bfloat16` or `float16`.
+            Dtype of weights and audio: `float32`, `bfloat16` or `float16`.
         num_threads (`int`, *optional*):
-            Threads of the CPU; by default as many as PyTorch uses now.
+            CPU threads; by default PyTorch's current number.
         num_architectures (`int`, *optional*, defaults to 24):
-            How many to fit to; the unpruned one is the first of them.
+            Number of architectures for the fit, including the unpruned one.
         num_heldout (`int`, *optional*, defaults to 8):
-            How many more to measure the error on.
+            Number of additional architectures for measuring the error.
         num_runs (`int`, *optional*, defaults to 5):
-            Forwards of each, of which the median counts.
+            Forward passes of each, of which the median is used.
         sampling_rate (`int`, *optional*, defaults to 16000):
-            Samples in a second.
+            Sampling rate in Hz.
         seed (`int`, *optional*, defaults to 0):
-            Of the architectures that are drawn.
+            Seed of the random architectures.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
     Returns:
-        `dict`: what `latency_costs` of [`SkillConfig`] takes and a JSON file can hold. `picoseconds` are the costs,
-        `architecture` what a teacher must agree with, `measured_on` the device and the batch. `errors` are the mean
-        and the worst absolute difference between predicted and measured time of a whole forward, in percent of the
-        measured one, over the architectures that were `fitted` and over those `heldout`, and that of the `unpruned`
-        one. Besides: `seed`, `num_architectures`, `num_heldout`, `num_runs` and `versions`.
+        `dict`: the value for `latency_costs` of [`SkillConfig`], in plain JSON types. `picoseconds` are the costs,
+        `architecture` is what a teacher must match, `measured_on` the device and the batch. `errors` are the mean and
+        worst absolute difference between predicted and measured time of a whole forward pass, in percent of the
+        measured time, over the `fitted` and the `heldout` architectures, and for the `unpruned` one. Also: `seed`,
+        `num_architectures`, `num_heldout`, `num_runs` and `versions`.
 
     Raises:
-        `ValueError`: if an argument is impossible, the device isn't there, or there is no student class for the
+        `ValueError`: if an argument is invalid, the device does not exist, or there is no student class for the
             teacher.
     """
     config = student_config(config)
@@ -143,7 +143,7 @@ def fit_latency(
 
 
 def draw_architecture(config: PreTrainedConfig, rng: np.random.Generator) -> PreTrainedConfig:
-    """The configuration of a student that has lost its own share of each part, about a common one."""
+    """The configuration of a random student: each part has lost its own share, drawn around a common one."""
     config, common = copy.deepcopy(config), rng.uniform(LEAST_SHARE, 1)
     groups = units_of(config)
     for name, kind in KINDS.items():
@@ -161,13 +161,13 @@ def measure_architectures(
     architectures: Sequence[PreTrainedConfig], clips: torch.Tensor, num_runs: int = 5, progress: bool = True
 ) -> list[dict[str, float]]:
     """
-    Seconds of a forward and of its parts, named as by [`measure_parts`], for random weights of each architecture. Each
-    takes turns with the first one.
+    Seconds of a forward pass and of its parts, named as in [`measure_parts`], for each architecture with random
+    weights. Each takes turns with the first one.
 
     Args:
         architectures (`Sequence[PreTrainedConfig]`): configurations of students.
-        clips (`torch.Tensor` of shape `(batch, samples)`): on the device and in the dtype to measure.
-        num_runs (`int`, *optional*, defaults to 5): forwards of each, of which the median counts.
+        clips (`torch.Tensor` of shape `(batch, samples)`): on the device and in the dtype to be measured.
+        num_runs (`int`, *optional*, defaults to 5): forward passes of each, of which the median is used.
         progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
     """
 
@@ -185,7 +185,7 @@ def measure_architectures(
 def prediction_errors(
     picoseconds: dict, architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[str, float]]
 ) -> np.ndarray:
-    """Differences between predicted and measured time of a whole forward, in percent of the measured one."""
+    """Differences between predicted and measured time of a whole forward pass, in percent of the measured time."""
     budget = LatencyBudget(picoseconds)
     measured = np.array([timing["whole"] for timing in timings])
     predicted = np.array([budget.predict(architecture) for architecture in architectures]) / PICOSECONDS
@@ -197,17 +197,18 @@ def measure_parts(
     student: PreTrainedModel, reference: PreTrainedModel, clips: torch.Tensor, num_runs: int = 5
 ) -> dict[str, float]:
     """
-    Time of a forward and of its parts as shares of the forwards of another model just before and after it, each the
-    median of `num_runs`: `whole`, `projection`, and of each layer `convolution.0`, `attention.0`, `feed_forward.0`.
+    Time of a forward pass and of its parts, as shares of the forward passes of another model just before and after it;
+    medians of `num_runs`. Parts: `whole`, `projection`, and for each layer `convolution.0`, `attention.0`,
+    `feed_forward.0`.
 
     Args:
         student (`PreTrainedModel`): on its device, in eval mode.
-        reference (`PreTrainedModel`): the other model, another object on the same device.
+        reference (`PreTrainedModel`): the other model, a different object on the same device.
         clips (`torch.Tensor` of shape `(batch, samples)`): on the same device, in the dtype of both.
-        num_runs (`int`, *optional*, defaults to 5): forwards after the first ones, which don't count.
+        num_runs (`int`, *optional*, defaults to 5): forward passes, in addition to uncounted first ones.
 
     Returns:
-        `dict[str, float]`: the shares, and as `reference` the median seconds of the other model.
+        `dict[str, float]`: the shares, and `reference`: the median seconds of the other model.
     """
     parts = {"whole": student, "projection": student.feature_projection}
     for units in units_of(student.config):
@@ -260,16 +261,16 @@ def measure_parts(
 
 def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[str, float]]) -> dict:
     """
-    Non-negative costs, in whole picoseconds, that come nearest to what was measured. Each part of a forward is fitted
-    by itself, attention and feed-forward blocks of all layers together; what the parts leave of the whole is constant.
-    Differences count as shares of the whole forward that they are part of.
+    Non-negative costs, in whole picoseconds, fitted to the measured times. Each part of a forward pass is fitted
+    separately, attention and feed-forward blocks of all layers together; the rest of the whole is constant.
+    Differences are weighted as shares of the whole forward pass.
 
-    A convolution's time also grows with the channels that it reads; that is put down to the convolution that makes
-    them.
+    A convolution's time also grows with the channels that it reads; this is attributed to the convolution that
+    produces them.
 
     Args:
         architectures (`Sequence[PreTrainedConfig]`): configurations of students.
-        timings (`Sequence[dict[str, float]]`): seconds of the parts of each, named as by [`measure_parts`].
+        timings (`Sequence[dict[str, float]]`): seconds of the parts of each, named as in [`measure_parts`].
     """
     whole = np.array([timing["whole"] for timing in timings])
     sizes = [sizes_of(config) for config in architectures]
@@ -277,7 +278,7 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
     one = np.ones(len(whole))
 
     def fit(measured: np.ndarray, *columns: np.ndarray) -> list[int]:
-        """Cost of each column, that has a value for each architecture or for each layer of each."""
+        """Cost of each column; columns have a value for each architecture, or for each layer of each."""
         weight = 1 / whole.reshape(-1, *[1] * (measured.ndim - 1))
         matrix = np.stack([(column * weight).flatten() for column in columns], axis=1)
         scale = matrix.max(axis=0)  # a pair of channels costs some millionth of a block
@@ -313,13 +314,13 @@ def fit_costs(architectures: Sequence[PreTrainedConfig], timings: Sequence[dict[
 
 def _check_whole_number(name: str, value, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+        raise ValueError(f"`{name}` must be an integer, but is {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
 
 
 def _num_samples(seconds: float, sampling_rate: int, min_samples: int) -> int:
-    """Length of the clips, long enough for one frame."""
+    """Length of the clips in samples, enough for one frame."""
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not 0 < seconds <= MAX_SECONDS:
         raise ValueError(f"`seconds` must be a number above 0 and at most {MAX_SECONDS}, but is {seconds!r}.")
     num_samples = round(seconds * sampling_rate)
@@ -338,12 +339,12 @@ def _checked_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"`device` must be cpu or cuda, but is {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"`device` is {name}, but PyTorch sees {torch.cuda.device_count()} such devices here.")
+        raise ValueError(f"`device` is {name}, but PyTorch finds {torch.cuda.device_count()} such device(s) here.")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What a GPU or a processor is called."""
+    """Name of a GPU or a processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")  # `platform` doesn't know the name on Linux

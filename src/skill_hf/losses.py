@@ -1,4 +1,6 @@
-"""The loss over groups of layers, the sparsity constraint, and the schedule of its target. Tensors in, tensors out."""
+"""
+The loss over groups of layers, the sparsity constraint, and the schedule of its target. Pure functions of tensors.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,11 +14,11 @@ class LossTerm(NamedTuple):
     One term of the distillation loss.
 
     Args:
-        label (`str`): how cards and figures call it.
-        loss (`Callable`): prediction, target and their difference, each float32 of shape `(..., hidden_size)`, to the
+        label (`str`): name in cards and figures.
+        loss (`Callable`): (prediction, target, their difference), each float32 of shape `(..., hidden_size)` -> the
             term in each frame, `(...)`.
-        layer_distances (`Callable`): frames of N layers, float32 of shape `(frames, N, hidden_size)`, to the distance
-            of every pair of layers, a sum over frames, float64 of shape `(N, N)`; 0 for layers that are equal.
+        layer_distances (`Callable`): frames of N layers, float32 of shape `(frames, N, hidden_size)` -> distance of
+            every pair of layers, summed over frames, float64 of shape `(N, N)`; 0 for equal layers.
     """
 
     label: str
@@ -25,7 +27,7 @@ class LossTerm(NamedTuple):
 
 
 def squared_distances(frames: torch.Tensor) -> torch.Tensor:
-    """`(frames, N, D)` to the `(N, N)` float64 sum over frames of `|x - y|^2`, from the differences themselves."""
+    """`(frames, N, D)` -> `(N, N)`, float64: the sum over frames of `|x - y|^2`, computed from differences."""
     norms = torch.cdist(frames, frames, p=2, compute_mode="donot_use_mm_for_euclid_dist")
     return norms.double().square_().sum(0)
 
@@ -59,14 +61,14 @@ TRAINING_LOSSES = (*DISTILLATION_LOSSES, "lagrangian_loss")
 
 
 def term_weights(settings) -> dict[str, float]:
-    """The weight of each of `LOSS_TERMS`, by name, from attributes such as `l1_weight`."""
+    """The weight of each of `LOSS_TERMS` by name, from attributes such as `l1_weight`."""
     return {term: getattr(settings, f"{term}_weight") for term in LOSS_TERMS}
 
 
 def attended(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """
-    A mask over samples as models take it. A clip without a valid sample, which replaces a batch that could not be
-    read, is attended throughout: softmax over nothing would be NaN, and so would gradients of what is masked later.
+    A mask over samples for models. A clip without valid samples, which replaces an unreadable batch, is attended
+    completely: softmax over nothing would be NaN, and so would gradients that are masked later.
     """
     if attention_mask is None:
         return None
@@ -87,13 +89,13 @@ def distillation_sums(
     r"""
     Each of `LOSS_TERMS`, summed over valid frames and averaged over groups.
 
-    Sums, so that a caller who divides by the frames of a whole accumulated batch gets the same update however that
-    batch was split.
+    Sums, because a caller that divides by the frames of a whole accumulated batch then gets the same update however
+    the batch was split.
 
     Args:
         prediction (`torch.Tensor` of shape `(groups, batch, frames, hidden_size)`): the student's.
         target (`torch.Tensor` of the same shape): the teacher's.
-        frame_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True where a frame is no padding.
+        frame_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True for frames that are not padding.
     """
     prediction, target = prediction.float(), target.float()
     error = prediction - target
@@ -155,7 +157,7 @@ def ctc_losses(
 
 
 def sparsity_at(step: int, target_sparsity: float, warmup_steps: int) -> float:
-    """Target of the sparsity at an optimizer step: it rises linearly from 0 over `warmup_steps`."""
+    """Target sparsity at an optimizer step; it rises linearly from 0 over `warmup_steps`."""
     return target_sparsity * min(1.0, step / warmup_steps) if warmup_steps else target_sparsity
 
 
@@ -164,10 +166,10 @@ def lagrangian(
 ) -> torch.Tensor:
     r"""
     Augmented Lagrangian of the sparsity constraint, `lambda_1 (t - s) + lambda_2 (t - s)^2` (FLOP, arXiv 1910.04732,
-    equation 6), to be minimised over what `sparsity` depends on and maximised over both multipliers.
+    equation 6), to be minimised with respect to `sparsity` and maximised with respect to both multipliers.
 
-    The gradient of the multipliers comes out with its sign turned, so that the one optimizer that descends on all
-    parameters ascends on these two, whichever optimizer it is.
+    The sign of the multipliers' gradient is reversed, so any optimizer that performs descent on all parameters
+    performs ascent on these two.
     """
 
     def penalty(sparsity, lambda_1, lambda_2):

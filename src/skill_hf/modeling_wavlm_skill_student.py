@@ -1,4 +1,4 @@
-"""PEFT's adapters name the module of their base model; those of earlier students name this one."""
+"""Kept for PEFT: adapters store the module of their base model, and those of earlier students store this one."""
 
 from .models.modeling_wavlm_skill_student import (  # noqa: F401
     WavLMForSkillStudent,

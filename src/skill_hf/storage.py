@@ -1,4 +1,4 @@
-"""Files and directories that a kill or a full disk leaves whole, and a directory that one run has to itself."""
+"""Writes files and directories that stay intact after a kill or on a full disk, and locks directories."""
 
 import errno
 import os
@@ -22,11 +22,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class StorageError(OSError):
-    """Something that cannot be written, in one line: what, why, and what is safe."""
+    """Something cannot be written; the message is one line: what, why, and what is safe."""
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether the operating system refused to write; torch and safetensors raise errors of their own for that."""
+    """Whether the operating system refused to write; torch and safetensors raise their own errors for this."""
     if isinstance(error, RuntimeError):
         return any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream"))
     return isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.errno is not None)
@@ -34,9 +34,7 @@ def is_write_error(error: Exception) -> bool:
 
 @contextmanager
 def explained(what: str, directory: str | os.PathLike, then: str) -> Iterator[None]:
-    """
-    Turns every error of writing `what` into `directory` into one `StorageError` that ends with `then`.
-    """
+    """Turns any error while writing `what` into `directory` into a `StorageError` that ends with `then`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -46,7 +44,7 @@ def explained(what: str, directory: str | os.PathLike, then: str) -> Iterator[No
 
 
 def reason_of(error: Exception, directory: str | os.PathLike) -> str:
-    """Why something cannot be written, with what is free on the disk."""
+    """Why something cannot be written, with the free space on the disk."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     name = getattr(error, "filename", None)
     reason = f"{reason}: `{name}`" if name else reason
@@ -66,7 +64,7 @@ def exclusive(directory: str | os.PathLike) -> Iterator[None]:
     Holds the lock of `directory`, which the operating system releases if the process is killed.
 
     Raises:
-        `StorageError`: if another process, or another trainer of this one, holds it.
+        `StorageError`: if another process, or another trainer in this process, holds the lock.
     """
     path = Path(directory) / LOCK_NAME
     lock = filelock.FileLock(str(path))
@@ -74,7 +72,7 @@ def exclusive(directory: str | os.PathLike) -> Iterator[None]:
         lock.acquire(timeout=LOCK_SECONDS)
     except filelock.Timeout:
         raise StorageError(
-            f"Another run is writing to `{directory}` (it holds {LOCK_NAME}): wait until it ends, or give another"
+            f"Another run is writing to `{directory}` (it contains {LOCK_NAME}): wait until it ends, or choose another"
             " `output_dir`."
         ) from None
     except NotImplementedError:  # a file system without locks
@@ -89,7 +87,7 @@ def exclusive(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def sync(directory: Path) -> None:
-    """Waits until the files of `directory` are on the disk."""
+    """Waits until the files in `directory` are on the disk."""
     for path in [*(path for path in directory.rglob("*") if path.is_file()), directory]:
         if os.name == "nt" and path.is_dir():
             continue
@@ -104,14 +102,14 @@ def sync(directory: Path) -> None:
 
 
 def unfinished_name(directory: Path) -> Path:
-    """Where a directory is written before `replace_directory` puts it in its place."""
+    """Where a directory is written before `replace_directory` moves it into place."""
     return directory.with_name(WRITING) / directory.name
 
 
 def replace_directory(directory: Path) -> None:
     """
-    Puts `unfinished_name(directory)`, which is whole, where `directory` is. Killed at any instant, it leaves
-    the old or the new one there, or what `finish_replacements` makes the new one of.
+    Replaces `directory` by the complete `unfinished_name(directory)`. If killed at any time, it leaves the old or the
+    new directory there, or a state that `finish_replacements` completes.
     """
     unfinished, replaced = unfinished_name(directory), directory.with_name(REPLACED) / directory.name
     sync(unfinished)
@@ -126,7 +124,7 @@ def replace_directory(directory: Path) -> None:
 
 
 def sync_entries(directory: Path) -> None:
-    """Waits until names in `directory` are on the disk."""
+    """Waits until the entries of `directory` are on the disk."""
     if os.name == "nt":
         return
     handle = os.open(directory, os.O_RDONLY)
@@ -138,7 +136,7 @@ def sync_entries(directory: Path) -> None:
 
 
 def finish_replacements(parent: Path) -> None:
-    """Ends what a killed `replace_directory` began in `parent`, and removes what was never finished."""
+    """Completes what a killed `replace_directory` started in `parent`, and removes unfinished directories."""
     for replaced in (parent / REPLACED).glob("*"):
         directory = parent / replaced.name
         if not os.path.lexists(directory):
@@ -151,8 +149,8 @@ def finish_replacements(parent: Path) -> None:
 @contextmanager
 def written_together(directory: str | os.PathLike) -> Iterator[Path]:
     """
-    A new directory whose files are moved into `directory` in the end, where they replace those of the same name. If
-    something fails before, nothing there has changed.
+    A new directory whose files are finally moved into `directory`, replacing those with the same name. If something
+    fails before, nothing there has changed.
     """
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
@@ -163,7 +161,7 @@ def written_together(directory: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def saving(what: str, directory: str | os.PathLike, then: str) -> Iterator[Path]:
-    """`written_together` into a directory that nobody else writes to meanwhile; see `explained` for `what`, `then`."""
+    """`written_together` into a locked directory; see `explained` for `what` and `then`."""
     with explained(what, directory, then):
         os.makedirs(directory, exist_ok=True)
         with exclusive(directory), written_together(directory) as unfinished:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_teacher
-from example_helpers import DEMO, isolate, run_main, save_feature_extractor, save_student
+from example_helpers import DEMO, FEW_CONVOLUTIONS, isolate, run_main, save_feature_extractor, save_student
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoFeatureExtractor,
@@ -39,7 +39,7 @@ def isolated(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return save_student(tmp_path_factory.mktemp("student"))
+    return save_student(tmp_path_factory.mktemp("student"), **FEW_CONVOLUTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def ctc(student, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_head_with_its_tokenizer(ctc, tmp_path):
     status, _, errors = run_main(
         export_student, {"model": ctc, "output_dir": tmp_path, "formats": ["torch_export"], **SPEECH}
@@ -187,13 +187,16 @@ def drop_norm(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "cannot be loaded; give a Hub id or a directory"),
-        (make_stock, r"is a `wavlm`, no student.*WavLMForSkillStudent.from_pretrained"),
+        (shutil.rmtree, "cannot be loaded; pass a Hub id or a directory"),
+        (make_stock, r"is a `wavlm`, not a student.*WavLMForSkillStudent.from_pretrained"),
         (
             lambda folder: edit_config(folder, architectures=None),
-            "`architectures` in config.json of .* is None; known",
+            "`architectures` in config.json of .* is None; the supported",
         ),
-        (lambda folder: edit_config(folder, architectures=["WavLMModel"]), "known are WavLMForSkillStudent, "),
+        (
+            lambda folder: edit_config(folder, architectures=["WavLMModel"]),
+            "the supported ones are WavLMForSkillStudent, ",
+        ),
         (drop_classifier, "classifier.bias is missing; classifier.weight is missing; projector.bias is missing"),
         (drop_norm, "encoder.layer_norm.weight is missing"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json"),
@@ -213,7 +216,7 @@ def test_damaged_directory(student, tmp_path, damage, message):
     ("settings", "message"),
     [
         ({"formats": ["onnx", "tflite"]}, "tflite"),
-        ({"max_clips": 0}, "`max_clips` must be a whole number from 1 to 2147483647, but is 0"),
+        ({"max_clips": 0}, "`max_clips` must be an integer from 1 to 2147483647, but is 0"),
         ({"max_seconds": 0.1}, "`max_seconds` must be a number from 0.5 to 1000000, but is 0.1"),
         ({"audio_dir": "nowhere"}, "`nowhere` does not exist"),
     ],

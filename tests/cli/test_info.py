@@ -137,7 +137,7 @@ def test_a_teacher_that_cannot_be_read_is_told(shared, tmp_path, capsys, monkeyp
         "ffn_dims": [48, 48],
     }
     (note,) = found["notes"]
-    assert note.startswith("The teacher is unknown; name it with --teacher. ")
+    assert note.startswith("The teacher is unknown; pass it with --teacher. ")
     assert not is_id or note.endswith(f"`{base_model}` cannot be read on the Hub. (there is no network)")
     status, out, err = run(capsys, tmp_path / "student")
     assert (status, err) == (0, "") and " ".join(out.split()).endswith(note)
@@ -328,8 +328,8 @@ def test_directories_that_cannot_be_used(teacher_files, tmp_path, capsys, damage
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "cannot be loaded; give a Hub id or a directory"),
-        (lambda folder: shutil.rmtree(folder) or folder.write_text("a file"), "it is a file; give its directory"),
+        (shutil.rmtree, "cannot be loaded; pass a Hub id or a directory"),
+        (lambda folder: shutil.rmtree(folder) or folder.write_text("a file"), "it is a file; pass its directory"),
         (lambda folder: [path.unlink() for path in folder.iterdir()], "it has no config.json"),
         (lambda folder: (folder / "skill_state.json").write_text("{}"), "is a training checkpoint, not a student"),
         (field("format_version", 99), "`format_version` is 99"),
@@ -337,7 +337,7 @@ def test_directories_that_cannot_be_used(teacher_files, tmp_path, capsys, damage
         (field("intermediate_sizes", [47, 1]), "encoder.layers.1.feed_forward"),
         (field("conv_dim", [16] * 6 + [15]), "conv_layers.6"),
         (field("sampling_rate", "fast", "preprocessor_config.json"), "feature extractor"),
-        (lambda folder: BertModel(BertConfig(num_hidden_layers=1)).save_pretrained(folder), "which is no encoder"),
+        (lambda folder: BertModel(BertConfig(num_hidden_layers=1)).save_pretrained(folder), "not a waveform encoder"),
     ],
 )
 def test_students_that_cannot_be_used(shared, tmp_path, capsys, damage, message):
@@ -353,10 +353,10 @@ def test_students_that_cannot_be_used(shared, tmp_path, capsys, damage, message)
     ("change", "message"),
     [
         ({}, None),
-        ({"num_hidden_layers": 3}, "its `num_hidden_layers` is 3, that of the student 2"),
-        ({"hidden_size": 16}, "its `hidden_size` is 16, that of the student 32"),
-        ({"intermediate_size": 40}, "its `intermediate_size` is 40, that of the student 48"),
-        ({"num_attention_heads": 2}, "its `num_attention_heads` is 2, that of the student 4"),
+        ({"num_hidden_layers": 3}, "its `num_hidden_layers` is 3, but the student's is 2"),
+        ({"hidden_size": 16}, "its `hidden_size` is 16, but the student's is 32"),
+        ({"intermediate_size": 40}, "its `intermediate_size` is 40, but the student's is 48"),
+        ({"num_attention_heads": 2}, "its `num_attention_heads` is 2, but the student's is 4"),
         ({"conv_dim": (16, 8) + (16,) * 5}, "the student has more conv_channels"),
         ({"conv_dim": (64,) * 7}, None),
         ({"conv_stride": (5,) * 7}, "its `conv_stride` is [5, 5, 5, 5, 5, 5, 5]"),
@@ -376,9 +376,12 @@ def test_teachers_that_are_no_teachers(shared, tmp_path, capsys):
     HubertConfig(**{"num_hidden_layers": 2}).save_pretrained(tmp_path)
     for words, message in (
         ([shared / "student", "--teacher", tmp_path / "none"], "The teacher `"),
-        ([shared / "student", "--teacher", tmp_path], "a `hubert` has no students of type `wavlm_skill_student`"),
-        ([shared / "student", "--teacher", ""], "is no name"),
-        ([shared / "teacher", "--teacher", shared / "teacher"], "is a `wavlm`, no student that has a teacher"),
+        (
+            [shared / "student", "--teacher", tmp_path],
+            "a `hubert` cannot have a student of type `wavlm_skill_student`",
+        ),
+        ([shared / "student", "--teacher", ""], "is not a valid name"),
+        ([shared / "teacher", "--teacher", shared / "teacher"], "is a `wavlm`, not a student, so it has no teacher"),
     ):
         status, out, err = run(capsys, *words)
         assert (status, out, err.count("\n")) == (2, "", 1) and message in err

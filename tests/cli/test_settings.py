@@ -96,7 +96,7 @@ def test_every_number_of_every_script_has_a_type_and_a_range(script):
         wrong += ["0.5", "010", str(2**63)] if kind is int else []
         for value in wrong:
             listed = any(typing.get_origin(part) is list for part in walk(parser.fields[name][0]))
-            with pytest.raises(ValueError, match=f"^`{name}` must be a (whole )?number .*, but is ") as caught:
+            with pytest.raises(ValueError, match=f"^`{name}` must be (an integer|a number) .*, but is ") as caught:
                 parser.build({name: [value] if listed else value})
             assert len(str(caught.value)) < 250 and "\n" not in str(caught.value) and str(limits) in str(caught.value)
 
@@ -113,7 +113,7 @@ def test_a_wrong_number_ends_each_script_with_one_line(script, capsys, tmp_path,
         for word in (f"--{item.name}", str(tmp_path / item.name))
     ]
     for words, message in (
-        ([f"--{name}", "nan"], f"error: `{name}` must be a "),
+        ([f"--{name}", "nan"], (f"error: `{name}` must be an integer ", f"error: `{name}` must be a number ")),
         (["--no_such_option", "1"], "error: There is no option --no_such_option; --help lists all."),
         ([f"--{name}"], f"error: argument --{name}"),
     ):
@@ -152,11 +152,11 @@ def test_values_that_are_taken(hint, value, converted):
 @pytest.mark.parametrize(
     ("hint", "value", "wanted"),
     [
-        (int, None, "a whole number"),
-        (int, 4.5, "a whole number"),
-        (int, True, "a whole number"),
-        (int, 1e30, "a whole number"),
-        (int, [1], "a whole number"),
+        (int, None, "an integer"),
+        (int, 4.5, "an integer"),
+        (int, True, "an integer"),
+        (int, 1e30, "an integer"),
+        (int, [1], "an integer"),
         (float, float("nan"), "a finite number"),
         (float, None, "a finite number"),
         (bool, "maybe", "true or false"),
@@ -167,10 +167,10 @@ def test_values_that_are_taken(hint, value, converted):
         (str, ["a"], "text"),
         (str, "a\0b", "text"),
         (list[int], "1", "a list"),
-        (list[int], [1, "x"], "a whole number"),
+        (list[int], [1, "x"], "an integer"),
         (list[str], {"a": 1}, "a list"),
-        (dict, [1], "names and values"),
-        (int | None, "none", "a whole number"),
+        (dict, [1], "a mapping of names to values"),
+        (int | None, "none", "an integer"),
     ],
 )
 def test_values_that_are_not_taken(hint, value, wanted):
@@ -191,10 +191,10 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 # Name and content of a file, and what is said of it.
 FILES = {
-    "given twice": ("a.yaml", "max_steps: 3\nmax_steps: 4", "`max_steps` is given twice, 3 and 4; keep one"),
-    "given twice, JSON": ("a.json", '{"max_steps": 3, "max_steps": 4}', "`max_steps` is given twice, 3 and 4"),
-    "given twice, inside": ("a.yaml", "lr_scheduler_kwargs: {a: 1, a: 2}", "`a` is given twice, 1 and 2"),
-    "given twice, inside JSON": ("a.json", '{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "`a` is given twice"),
+    "given twice": ("a.yaml", "max_steps: 3\nmax_steps: 4", "`max_steps` is set twice, to 3 and 4; keep one"),
+    "given twice, JSON": ("a.json", '{"max_steps": 3, "max_steps": 4}', "`max_steps` is set twice, to 3 and 4"),
+    "given twice, inside": ("a.yaml", "lr_scheduler_kwargs: {a: 1, a: 2}", "`a` is set twice, to 1 and 2"),
+    "given twice, inside JSON": ("a.json", '{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "`a` is set twice"),
     "UTF-16": ("a.json", '{"max_steps": 3}'.encode("utf-16"), "is not UTF-8 text (byte 0xff at position 0); save"),
     "UTF-16 without mark": ("a.yaml", "max_steps: 3".encode("utf-16-le"), "unacceptable character #x0000"),
     "Latin-1": ("a.yaml", "audio_dir: é".encode("latin-1"), "is not UTF-8 text (byte 0xe9 at position 11)"),
@@ -207,34 +207,34 @@ FILES = {
     "a date": (
         "a.yaml",
         "max_steps: 2024-01-01",
-        "`max_steps` in {path} must be a whole number from -1 to 2147483647, but is '2024-01-01'",
+        "`max_steps` in {path} must be an integer from -1 to 2147483647, but is '2024-01-01'",
     ),
     "base 60": (
         "a.yaml",
         "max_steps: 1:30",
-        "`max_steps` in {path} must be a whole number from -1 to 2147483647, but is '1:30'",
+        "`max_steps` in {path} must be an integer from -1 to 2147483647, but is '1:30'",
     ),
     "octal": (
         "a.yaml",
         "max_steps: 010",
-        "`max_steps` in {path} must be a whole number from -1 to 2147483647, but is '010'",
+        "`max_steps` in {path} must be an integer from -1 to 2147483647, but is '010'",
     ),
     "hexadecimal": ("a.yaml", "max_steps: 0x10", "but is '0x10'"),
     "grouped digits": ("a.yaml", "max_steps: 1_000", "but is '1_000'"),
     "half a step": (
         "a.yaml",
         "max_steps: 4.5",
-        "`max_steps` in {path} must be a whole number from -1 to 2147483647, but is 4.5",
+        "`max_steps` in {path} must be an integer from -1 to 2147483647, but is 4.5",
     ),
-    "half a step, JSON": ("a.json", '{"max_steps": 4.5}', "must be a whole number from -1 to 2147483647, but is 4.5"),
+    "half a step, JSON": ("a.json", '{"max_steps": 4.5}', "must be an integer from -1 to 2147483647, but is 4.5"),
     "true for a number": (
         "a.json",
         '{"max_steps": true}',
-        "must be a whole number from -1 to 2147483647, but is True",
+        "must be an integer from -1 to 2147483647, but is True",
     ),
-    "null for a number": ("a.yaml", "seed: ~", "must be a whole number from 0 to 4294967295, but is null"),
-    "nothing for a number": ("a.yaml", "seed:", "must be a whole number from 0 to 4294967295, but is null"),
-    "NaN": ("a.json", '{"learning_rate": NaN}', "NaN is no number of JSON"),
+    "null for a number": ("a.yaml", "seed: ~", "must be an integer from 0 to 4294967295, but is null"),
+    "nothing for a number": ("a.yaml", "seed:", "must be an integer from 0 to 4294967295, but is null"),
+    "NaN": ("a.json", '{"learning_rate": NaN}', "NaN is not a JSON number"),
     "YAML's NaN": (
         "a.yaml",
         "learning_rate: .nan",
@@ -249,21 +249,21 @@ FILES = {
     "a word for true": ("a.yaml", "contiguous: maybe", "`contiguous` in {path} must be true or false, but is 'maybe'"),
     "number for text": ("a.yaml", "output_dir: 2024", "`output_dir` in {path} must be text, but is 2024"),
     "unknown name": ("a.yaml", "max_step: 3", "There is no setting 'max_step' in {path}; did you mean max_steps;"),
-    "a name that is no text": ("a.yaml", "1: 2", "the name 1 is no text"),
-    "a list for a name": ("a.yaml", "? [a]\n: 1", "is no text"),
+    "a name that is no text": ("a.yaml", "1: 2", "the name 1 is not a string"),
+    "a list for a name": ("a.yaml", "? [a]\n: 1", "is not a string"),
     "a Python object": (
         "a.yaml",
         "max_steps: !!python/object/apply:os.getcwd []",
         "could not determine a constructor",
     ),
-    "a tag that doesn't fit": ("a.yaml", "max_steps: !!int x", "'x' is no int"),
+    "a tag that doesn't fit": ("a.yaml", "max_steps: !!int x", "'x' is not a valid int"),
     "two documents": ("a.yaml", "--- {}\n--- {}", "expected a single document"),
-    "nothing": ("a.yaml", "", "must hold names and values, but holds nothing"),
+    "nothing": ("a.yaml", "", "must contain a mapping of names to values, but contains nothing"),
     "nothing, JSON": ("a.json", "", "{path} cannot be read"),
-    "a list": ("a.json", "[1]", "must hold names and values, but holds [1]"),
-    "a number": ("a.yaml", "3", "must hold names and values, but holds 3"),
+    "a list": ("a.json", "[1]", "must contain a mapping of names to values, but contains [1]"),
+    "a number": ("a.yaml", "3", "must contain a mapping of names to values, but contains 3"),
     "no such file": ("a.yaml", None, "does not exist; correct its path"),
-    "another ending": ("a.toml", "a = 1", "neither an option nor a file of settings, which ends in .json"),
+    "another ending": ("a.toml", "a = 1", "neither an option nor a settings file, which must end in .json"),
 }
 
 
@@ -286,9 +286,9 @@ def test_what_is_no_file_is_not_opened(tmp_path, capsys):
     for name in ("directory.json", "pipe.json", "loop.yaml"):
         assert run_skill.main([str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"The file of settings {tmp_path / name}" in line
+        assert f"The settings file {tmp_path / name}" in line
     assert run_skill.main([str(tmp_path / "pipe.json"), "--max_steps", "3"]) == 2
-    assert "belongs to no option; a file of settings stands alone" in capsys.readouterr().err
+    assert "does not belong to an option; a settings file must be the only argument" in capsys.readouterr().err
 
 
 def test_a_file_is_read_as_its_writer_meant_it(tmp_path):

@@ -161,17 +161,18 @@ def test_expected_cost_is_the_mean_over_sampled_architectures(layout, budget):
     student, (budget, _) = gated_student(layout), budget
     costs = budget.unit_costs(student)
     generator = torch.Generator().manual_seed(0)
+    expected, gates = expected_cost(student, costs), [gate for _, gate in student.named_gates()]
+    probabilities = [gate.open_probability() for gate in gates]
     sampled_costs = []
     for _ in range(150):
-        sampled = copy.deepcopy(student)
-        for _, gate in sampled.named_gates():
-            is_open = torch.rand(gate.size, generator=generator) < gate.open_probability()
+        for gate, probability in zip(gates, probabilities, strict=True):
+            is_open = torch.rand(gate.size, generator=generator) < probability
             gate.min_open = 0
             gate.log_alpha.data = torch.where(is_open, 50.0, -50.0)
-        sampled_costs.append(float(cost_after_pruning(sampled, costs)))
+        sampled_costs.append(float(cost_after_pruning(student, costs)))
     sampled_costs = torch.tensor(sampled_costs)
     error = sampled_costs.std() / len(sampled_costs) ** 0.5
-    assert abs(sampled_costs.mean() - expected_cost(student, costs)) < 4 * error
+    assert abs(sampled_costs.mean() - expected) < 4 * error
 
 
 def test_expected_cost_pulls_every_gate(budget):
@@ -261,7 +262,7 @@ def test_macs_take_more_from_the_convolutions_than_parameters_do(layout):
             gate.log_alpha.data.fill_(2.0)
         costs, whole, half = budget.unit_costs(student), budget.total(student), num_macs(tiny_teacher(layout)) / 2
         macs = MacBudget(0.7, 8_000).unit_costs(student)
-        optimizer = torch.optim.SGD([gate.log_alpha for gate in gates], lr=20.0)
+        optimizer = torch.optim.SGD([gate.log_alpha for gate in gates], lr=60.0)
         while expected_cost(student, macs) > half:
             optimizer.zero_grad()
             (expected_cost(student, costs) / whole).backward()
@@ -277,7 +278,7 @@ def test_macs_take_more_from_the_convolutions_than_parameters_do(layout):
 def test_impossible_cost(layout, budget):
     student, (budget, _) = gated_student(layout, ["ffn_dims"]), budget
     costs = budget.unit_costs(student)
-    with pytest.raises(ValueError, match=f"{budget.quantity}: what has no gate.*pruning_units"):
+    with pytest.raises(ValueError, match=f"{budget.quantity}: the parts without gates.*pruning_units"):
         fit_gates(student, min_cost(student, costs) - 1, costs)
 
 

@@ -245,7 +245,7 @@ def test_added_kind_is_in_recipe_card_and_figure(added):
     assert SkillConfig(pruning_units=[kind]).pruning_units == [kind]
     with pytest.raises(ValueError, match=f"`pruning_units`.*{kind}"):
         SkillConfig(pruning_units=["neurons"])
-    with pytest.raises(ValueError, match=f"`units` must be some of .*{kind}"):
+    with pytest.raises(ValueError, match=f"`units` must be one or more of .*{kind}"):
         make("base").add_gates(["neurons"])
     student = with_random_gates(make("base"), [kind])
     student.prune()

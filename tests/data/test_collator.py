@@ -81,13 +81,13 @@ def write_bad_files(directory):
     (directory / "piped.flac").write_bytes(piped)
     (directory / "folder.wav").mkdir()
     return {
-        "text.wav": "no audio that can be decoded",
+        "text.wav": "cannot be decoded as audio",
         "empty.wav": "empty",
         "header.wav": "no samples",
         "nan.wav": "NaN or infinite",
         "inf.wav": "NaN or infinite",
-        "cut.flac": "no audio that can be decoded",
-        "piped.flac": "does not tell its length",
+        "cut.flac": "cannot be decoded as audio",
+        "piped.flac": "does not state its length",
         "folder.wav": "is a directory",
         "missing.wav": "does not exist",
     }
@@ -149,7 +149,7 @@ def test_urls_are_read(tmp_path):
         archive.writestr("a.wav", encoded(noise(0.5), subtype="FLOAT"))
     url = f"zip://a.wav::{tmp_path}/clips.zip"
     np.testing.assert_array_equal(read_audio(url, protocols=("zip",)), noise(0.5))
-    with pytest.raises(AudioError, match="names the protocol `zip`, which is not read"):
+    with pytest.raises(AudioError, match="uses the protocol `zip`, but only paths and"):
         read_audio(url)
 
 
@@ -369,7 +369,7 @@ def test_precomputed_input_values_need_no_audio(tmp_path):
 
 
 def test_datasets_that_cannot_be_used(tmp_path):
-    with pytest.raises(AudioError, match="missing`, which is no local directory, cannot be loaded"):
+    with pytest.raises(AudioError, match="missing`, which is not a local directory, cannot be loaded"):
         load_speech_dataset(tmp_path / "missing")
     (tmp_path / "bare").mkdir()
     with pytest.raises(AudioError, match="bare` cannot be loaded.*any data files"):
@@ -480,7 +480,7 @@ def test_unreadable_rows_are_left_out_and_named_once(tmp_path, caplog):
         assert collator([bad[0], good, *bad[1:], good])["input_values"].shape == (2, 3 * RATE)
     assert collator.num_skipped == 6
     assert len(caplog.messages) == 3
-    for words in ("missing.wav` does not exist", "320 samples at 16000 Hz, too few", "neither `audio` nor"):
+    for words in ("missing.wav` does not exist", "320 samples at 16000 Hz, but needs", "neither `audio` nor"):
         assert sum(words in message for message in caplog.messages) == 1
 
 

@@ -72,9 +72,9 @@ def test_what_is_named_like_audio_but_is_none_is_named(tmp_path, caplog, monkeyp
     (warning,) = caplog.messages
     assert warning.startswith("Left out 7 of 9 clips: ")
     for name, what in {
-        "dangling.wav": "link to nothing",
+        "dangling.wav": "is a broken link",
         "loop.flac": "cannot be opened",
-        "recordings": "link to nothing",
+        "recordings": "is a broken link",
         "device.mp3": "is a device",
         "fifo.ogg": "is a FIFO",
         "folder.WAV": "is a directory",
@@ -114,7 +114,7 @@ def test_what_is_no_path(value):
 @pytest.mark.parametrize("name", ["notes.txt", "paper.pdf", "cover.png"])
 def test_a_directory_of_other_files(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(AudioError, match="holds no audio that is known by its ending .*; name another directory"):
+    with pytest.raises(AudioError, match="contains no audio files .*; choose another directory"):
         load_speech_dataset(tmp_path)
 
 
@@ -125,13 +125,13 @@ def test_tar_shards_without_files_of_that_ending(tmp_path, streaming):
         archive.add(tmp_path / "a.wav", "a.wav")
     (tmp_path / "a.wav").unlink()
     assert len(list(load_speech_dataset(tmp_path, streaming=streaming, audio_column="wav"))) == 1
-    with pytest.raises(AudioError, match="holds no files that end in .flac; `audio_column` must be the ending"):
+    with pytest.raises(AudioError, match="contains no files that end in .flac; `audio_column` must be the extension"):
         load_speech_dataset(tmp_path, streaming=streaming, audio_column="flac")
 
 
 def test_a_file_is_no_directory(tmp_path):
     write(tmp_path / "a.wav")
-    with pytest.raises(AudioError, match="a.wav` is no directory"):
+    with pytest.raises(AudioError, match="a.wav` is not a directory"):
         load_audio_dir(tmp_path / "a.wav")
 
 
@@ -162,13 +162,15 @@ def test_the_table_of_a_split_is_its_list(tmp_path, caplog, table, text, streami
     rows = list(load_speech_dataset(root, streaming=streaming))
     assert [row["text"] for row in rows] == ["a", "b", "c"]
     assert all(len(read_audio(row["audio"])) == RATE // 2 for row in rows)
-    assert f"The rows are those of `{root / table}`, not all audio files beside it." in caplog.messages
+    assert (
+        f"The rows are those of `{root / table}`; audio files that it does not list are not used." in caplog.messages
+    )
 
 
 def test_a_table_that_is_not_used_is_named(tmp_path, caplog):
     make_split(tmp_path, "train.csv", "speaker,text\n1,a\n2,b\n")
     assert len(load_speech_dataset(tmp_path)) == 8
-    assert "`audio`; the rows are the audio files themselves. Its columns: speaker, text." in caplog.text
+    assert "`audio`, only speaker, text; the rows are the audio files themselves." in caplog.text
     assert len(load_speech_dataset(tmp_path, audio_column="speaker")) == 2  # as the user says
 
 

@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named(finished, looking, tmp_path, name, damage):
     if damage is one_bit_changed and name in ("skill_state.json", "skill_config.json"):
         return  # what it says may have become that of another run
     assert isinstance(refused.value, CheckpointError)
-    assert "is not a whole checkpoint of SkillDistillationTrainer: " in message
+    assert "is not a complete checkpoint of SkillDistillationTrainer: " in message
     listed = json.loads((looking_dir(looking) / "checkpoint-2" / MANIFEST_NAME).read_text())["files"]
     assert any(word in message for word in ((*FILES, *listed) if name == MANIFEST_NAME else (name,)))
 
@@ -196,8 +196,11 @@ IMPOSSIBLE = {
     "half a step": (edit(PROGRESS, "global_step", value=1.5), "`global_step`"),
     "a step of NaN": (edit(PROGRESS, "global_step", value=math.nan), "`global_step`"),
     "another step": (edit(PROGRESS, "global_step", value=1), "`global_step` in trainer_state.json is 1"),
-    "a field of another program": (edit(PROGRESS, "surprise", value=1), "trainer_state.json is no state of a Trainer"),
-    "layer 99": (edit(STATE, "layer_groups", value=[[0], [99]]), "groups layer 99 of a teacher with 3"),
+    "a field of another program": (
+        edit(PROGRESS, "surprise", value=1),
+        "trainer_state.json is not a valid Trainer state",
+    ),
+    "layer 99": (edit(STATE, "layer_groups", value=[[0], [99]]), "groups layer 99, but the teacher has only 3 layers"),
     "no groups": (edit(STATE, "layer_groups", value=[]), "`layer_groups`"),
     "an empty group": (edit(STATE, "layer_groups", value=[[0], []]), "`layer_groups`"),
     "groups as text": (edit(STATE, "layer_groups", value="[[0]]"), "`layer_groups`"),
@@ -206,15 +209,18 @@ IMPOSSIBLE = {
     "similarity that is not square": (edit(STATE, "layer_similarity", value=[[1, 0]]), "`layer_similarity`"),
     "10**9 layers": (edit("config.json", "num_hidden_layers", value=10**9), "`num_hidden_layers` in config.json"),
     "hidden states of 10**9": (edit("config.json", "hidden_size", value=10**9), "`hidden_size` in config.json"),
-    "heads that there are not": (edit("config.json", "remaining_heads", value=[[9]] * 3), "config.json is no config"),
-    "widths of another student": (edit("config.json", "intermediate_sizes", value=[9] * 3), "has the shape"),
+    "heads that there are not": (
+        edit("config.json", "remaining_heads", value=[[9]] * 3),
+        "config.json is not a valid student config",
+    ),
+    "widths of another student": (edit("config.json", "intermediate_sizes", value=[9] * 3), "has shape"),
     "widths of 10**15": (edit("config.json", "intermediate_sizes", value=[10**15] * 3), "`intermediate_sizes[0]`"),
     "widths of 10**18": (edit("config.json", "intermediate_sizes", value=[10**18] * 3), "`intermediate_sizes[0]`"),
     "files as a list": (edit(MANIFEST_NAME, "files", value=[]), "checkpoint_files.json"),
     "a weight less": (edit_weights(lambda weights: weights.pop(NAME)), f"model.safetensors lacks {NAME}"),
-    "a weight more": (edit_weights(lambda weights: weights.update(x=torch.ones(1))), "model.safetensors holds x"),
+    "a weight more": (edit_weights(lambda weights: weights.update(x=torch.ones(1))), "model.safetensors contains x"),
     "a weight of another shape": (edit_weights(lambda weights: weights.update({NAME: torch.ones(1)})), "shape [1]"),
-    "NaN": (edit_weights(lambda weights: weights[NAME].fill_(math.nan)), f"{NAME} in model.safetensors holds NaN"),
+    "NaN": (edit_weights(lambda weights: weights[NAME].fill_(math.nan)), f"{NAME} in model.safetensors contains NaN"),
     "an infinite multiplier": (edit_weights(lambda weights: weights["lambda_1"].fill_(math.inf)), "lambda_1"),
 }
 
@@ -259,8 +265,8 @@ def test_the_last_whole_one_is_resumed(finished, tmp_path, caplog, name):
     trainer = make(tmp_path, clips)
     trainer.train(resume_from_checkpoint=True)
     assert same_weights(trainer.model, reference.model)
-    assert f"checkpoint-2` is not a whole checkpoint of SkillDistillationTrainer: it has no {name}." in caplog.text
-    assert "passed over" in caplog.text
+    assert f"checkpoint-2` is not a complete checkpoint of SkillDistillationTrainer: it has no {name}." in caplog.text
+    assert "skipped" in caplog.text
 
 
 def test_one_that_is_given_is_refused(finished, tmp_path):
@@ -375,7 +381,7 @@ def test_settings_that_change_the_student_are_named(finished, named):
     with pytest.raises(ValueError) as refused:
         trainer.train(resume_from_checkpoint=True)
     message = str(refused.value)
-    assert "is of another r" in message and f"{named} (" in message and " there, " in message
+    assert "belongs to a different r" in message and f"{named} (checkpoint: " in message and ", now: " in message
     assert not isinstance(refused.value, CheckpointError) and "\n" not in message
     assert trainer.stage == 0
 
@@ -402,8 +408,8 @@ def test_as_many_clips_a_step_in_other_batches(finished, caplog):
     reference, clips = finished
     kwargs = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     check_checkpoint(Path(reference.args.output_dir) / "checkpoint-2", ready(make("unused", clips, **kwargs)))
-    assert "batch_size (4 there, 2 here); gradient_accumulation_steps (1 there, 2 here)" in caplog.text
-    assert "not bit for bit" in caplog.text
+    assert "batch_size (checkpoint: 4, now: 2); gradient_accumulation_steps (checkpoint: 1, now: 2)" in caplog.text
+    assert "not be bit-identical" in caplog.text
 
 
 def test_an_earlier_run_is_never_resumed_in_place_of_this_one(finished, tmp_path):
@@ -412,9 +418,11 @@ def test_an_earlier_run_is_never_resumed_in_place_of_this_one(finished, tmp_path
     for step in (4, 5):
         copy_of(finished, step, tmp_path)
     other = {"data": longer_clips(clips), "learning_rate": 5e-4}
-    with pytest.raises(ValueError, match=r"holds an earlier run \(checkpoint-4, checkpoint-5\).*overwrite_output_dir"):
+    with pytest.raises(
+        ValueError, match=r"contains an earlier run \(checkpoint-4, checkpoint-5\).*overwrite_output_dir"
+    ):
         make(tmp_path, other["data"], learning_rate=other["learning_rate"]).train()
-    with pytest.raises(ValueError, match="another run: learning_rate"):
+    with pytest.raises(ValueError, match="a different run: learning_rate"):
         make(tmp_path, other["data"], learning_rate=other["learning_rate"]).train(resume_from_checkpoint=True)
     trainer = make_trainer(
         tmp_path,
@@ -433,7 +441,7 @@ def test_an_earlier_run_is_never_resumed_in_place_of_this_one(finished, tmp_path
 def test_another_teacher_is_named_before_its_sizes(finished):
     reference, clips = finished
     trainer = make(reference.args.output_dir, clips, teacher=tiny_teacher(num_hidden_layers=4))
-    with pytest.raises(ValueError, match="another recipe: teacher.num_parameters"):
+    with pytest.raises(ValueError, match="a different recipe: teacher.num_parameters"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -511,7 +519,7 @@ def test_a_new_run_does_not_begin_in_another_one_s_directory(finished, tmp_path,
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     trainer = make(tmp_path, clips)
     for resume in (None, f"{finished[0].args.output_dir}/checkpoint-2"):
-        with pytest.raises(ValueError, match="holds an earlier run.*overwrite_output_dir=True"):
+        with pytest.raises(ValueError, match="contains an earlier run.*overwrite_output_dir=True"):
             trainer.train(resume_from_checkpoint=resume)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert trainer.layer_groups is None  # before calibration

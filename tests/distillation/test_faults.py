@@ -196,7 +196,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     words += f" `{tmp_path}/checkpoint-{step}`."
     assert words in str(stopped.value) and words in caplog.text
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    with pytest.raises(ValueError, match=f"has begun already. `train.resume.*`{tmp_path}/checkpoint-{step}`"):
+    with pytest.raises(ValueError, match=f"has already started. `train.resume.*`{tmp_path}/checkpoint-{step}`"):
         trainer.train()
     trainer.train(resume_from_checkpoint=True)  # in the same session
     assert_same(trainer, reference)
@@ -229,7 +229,7 @@ def test_a_signal_before_the_first_step(tmp_path, clips, reference, monkeypatch,
     trainer = make(tmp_path, clips)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "_setup", lambda: os.kill(os.getpid(), number))
-        with pytest.raises(expected, match="nothing to resume from: start again, with a new trainer"):
+        with pytest.raises(expected, match="nothing to resume from: start again with a new trainer"):
             trainer.train()
     with pytest.raises(ValueError, match="There is no checkpoint to resume from"):
         trainer.train(resume_from_checkpoint=True)
@@ -313,7 +313,7 @@ DIVERGING = {
     "a gradient that is not clipped": ("gradient", 5, {"max_grad_norm": 0.0}, 5, "the gradient norm"),
     "a gradient between two log lines": ("gradient", 5, {"logging_steps": 50}, 5, "the gradient norm"),
     "a loss of NaN": ("loss", 7, {}, 7, "the cosine loss and distillation loss and gradient norm and l1 loss"),
-    "a weight": ("weight", 6, {}, 6, "student.encoder.layers.0.final_layer_norm.bias holds NaN or infinite values"),
+    "a weight": ("weight", 6, {}, 6, "student.encoder.layers.0.final_layer_norm.bias contains NaN or infinite values"),
     "a weight in the last step of stage 1": ("weight", 12, {"save_strategy": "no", "logging_steps": 50}, 12, "bias"),
     "a gradient in stage 2": ("gradient", 15, {}, 15, "the gradient norm"),
     "in the last step": ("gradient", 18, {"save_strategy": "no", "logging_steps": 50}, 18, "the gradient norm"),
@@ -375,7 +375,7 @@ def test_a_student_of_nan_is_not_saved(tmp_path, clips):
     with torch.no_grad():
         trainer.model.encoder.layers[0].final_layer_norm.bias[0] = float("nan")
     for save in (lambda: trainer.save_model(str(tmp_path / "student")), trainer.push_to_hub):
-        with pytest.raises(NonFiniteError, match="not saved: its encoder.layers.0.final_layer_norm.bias holds NaN"):
+        with pytest.raises(NonFiniteError, match="not saved: its encoder.layers.0.final_layer_norm.bias contains NaN"):
             save()
     assert not list(tmp_path.glob("**/*.safetensors"))
 
@@ -447,7 +447,7 @@ def test_a_full_disk_says_which_checkpoint_is_safe(tmp_path, clips, reference, s
 
 def test_a_full_disk_at_the_first_checkpoint_at_the_cut_and_in_a_callback(tmp_path, clips):
     for step, settings in ((1, {}), (3, {"save_strategy": "no"})):
-        with pytest.raises(storage.StorageError, match="There is no checkpoint yet: make room and start again"):
+        with pytest.raises(storage.StorageError, match="There is no checkpoint yet: free disk space and start again"):
             fill_the_disk(make(tmp_path / "a", clips, **settings), step, 1_000).train()
         assert not list((tmp_path / "a").iterdir())
 
@@ -467,7 +467,7 @@ def test_a_full_disk_leaves_the_student_that_was_there(tmp_path, clips):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with torch.no_grad():
         trainer.model.encoder.layers[0].final_layer_norm.bias += 1
-    words = f"The student could not be written.*again from `{tmp_path}/checkpoint-5`"
+    words = f"The student could not be written.*restores it from `{tmp_path}/checkpoint-5`"
     with pytest.raises(storage.StorageError, match=words), largest_file(20_000):
         trainer.save_model()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -478,7 +478,7 @@ def test_a_directory_that_cannot_be_written_to_is_found_out_first(tmp_path, clip
     monkeypatch.setattr(trainer, "_setup", lambda: pytest.fail("calibration has begun"))
     (tmp_path / "out").rmdir()
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ValueError, match="`output_dir`.*cannot be written to.*name another"):
+    with pytest.raises(ValueError, match="`output_dir`.*cannot be written to.*choose another"):
         trainer.train()
 
 
@@ -564,12 +564,12 @@ def test_exit_codes_of_the_command(tmp_path, script, capsys):
         assert f"{out}/checkpoint-{step}`" in lines[0]
         assert not (out / "model.safetensors").exists() and not (out / "README.md").exists()
     status, lines, _ = script(capsys)  # started again instead of resumed
-    assert status == 2 and "holds an earlier run" in lines[0]
+    assert status == 2 and "contains an earlier run" in lines[0]
     for fault, words in (
         (PoisonAt(2, "gradient"), "Step 2: the gradient norm became NaN or infinite"),
         (lambda trainer: fill_the_disk(trainer, 2, 1_000), "could not be written"),
-        (StopAt(2), "ended at step 2 of 5; no student is saved"),
-        (StopAt(4), "ended at step 4 of 5; no student is saved"),
+        (StopAt(2), "ended at step 2 of 5; no student was saved"),
+        (StopAt(4), "ended at step 4 of 5; no student was saved"),
     ):
         status, lines, err = script(capsys, fault, overwrite_output_dir=True)
         assert status == 2
@@ -580,7 +580,7 @@ def test_exit_codes_of_the_command(tmp_path, script, capsys):
     assert (status, lines) == (0, [])
     assert (out / "model.safetensors").is_file()
     status, lines, _ = script(capsys)
-    assert status == 2 and "holds an earlier run" in lines[0]
+    assert status == 2 and "contains an earlier run" in lines[0]
     status, lines, _ = script(capsys, output_dir=tmp_path / "teacher", overwrite_output_dir=True)
     assert status == 2 and "is the `teacher`" in lines[0]
     assert not (tmp_path / "teacher" / "skill_config.json").exists()

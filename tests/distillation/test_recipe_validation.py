@@ -31,7 +31,7 @@ def test_gates_that_cannot_get_there_are_warned_about(rate, steps, units, warned
         # A gate starts at the logit of its probability to be open and is as likely closed as open at 2/3 ln(1/11).
         start = math.log(0.99 / 0.01) if units != ["ffn_dims"] else 0.0
         distance = start - 2 / 3 * math.log(1 / 11)
-        assert f"from open to closed are {distance:.1f}" in caplog.text
+        assert f"needs {distance:.1f} to close" in caplog.text
         assert gate_travel(rate, steps) < distance
         own = SkillConfig().resolve_gate_learning_rate(steps)
         assert f"({own:.2g} would be used)" in caplog.text
@@ -51,7 +51,7 @@ ROWS = [{"audio": np.zeros(16_000, np.float32)}]
             {"train_dataset": datasets.DatasetDict(train=datasets.Dataset.from_list([{"a": 1}]))},
             "DatasetDict of train",
         ),
-        ({"eval_dataset": {}}, "`eval_dataset` is a dict without a dataset"),
+        ({"eval_dataset": {}}, "`eval_dataset` is an empty dict"),
         ({"eval_dataset": {"clean": (row for row in ROWS)}}, r"`eval_dataset\['clean'\]` must be a dataset"),
     ],
 )

@@ -242,7 +242,7 @@ def test_what_cannot_shrink(tmp_path, clips):
     with pytest.raises(ValueError, match="`shrink_steps`.*Adafactor.*`exp_avg_sq_row`.*adamw_torch"):
         make_trainer(tmp_path, clips, recipe={"shrink_steps": 2}, optim="adafactor")
     make_trainer(tmp_path, clips, optim="adafactor")
-    with pytest.raises(ValueError, match="`shrink_steps` must be a whole number of at least 0, but is -1"):
+    with pytest.raises(ValueError, match="`shrink_steps` must be an integer of at least 0, but is -1"):
         SkillConfig(shrink_steps=-1)
 
 
@@ -289,7 +289,7 @@ def test_killed_and_resumed_is_bitwise_the_same(layout, killed_at, tmp_path, cli
     assert sizes[0] == sizes[1] > sizes[2] == sizes[5] > sizes[6] == sizes[7] > sizes[8] == sizes[9]
     assert record.stages == 2  # the loop was never left within a stage
     for step, before, after in ((2, sizes[0], sizes[2]), (6, sizes[2], sizes[6])):
-        assert f"Step {step}: units that are closed for good are cut, {before:,} parameters become {after:,}" in (
+        assert f"Step {step}: permanently closed units are cut, {before:,} parameters become {after:,}" in (
             caplog.text
         )
     rows = [row for row in reference.state.log_history if "loss" in row]
@@ -312,18 +312,18 @@ def test_killed_and_resumed_is_bitwise_the_same(layout, killed_at, tmp_path, cli
         assert expected.keys() == actual.keys()
         assert [name for name in expected if not torch.equal(expected[name], actual[name])] == [], step
         assert [row for row in trainer.state.log_history if "loss" in row] == rows
-    with pytest.raises(ValueError, match="another recipe.*shrink_steps"):
+    with pytest.raises(ValueError, match="a different recipe.*shrink_steps"):
         make_shrinking(tmp_path / "whole", clips, layout=layout, recipe={"shrink_steps": 3}).train(
             resume_from_checkpoint=True
         )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_run_that_was_killed_ends_like_one_in_eager_mode(fresh_compiler, tmp_path, clips):
     def make(name, *callbacks, **kwargs):
         settings = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "layerdrop"), 0.0)
         few = {"conv_dim": (16, 16), "conv_kernel": (40, 16), "conv_stride": (20, 16)}  # a graph has a part for each
-        teacher = tiny_teacher(apply_spec_augment=False, **few, **settings)
+        teacher = tiny_teacher(apply_spec_augment=False, num_hidden_layers=2, **few, **settings)
         kwargs |= {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-4}
         recipe = RECIPE | {"final_steps": 2, "sparsity_warmup_steps": 2}
         return make_trainer(tmp_path / name, clips, teacher, recipe, [CloseGates(), *callbacks], **kwargs)

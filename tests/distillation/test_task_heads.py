@@ -382,7 +382,7 @@ def test_resumed_equals_uninterrupted(run, ctc_directory, tmp_path, step):
 )
 def test_checkpoints_know_their_head(run, ctc_directory, task, recipe, named):
     trainer = make_trainer(run.args.output_dir, labelled_clips(), ctc_directory, RUN | recipe, task=task)
-    with pytest.raises(ValueError, match=f"another recipe.*{named}"):
+    with pytest.raises(ValueError, match=f"different recipe.*{named}"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -401,7 +401,7 @@ def test_what_is_saved_loads_and_writes_text(run):
     heard = pipeline("automatic-speech-recognition", directory, device="cpu")(audio)["text"]
     assert heard == processor.decode(tokens) and heard.replace(" ", "") == expected
     card = Path(directory, "README.md").read_text(encoding="utf-8")
-    assert "pipeline_tag: automatic-speech-recognition" in card and "A speech model of" in card
+    assert "pipeline_tag: automatic-speech-recognition" in card and "A speech model with" in card
     assert "copy of the teacher's that was trained with the encoder, to give the teacher's logits and on" in card
     assert "| Divergence of logits | Loss of labels |" in card and "a temperature T of 2.0" in card
     texts = [Path(directory, name).read_text(encoding="utf-8") for name in ("tokenizer_config.json", "README.md")]
@@ -485,7 +485,7 @@ def test_a_student_to_start_from_has_the_same_head(tmp_path, clips, processor):
     with pytest.raises(ValueError, match="must be a WavLMSkillStudentForCTC without gates, but is a WavLMForSkillS"):
         SkillDistillationTrainer(fine_tuned(), model=build_student(fine_tuned().base_model), **kwargs)
     student = build_student(fine_tuned(vocab_size=11))
-    with pytest.raises(ValueError, match="`model` has a `vocab_size` of 11, the teacher of 9"):
+    with pytest.raises(ValueError, match="`model` has `vocab_size` 11, but the teacher has 9"):
         SkillDistillationTrainer(fine_tuned(), model=student, **kwargs)
 
 

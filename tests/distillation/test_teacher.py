@@ -105,7 +105,7 @@ def test_targets_are_means_of_the_hidden_states():
 def test_its_feature_extractor_or_the_usual_one(layout, tmp_path, caplog):
     teacher = Teacher(tiny_teacher(layout))
     assert teacher.feature_extractor().do_normalize == (layout == "large")
-    assert "without preprocessor_config.json" in caplog.text
+    assert "has no preprocessor_config.json" in caplog.text
     tiny_teacher(layout).save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor(do_normalize=layout == "base", sampling_rate=8_000).save_pretrained(tmp_path)
     extractor = Teacher(tmp_path).feature_extractor()

@@ -207,7 +207,7 @@ def test_explicit_groups_switch_clustering_off():
 
 
 def test_more_clusters_than_layers():
-    with pytest.raises(ValueError, match=r"`num_clusters` \(5\) is above the number of layers to group, 4"):
+    with pytest.raises(ValueError, match=r"`num_clusters` \(5\) exceeds the number of layers to group, 4"):
         cluster_layers(random_similarity(4, 0), SkillConfig(num_clusters=5))
 
 

@@ -106,7 +106,7 @@ def test_fused_student_cannot_be_saved_or_pruned(tmp_path):
     assert not (tmp_path / "student").exists()
     with pytest.raises(ValueError, match="is fused and cannot be pruned"):
         student.add_gates(["ffn_dims"])
-    with pytest.raises(ValueError, match="is fused and cannot be made a stock model"):
+    with pytest.raises(ValueError, match="is fused and cannot be converted to a stock model"):
         student.to_wavlm()
     with pytest.raises(ValueError, match="is fused and cannot be a teacher"):
         load_teacher(student)

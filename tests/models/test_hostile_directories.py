@@ -19,9 +19,9 @@ from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCTC,
-    HubertConfig,
-    HubertForCTC,
-    HubertModel,
+    Data2VecAudioConfig,
+    Data2VecAudioForCTC,
+    Data2VecAudioModel,
     TrainingArguments,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -245,14 +245,14 @@ TEACHERS = [
     (field("model_type", "no-such-model"), "'no-such-model'"),
     (field("model_type", ["wavlm"]), "['wavlm']"),
     (field("model_type", None), "None"),
-    (field("model_type", "bert"), "family `bert`"),
+    (field("model_type", "bert"), "is a `bert`; teachers"),
     *[(content("config.json", data), "config.json") for data in NOT_JSON],
-    (in_place_of("config.json", os.mkdir), "config.json in it is no file"),
-    (in_place_of("config.json", os.mkfifo), "config.json in it is no file"),
-    (in_place_of("config.json", lambda path: path.symlink_to("nowhere")), "config.json in it is no file"),
+    (in_place_of("config.json", os.mkdir), "config.json in it is not a file"),
+    (in_place_of("config.json", os.mkfifo), "config.json in it is not a file"),
+    (in_place_of("config.json", lambda path: path.symlink_to("nowhere")), "config.json in it is not a file"),
     (in_place_of("config.json", lambda path: None), "no config.json"),
-    (in_place_of("model.safetensors", os.mkdir), "model.safetensors in it is no file"),
-    (in_place_of("model.safetensors", os.mkfifo), "model.safetensors in it is no file"),
+    (in_place_of("model.safetensors", os.mkdir), "model.safetensors in it is not a file"),
+    (in_place_of("model.safetensors", os.mkfifo), "model.safetensors in it is not a file"),
     (in_place_of("model.safetensors", lambda path: None), "neither model.safetensors nor pytorch_model.bin"),
     (content("model.safetensors", b""), "weights"),
     (content("model.safetensors", b"not a file of weights"), "weights"),
@@ -274,12 +274,12 @@ TEACHERS = [
     (one_value(-torch.inf, "feature_projection.projection.bias"), "feature_projection.projection.bias"),
     *[(of_type(dtype), "encoder.layers.0") for dtype in (torch.int8, torch.bool, torch.complex64, torch.int64)],
     (of_type(torch.float8_e4m3fn), "float8_e4m3fn"),
-    (runs_code, "no pickle of plain weights"),
-    (pickled(lambda tensors: [1, 2]), "something else than weights"),
-    (pickled(lambda tensors: tensors | {"x": 3}), "something else than weights"),
-    (pickled(expanded), "larger than the file"),
-    (content("pytorch_model.bin", b"\x80\x02", but="model.safetensors"), "no pickle of plain weights"),
-    (content("pytorch_model.bin", b"", but="model.safetensors"), "no pickle of plain weights"),
+    (runs_code, "not a pickle of plain weights"),
+    (pickled(lambda tensors: [1, 2]), "something other than named weights"),
+    (pickled(lambda tensors: tensors | {"x": 3}), "something other than named weights"),
+    (pickled(expanded), "larger than its stored data"),
+    (content("pytorch_model.bin", b"\x80\x02", but="model.safetensors"), "not a pickle of plain weights"),
+    (content("pytorch_model.bin", b"", but="model.safetensors"), "not a pickle of plain weights"),
     (index([1, 2]), "model.safetensors.index.json"),
     (index({"weight_map": [1]}), "`weight_map`"),
     (index({"weight_map": {"a": 5}}), "`weight_map`"),
@@ -320,7 +320,7 @@ LOADERS = {
         (field("num_hidden_layers", 10**9), "`num_hidden_layers`"),
         (field("add_adapter", True), "`add_adapter`"),
         (one_value(torch.nan), "NaN"),
-        (runs_code, "no pickle"),
+        (runs_code, "not a pickle"),
     ],
 )
 def test_the_same_rule_wherever_an_encoder_is_loaded(teacher_files, tmp_path, load, damage, pattern):
@@ -338,7 +338,7 @@ def test_things_that_are_no_teacher(source):
 
 def test_a_file_is_no_teacher(teacher_files, tmp_path):
     directory = put(teacher_files, tmp_path / "teacher")
-    refused(lambda: load_teacher(directory / "config.json"), "give its directory")
+    refused(lambda: load_teacher(directory / "config.json"), "pass its directory")
 
 
 def test_neither_code_nor_files_of_others_are_read(teacher_files, tmp_path, monkeypatch):
@@ -406,15 +406,15 @@ def test_heads_and_what_pretraining_left_are_no_part_of_the_encoder(model_class,
         assert loaded.config.name_or_path == str(tmp_path) and not loaded.training
 
 
-@pytest.mark.parametrize("model_class", [HubertModel, HubertForCTC])
+@pytest.mark.parametrize("model_class", [Data2VecAudioModel, Data2VecAudioForCTC])
 def test_encoders_of_other_families_load_with_the_same_checks(tmp_path, model_class):
-    known = HubertConfig().to_dict()
+    known = Data2VecAudioConfig().to_dict()
     fields = {name: value for name, value in tiny_config().to_dict().items() if name in known and name != "model_type"}
-    model = model_class(HubertConfig(**fields))
+    model = model_class(Data2VecAudioConfig(**fields))
     model.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     torch.testing.assert_close(loaded.state_dict(), model.base_model.state_dict(), atol=0, rtol=0)
-    refused(lambda: load_teacher(tmp_path), "family `hubert`")
+    refused(lambda: load_teacher(tmp_path), "is a `data2vec-audio`; teachers")
     without("encoder.layers.1.")(tmp_path)
     refused(lambda: load_model(tmp_path), "encoder.layers.1")
 
@@ -488,7 +488,10 @@ OBJECTS = {
     "inf": (lambda: changed("encoder.layer_norm.weight", torch.inf), "encoder.layer_norm.weight"),
     "zeros": (lambda: changed("feature_projection.projection.weight", 0.0), "feature_projection.projection.weight"),
     "layers": (more_layers, "encoder.layers.3"),
-    "family": (lambda: HubertModel(HubertConfig(num_hidden_layers=1, hidden_size=48)), "family `hubert`"),
+    "family": (
+        lambda: Data2VecAudioModel(Data2VecAudioConfig(num_hidden_layers=1, hidden_size=48)),
+        "`data2vec-audio`",
+    ),
 }
 
 
@@ -519,7 +522,7 @@ EXTRACTORS = [
     (field("feature_extractor_type", "EvilExtractor", "preprocessor_config.json"), "EvilExtractor"),
     (whisper, "WhisperFeatureExtractor"),
     *[(content("preprocessor_config.json", data), "preprocessor_config.json") for data in NOT_JSON],
-    (in_place_of("preprocessor_config.json", os.mkfifo), "no file"),
+    (in_place_of("preprocessor_config.json", os.mkfifo), "not a file"),
     (content("processor_config.json", b"{"), "processor_config.json"),
     (content("processor_config.json", b'{"feature_extractor": 5}'), "processor_config.json"),
 ]
@@ -607,7 +610,7 @@ def test_a_run_with_a_feature_extractor_of_ones_own(teacher_files, tmp_path, cap
     output = run(tmp_path, str(put(teacher_files, tmp_path / "teacher")), processing_class=Padded())
     saved = AutoFeatureExtractor.from_pretrained(output)
     assert type(saved) is Wav2Vec2FeatureExtractor and not saved.do_normalize and saved.sampling_rate == 8000
-    assert "does not prepare audio as your Padded does" in caplog.text
+    assert "prepares audio differently from your Padded" in caplog.text
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

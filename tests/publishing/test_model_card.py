@@ -143,16 +143,17 @@ def report(teacher, student):
 
 def test_the_card_tells_how_clear_the_groups_are_and_what_the_cut_did(tmp_path, report, figures):
     text = written(tmp_path, report)
-    assert "Mean silhouette of each number of groups (larger is clearer): 2: 0.481, 3: 0.470." in text
+    assert "Mean silhouette of each number of groups (larger means clearer groups): 2: 0.481, 3: 0.470." in text
     assert "the two halves of the calibration set give [[0, 1], [2, 3]] and [[0], [1, 2, 3]]." in text
-    assert "the gates left 30,000 parameters, where 20,000 were asked for. A shift of all gates by -4.400" in text
+    assert "the gates left 30,000 parameters; the target was 20,000. The units to cut were chosen" in text
+    assert "20,000. The units to cut were chosen with a shift of all gates by -4.400." in text
     assert "| Measured on 32 held-out clips | Distillation loss | Cosine similarity to the teacher |" in text
     assert "| After the cut | -0.5000 | 0.7500 |" in text
     assert "](layer_distances.png)" in text
     report.record.half_groups = [report.layer_groups] * 2
     report.record.cut["shift"] = 0.0
     text = written(tmp_path, report)
-    assert "Either half of the calibration set gives the same groups." in text
+    assert "Both halves of the calibration set give the same groups." in text
     assert "The cut needed no shift of the gates." in text
 
 
@@ -237,7 +238,7 @@ def test_a_class_of_the_user_is_loaded_as_what_it_derives_from(student):
 
 
 def test_only_students_have_a_card(teacher):
-    with pytest.raises(ValueError, match="for its students, but the model is a WavLMModel"):
+    with pytest.raises(ValueError, match="for students, but the model is a WavLMModel"):
         card_data(teacher)
 
 
@@ -423,7 +424,7 @@ def test_card_tells_where_the_groups_come_from(tmp_path, report, fields, sentenc
     card = written(tmp_path, report)
     assert sentence in card
     assert rows_below(card, "Group", "Hidden states") == [["1", "0, 1"], ["2", "2, 3"]]
-    assert "took no part" not in card
+    assert "was not included" not in card
 
 
 def test_card_before_training(tmp_path, report):
@@ -541,7 +542,7 @@ def test_without_matplotlib_there_are_tables(tmp_path, report, include_embedding
         [f"{c}", f"{d}", "0.2000"],
         [f"{a}, {b}", f"{c}, {d}", "0.5500"],
     ]
-    assert ("Hidden state 0 took no part." in card) == (not include_embeddings)
+    assert ("Hidden state 0 was not included." in card) == (not include_embeddings)
     assert rows_below(card, "Step", "Sparsity", "Target") == [
         ["10", "0.0625", "0.5000"],
         ["20", "0.1250", "0.5000"],
@@ -722,7 +723,7 @@ def test_no_local_path_is_published(tmp_path, report, monkeypatch):
         report.teacher_name = name
         card = written(tmp_path, report)
         assert "base_model" not in card
-        assert "its teacher, a `wavlm` model, has" in card
+        assert "fewer than its teacher, a `wavlm` model. " in card
         assert "secret" not in card
         assert tmp_path.name not in card
 

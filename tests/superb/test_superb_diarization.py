@@ -144,7 +144,7 @@ def test_recordings_are_cut_into_chunks_in_training(tmp_path):
     "value, message",
     [
         (None, "`speakers` in row 1 of the train set must be a list"),
-        ([{"speaker_id": "a", "start": 0.0}], "is no dict of speaker_id, start and end"),
+        ([{"speaker_id": "a", "start": 0.0}], "is not a dict with speaker_id, start and end"),
         ([segment(None, 0.0, 1.0)], "`speaker_id` must be a name"),
         ([segment("a", 0.0, None)], "`start` and `end` numbers"),
         ([segment("a", 2.0, 1.0)], "from 2.0 to 1.0; 0 <= start <= end must hold"),
@@ -168,11 +168,11 @@ def test_other_bad_data_is_named(tmp_path):
     task = Diarization("speakers", FRAME)
     with pytest.raises(ValueError, match="no column `speakers`"):
         task.read({"train": dataset_of([[]]).rename_column("speakers", "turns")})
-    with pytest.raises(ValueError, match="In the train set nobody speaks"):
+    with pytest.raises(ValueError, match="The train set contains no speech"):
         read(task, [[], []])
     dataset = make_dataset(tmp_path / "data", [[8] * 100], {"speakers": [[segment("a", 0, 200)]]})
     with pytest.raises(
-        ValueError, match="row 0 of the train set goes on to 200 s, but the clip ends at 2.00 s.*time_unit"
+        ValueError, match="row 0 of the train set extends to 200 s, but the clip ends at 2.00 s.*time_unit"
     ):
         prepare_examples(task, LevelEncoder(), {"train": dataset}, tmp_path / "cache")
 
@@ -237,7 +237,7 @@ def test_example_measures_diarization(tmp_path, tmp_path_factory, monkeypatch):
         "use_cpu": True,
     }
     status, _, errors = run_main(run_superb, settings | {"time_unit": 1})
-    assert status == 2 and "goes on to 90 s, but the clip ends at 0.88 s" in errors[0]
+    assert status == 2 and "extends to 90 s, but the clip ends at 0.88 s" in errors[0]
     status, _, errors = run_main(run_superb, settings)
     assert (status, errors) == (0, [])
     results = json.loads((tmp_path / "out" / "teacher" / "all_results.json").read_text(encoding="utf-8"))

@@ -218,7 +218,7 @@ def test_learning_rates_that_diverge_are_passed_over(tmp_path, task):
 
 def test_nothing_but_divergence_is_an_error(tmp_path):
     splits = class_splits(tmp_path, {"label": 4})
-    with pytest.raises(ValueError, match=r"Training ks came to NaN with every learning rate \(1e\+38\); try smaller"):
+    with pytest.raises(ValueError, match=r"Training ks produced NaN with every learning rate \(1e\+38\); try smaller"):
         run(Classification("ks", ["label"]), ClearEncoder(), splits, tmp_path, 20, [1e38])
 
 
@@ -360,11 +360,11 @@ def test_other_settings_want_another_directory(tmp_path, interrupt):
         ({"eval_steps": 5}, "`eval_steps` 20, not 5"),
     ):
         other = arguments(tmp_path / "heads", 20, **changed)
-        with pytest.raises(ValueError, match=f"has results with {message}; name another directory"):
+        with pytest.raises(ValueError, match=f"has results with {message}; choose another directory"):
             evaluate_task(task, examples, other, [1e-2])
-    with pytest.raises(ValueError, match="has results with `patience` None, not 3; name another directory"):
+    with pytest.raises(ValueError, match="has results with `patience` None, not 3; choose another directory"):
         evaluate_task(task, examples, arguments(tmp_path / "heads", 20), [1e-2], patience=3)
-    with pytest.raises(ValueError, match="has results with `model` None, not 'b'; name another directory"):
+    with pytest.raises(ValueError, match="has results with `model` None, not 'b'; choose another directory"):
         evaluate_task(task, examples, arguments(tmp_path / "heads", 20), [1e-2], settings={"model": "b"})
 
 
@@ -372,7 +372,7 @@ def test_other_settings_want_another_directory(tmp_path, interrupt):
 def test_no_learning_rate_and_no_validation(tmp_path):
     splits = class_splits(tmp_path, {"label": 2})
     task = Classification("ks", ["label"])
-    with pytest.raises(ValueError, match="`learning_rates` is empty; give at least one"):
+    with pytest.raises(ValueError, match="`learning_rates` is empty; pass at least one"):
         run(task, ClearEncoder(), splits, tmp_path, 2, [])
     with pytest.raises(ValueError, match="`eval_strategy` is no, but the validation set chooses the head"):
         run(task, ClearEncoder(), splits, tmp_path, 2, eval_strategy="no")
@@ -392,7 +392,7 @@ def test_wrong_labels_are_told_before_anything_is_encoded(tmp_path):
 
 def test_pairs_that_cannot_be_scored_are_told_before_training(tmp_path):
     splits = class_splits(tmp_path, {"speaker": 4}, (8, 8, 4))
-    with pytest.raises(ValueError, match="The test set compares no two clips of one speaker"):
+    with pytest.raises(ValueError, match="The test set has no pair of clips of one speaker"):
         prepare_examples(Verification("speaker"), ClearEncoder(), splits, tmp_path / "cache")
 
 

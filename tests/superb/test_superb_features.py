@@ -239,7 +239,7 @@ def test_unreadable_clips_are_left_out_and_targets_stay_with_theirs(clips, tmp_p
     assert content(cached) == {row: whole[row] for row in (1, 4)}
     named = [record.getMessage() for record in caplog.records if "Left out" in record.getMessage()]
     assert len(named) == 3
-    for name in ("bad0.wav` does not exist", "bad2.wav` is no audio", "bad3.wav` has 300 samples"):
+    for name in ("bad0.wav` does not exist", "bad2.wav` cannot be decoded as audio", "bad3.wav` has 300 samples"):
         assert sum(name in line for line in named) == 1
     examples = Examples(cached, [f"target {row}" for row in range(len(LENGTHS))])
     assert [examples[item]["target"] for item in range(len(examples))] == ["target 1", "target 4"]
@@ -280,14 +280,16 @@ def test_other_settings_want_another_directory(clips, tmp_path, changed, message
     before = content(cache_hidden_states(dataset=clips, **same))
     rows = changed.get("rows", len(clips))
     other = same | {name: value for name, value in changed.items() if name != "rows"}
-    with pytest.raises(ValueError, match=f"{message}; name another directory"):
+    with pytest.raises(ValueError, match=f"{message}; choose another directory"):
         cache_hidden_states(dataset=clips.select(range(rows)), **other)
     assert content(cache_hidden_states(dataset=clips, **same)) == before
 
 
 @pytest.mark.parametrize("scale", [float("nan"), 1e6])
 def test_nan_and_overflow_are_errors(clips, tmp_path, scale):
-    message = "hold NaN or infinite values" if scale != scale else r"reach .*, too large for float16 \(at most 65504\)"
+    message = (
+        "contain NaN or infinite values" if scale != scale else r"reach .*, too large for float16 \(at most 65504\)"
+    )
     with pytest.raises(ValueError, match=f"The hidden states of row 1 {message}"):
         cache_hidden_states(Scaled(scale), clips, tmp_path, batch_seconds=0.1)
     assert index_lines(tmp_path) == []
@@ -306,7 +308,7 @@ def test_a_disk_that_is_too_small_is_told_early(clips, tmp_path, monkeypatch):
             return usage._replace(free=frames * 78 - (directory / features.STATES).stat().st_size)
 
         monkeypatch.setattr(features.shutil, "disk_usage", disk_usage)
-        message = r"need another .* GB, but the disk of .* has .* GB left; name another `cache_dir`"
+        message = r"need .* GB more, but the disk of .* has .* GB left; choose another `cache_dir`"
         with pytest.raises(ValueError, match=message) if number < 5 else contextlib.nullcontext():
             cache_hidden_states(FilterBank("mfcc"), clips, directory, batch_seconds=0.1)
         assert len(CachedHiddenStates(directory)) == number
@@ -314,7 +316,7 @@ def test_a_disk_that_is_too_small_is_told_early(clips, tmp_path, monkeypatch):
 
 def test_a_data_set_without_audio(tmp_path):
     dataset = datasets.Dataset.from_dict({"sound": ["a.wav"], "label": ["a"]})
-    with pytest.raises(ValueError, match="no column `audio`, but sound, label; rename"):
+    with pytest.raises(ValueError, match="no column `audio`, only sound, label; rename"):
         cache_hidden_states(FilterBank("mfcc"), dataset, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -129,12 +129,12 @@ def test_words_names_and_classes_say_which_document_holds_a_query():
     labels = dataset_of(word=[1, 0]).cast_column("word", datasets.ClassLabel(names=["no", "yes"]))
     assert read_truth(labels, labels, "word").tolist() == [[1, 0], [0, 1]]
 
-    with pytest.raises(ValueError, match="`documents` of query 1 names d, which is none of the documents"):
+    with pytest.raises(ValueError, match="`documents` of query 1 names d, which matches none of the documents"):
         read_truth(dataset_of(documents=["a", "d"]), documents, "documents")
     twice = dataset_of(audio=[{"path": "/x/a.wav"}, {"path": "/y/a.wav"}])
-    with pytest.raises(ValueError, match="query 0 names a, which fits several"):
+    with pytest.raises(ValueError, match="query 0 names a, which matches several"):
         read_truth(dataset_of(documents=["a"]), twice, "documents")
-    with pytest.raises(ValueError, match="No document holds any of the 1 queries, by `text`"):
+    with pytest.raises(ValueError, match="No document contains any of the 1 queries, according to `text`"):
         read_truth(dataset_of(text=["stay"]), documents, "text")
     with pytest.raises(ValueError, match="The query set has no column `word`"):
         read_truth(dataset_of(text=["stay"]), documents, "word")

@@ -114,10 +114,10 @@ def test_tags_of_words_become_marks(text, tags, expected):
         ("TO B-city ROME", "Row 1 of the train set: the slot `city` has no end, `E-city`"),
         ("B-city NEW B-part YORK E-part E-city", "`B-part` begins a slot within another, `city`"),
         ("B-city ROME E-town", "`E-town` ends a slot, but the slot that began is `city`"),
-        ("GO B-city . E-city", "`city` holds no word"),
-        ("", "Row 1 of the train set has nothing"),
-        (None, "Row 1 of the train set has nothing"),
-        ("?", "Row 1 of the train set has nothing"),
+        ("GO B-city . E-city", "`city` contains no word"),
+        ("", "Row 1 of the train set has no text"),
+        (None, "Row 1 of the train set has no text"),
+        ("?", "Row 1 of the train set has no text"),
     ],
 )
 def test_malformed_texts_are_named(text, message):

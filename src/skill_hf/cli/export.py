@@ -1,4 +1,7 @@
-"""`skill-hf export`: ONNX in float32 and int8, a program of `torch.export`, a stock model; each compared."""
+"""
+`skill-hf export`: to ONNX in float32 and int8, `torch.export` or a stock model of the family; each is compared with
+the student.
+"""
 
 import logging
 import tempfile
@@ -37,45 +40,49 @@ MIN_SECONDS = 0.5
 @dataclass
 class ExportArguments:
     model: str = field(metadata={"help": "Hub id or directory of a student."})
-    output_dir: str = field(metadata={"help": "Where files go."})
-    audio_dir: str = field(metadata={"help": "Folder of audio to compare on, with all below it."})
+    output_dir: str = field(metadata={"help": "Output directory."})
+    audio_dir: str = field(
+        metadata={"help": "Directory of audio to compare outputs on, including its subdirectories."}
+    )
     formats: list[str] = field(
-        default_factory=lambda: ["onnx"], metadata={"help": "Any of them.", "choices": list(FILES)}
+        default_factory=lambda: ["onnx"], metadata={"help": "One or more formats.", "choices": list(FILES)}
     )
     output_hidden_states: bool = field(
-        default=False, metadata={"help": "Add all hidden states to the outputs of the files."}
+        default=False, metadata={"help": "Add all hidden states to the outputs of the exported models."}
     )
-    max_clips: Count = field(default=10, metadata={"help": "Clips to compare on at most."})
+    max_clips: Count = field(default=10, metadata={"help": "Maximum number of clips to compare on."})
     max_seconds: Annotated[float, Range(MIN_SECONDS, most=MAX_SECONDS)] = field(
-        default=10.0, metadata={"help": "Length in seconds that clips are cropped to."}
+        default=10.0, metadata={"help": "Length in seconds to crop clips to."}
     )
 
 
 def load_student(name: str) -> PreTrainedModel:
     """
-    The student in float32, with the head that it was saved with.
+    Loads the student in float32, with the head that it was saved with.
 
     Raises:
-        `ValueError`: if there is none, or something else, or weights are missing.
+        `ValueError`: if there is no student, or weights are missing.
     """
     config = load_config(name)
     if not isinstance(config, SkillStudentConfig):
         raise ValueError(
-            f"`{name}` is a `{config.model_type}`, not a student. The class of its family makes one, for instance"
+            f"`{name}` is a `{config.model_type}`, not a student. Convert it with its family's student class, such as"
             " `WavLMForSkillStudent.from_pretrained(...).save_pretrained(...)`."
         )
     architecture = (config.architectures or [None])[0]
     auto_classes = {path.rpartition(".")[2]: name for name, path in config.student_classes().items()}
     if architecture not in auto_classes:
         known = ", ".join(path for path in auto_classes if "Config" not in path)
-        raise ValueError(f"`architectures` in config.json of `{name}` is {config.architectures}; known are {known}.")
+        raise ValueError(
+            f"`architectures` in config.json of `{name}` is {config.architectures}; the supported ones are {known}."
+        )
     auto_class = getattr(transformers, auto_classes[architecture])
     return load_model(name, auto_class, new_head=False)
 
 
 def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[str, dict]:
     """
-    Writes all formats that are asked for and compares each with the model.
+    Writes all requested formats and compares each with the model.
 
     Returns:
         `dict[str, dict]`: for each format `file`, `megabytes` (10^6 bytes), `parameters`, `cosine_similarity` of each
@@ -102,7 +109,7 @@ def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[s
             if name == "onnx":
                 saved = OnnxModel(path)
             elif name == "torch_export":
-                logger.info("Exporting a program of torch.export")
+                logger.info("Exporting with torch.export")
                 export_program(model, path, args.output_hidden_states)
                 saved = torch.export.load(path).module()
             else:
@@ -121,7 +128,7 @@ def export(args: ExportArguments, model: PreTrainedModel, audio: list) -> dict[s
 
 
 def print_table(results: dict[str, dict]) -> None:
-    rows = [("format", "file", "MB", "parameters", "largest difference", "least cosine similarity")]
+    rows = [("format", "file", "MB", "parameters", "largest difference", "lowest cosine similarity")]
     for name, result in results.items():
         difference = result.get("largest_difference")
         rows.append(
@@ -140,7 +147,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def run(arguments: list[str] | None, prog: str | None = None, kind: type[ExportArguments] = ExportArguments) -> None:
-    """What [`main`] does; raises what goes wrong."""
+    """Does the work of [`main`]; errors are raised."""
     (args,) = parse(arguments, (kind,), prog)
     try_directory(args.output_dir)
     keep_sources(args.output_dir, {"model": args.model})
@@ -187,9 +194,9 @@ def main(
     Exports, compares and reports.
 
     Args:
-        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        arguments (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
         prog (`str`, *optional*): what the help calls the program.
-        kind (`type`, *optional*, defaults to [`ExportArguments`]): the settings, maybe with other defaults.
+        kind (`type`, *optional*, defaults to [`ExportArguments`]): the settings, possibly with other defaults.
 
     Returns:
         `int`: the exit code.

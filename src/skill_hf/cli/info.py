@@ -1,8 +1,8 @@
 """
-`skill-hf info`: what is left of a student's teacher, or how large an encoder is.
+`skill-hf info`: how much of its teacher a student keeps, or how large an encoder is.
 
-Sizes follow from config.json. The weights in a directory are checked against it by their names and shapes; those of a
-repository on the Hub are not downloaded. Nothing that a directory or repository holds is run.
+Sizes are computed from config.json. Weights in a directory are checked against it by name and shape; weights on the
+Hub are not downloaded. No code from a directory or repository is run.
 """
 
 import argparse
@@ -49,24 +49,27 @@ SHARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 
 def describe(source: str, teacher: str | None = None, seconds: float = 10.0) -> dict[str, Any]:
     """
-    What is left of a student's teacher, or how large an encoder is.
+    How much of its teacher a student keeps, or how large an encoder is.
 
     Args:
         source (`str`): Hub id or directory of a student, or of a stock encoder of waveforms, with or without a head.
-        teacher (`str`, *optional*): Hub id or directory of the student's teacher; by default the one that it names.
+        teacher (`str`, *optional*): Hub id or directory of the student's teacher; by default the one named in its
+            config.
         seconds (`float`, *optional*, defaults to 10.0): length of the clip that multiply-accumulates are counted for.
 
     Returns:
-        `dict`: what `--json` prints. `None` stands for what is not known, or does not apply to a stock encoder.
+        `dict`: what `--json` prints. `None` means unknown, or not applicable to a stock encoder.
 
     Raises:
         `ValueError`: if there is no such encoder, its weights do not fit its config, or it is not a student of the
-            teacher that is named.
+            given teacher.
     """
     config = _load_config(source, "The model")
     is_student = hasattr(config, "remaining_heads")
     if teacher is not None and not is_student:
-        raise ValueError(f"`{source}` is a `{config.model_type}`, no student that has a teacher; leave out --teacher.")
+        raise ValueError(
+            f"`{source}` is a `{config.model_type}`, not a student, so it has no teacher; leave out --teacher."
+        )
     extractor = load_feature_extractor(source)
     rate = SAMPLING_RATE if extractor is None else extractor.sampling_rate
     size, notes = _size(source, config, seconds, rate), []
@@ -103,13 +106,13 @@ def _architecture(config: PreTrainedConfig) -> str | None:
 def _load_config(source: str, what: str) -> PreTrainedConfig:
     config = load_config(source, what)
     if not all(hasattr(config, name) for name in ("conv_dim", *SHARED)):
-        raise ValueError(f"{what} `{source}` is a `{config.model_type}`, which is no encoder of waveforms like WavLM.")
+        raise ValueError(f"{what} `{source}` is a `{config.model_type}`, not a waveform encoder like WavLM.")
     return config
 
 
 def _size(source: str, config: PreTrainedConfig, seconds: float, rate: int) -> dict[str, Any]:
     """Parameters and multiply-accumulates of the encoder without a head, and the units of each of its layers."""
-    with one_error(f"The size of `{source}` cannot be counted."):
+    with one_error(f"The size of `{source}` cannot be determined."):
         model = empty_model(AutoModel._model_mapping[type(config)], config)
         macs = count_macs(model, seconds, rate)
     sizes = sizes_of(config)
@@ -120,11 +123,13 @@ def _size(source: str, config: PreTrainedConfig, seconds: float, rate: int) -> d
 def _teacher_size(
     source: str, config, size: dict, named: str | None, seconds: float, rate: int, notes: list[str]
 ) -> dict[str, Any]:
-    """Of the teacher that is named, or that the student names; else what the student's config tells of it."""
+    """
+    Size of the given teacher, or of the one named by the student; otherwise, what the student's config says about it.
+    """
     layers, teacher = config.num_hidden_layers, hub_id_of(config.base_model) if named is None else named
     try:
         if teacher is None:
-            raise ValueError("The student names none on the Hub.")
+            raise ValueError("The student does not name a teacher on the Hub.")
         teacher_config = _load_config(_base_model_files(teacher) if named is None else teacher, "The teacher")
         found = _size(teacher, teacher_config, seconds, rate)
         _check_teacher(source, config, size, teacher, teacher_config, found)
@@ -132,13 +137,13 @@ def _teacher_size(
     except ValueError as error:
         if named is not None:
             raise
-        notes.append(f"The teacher is unknown; name it with --teacher. {error}")
+        notes.append(f"The teacher is unknown; pass it with --teacher. {error}")
     known = {"attention_heads": [config.num_attention_heads] * layers, "ffn_dims": [config.intermediate_size] * layers}
     return dict.fromkeys(("model", *size)) | known
 
 
 def _base_model_files(repo_id: str) -> str:
-    """Where config.json of a repository is read: in the cache, or on the Hub if that answers at once."""
+    """Where config.json of a repository is read from: the cache, or the Hub if it answers immediately."""
     cached = try_to_load_from_cache(repo_id, CONFIG_NAME)
     if isinstance(cached, str):
         return str(Path(cached).parent)
@@ -156,10 +161,10 @@ def _check_teacher(source: str, config, size: dict, teacher: str, teacher_config
     """
     family = STUDENT_CLASSES.get(teacher_config.model_type)
     if family is None or family.config_class is not type(config):
-        problem = f"a `{teacher_config.model_type}` has no students of type `{config.model_type}`"
+        problem = f"a `{teacher_config.model_type}` cannot have a student of type `{config.model_type}`"
     elif differing := [name for name in SHARED if getattr(config, name) != getattr(teacher_config, name)]:
         ours, theirs = (getattr(one, differing[0]) for one in (config, teacher_config))
-        problem = f"its `{differing[0]}` is {theirs}, that of the student {ours}"
+        problem = f"its `{differing[0]}` is {theirs}, but the student's is {ours}"
     elif wider := [
         name
         for name in ("conv_channels", "attention_heads", "ffn_dims")
@@ -172,7 +177,7 @@ def _check_teacher(source: str, config, size: dict, teacher: str, teacher_config
 
 
 def _weights_of_directory(source: str, config: PreTrainedConfig) -> dict[str, Any]:
-    with one_error(f"The weights of the model `{source}` cannot be used; get them again."):
+    with one_error(f"The weights of the model `{source}` cannot be used; download them again."):
         paths, weights = weight_files(source), load_weights(source)
         head_parameters = _check_weights(config, weights)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values() if tensor.is_floating_point()}
@@ -185,7 +190,7 @@ def _weights_of_directory(source: str, config: PreTrainedConfig) -> dict[str, An
 
 
 def _check_weights(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> int:
-    """How many numbers the file holds besides the encoder; a `ValueError` if it is not the encoder of this config."""
+    """How many numbers the file holds outside the encoder; a `ValueError` if it is not the encoder of this config."""
     model = empty_model(AutoModel._model_mapping[type(config)], config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     parts = {name.partition(".")[0] for name in expected}
@@ -198,7 +203,7 @@ def _check_weights(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -
             own = re.sub(rf"\.{old}$", f".parametrizations.weight.{new}", own)
         if name.startswith(prefix) == has_prefix and own.partition(".")[0] in parts:
             if own != "masked_spec_embed" and expected.get(own) != tuple(tensor.shape):
-                wanted = f"instead of {expected[own]}" if own in expected else "but is not part of it"
+                wanted = f"instead of {expected[own]}" if own in expected else "but is not part of the model"
                 raise ValueError(f"they do not fit config.json: {name} has shape {tuple(tensor.shape)} {wanted}")
             found.add(own)
         else:
@@ -237,7 +242,7 @@ def format_text(info: dict[str, Any]) -> str:
     names = files if len(files) < 3 else [f"{len(files)} files"]
     rows.append(("weights", ", ".join([size, *names, *(weights["dtypes"] or [])])))
     if weights["head_parameters"]:
-        rows.append(("besides the encoder", f"{weights['head_parameters']:,} parameters"))
+        rows.append(("outside the encoder", f"{weights['head_parameters']:,} parameters"))
     top = [f"{name:<20}  {_shorten(value, WIDTH - 22)}" for name, value in rows]
 
     counts = [(f"multiply-accumulates for {info['seconds']:g} s", "macs"), ("parameters", "parameters")]
@@ -261,7 +266,7 @@ def format_text(info: dict[str, Any]) -> str:
 
 
 def _share(ours: int, theirs: int | None, is_removed: bool = False) -> str:
-    """What the model has, and of how many if that is known."""
+    """Count of the model, and of the teacher if known."""
     if theirs is None:
         return f"{ours:,}"
     note = "block removed" if is_removed else f"{100 * ours / theirs:.1f} %" if theirs else "-"
@@ -274,13 +279,13 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 
 def _shorten(text: str, width: int) -> str:
-    """At most `width` columns; the end of a path says more than its middle."""
+    """Shortens to at most `width` columns and keeps the end, the most informative part of a path."""
     text = _printable(text)
     return text if len(text) <= width else f"{text[: width // 4]}...{text[-(width - width // 4 - 3) :]}"
 
 
 def _printable(text: str) -> str:
-    """Names in a file may hold line breaks and codes that a terminal obeys."""
+    """Removes line breaks and terminal control codes, which names in a file may contain."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
@@ -293,13 +298,17 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser = _Parser(
         prog=prog,
-        description="Show what is left of a student's teacher, or how large an encoder is. No code of it is run.",
+        description="Show how much of its teacher a student keeps, or the size of an encoder. No model code is run.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help="Hub id or directory of a student, or of a stock encoder.")
-    parser.add_argument("--teacher", help="Hub id or directory of the student's teacher, if it does not name it.")
-    parser.add_argument("--seconds", default=10.0, help="Length of the clip that MACs are counted for; 10 by default.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument(
+        "--teacher", help="Hub id or directory of the student's teacher, if the student does not name it."
+    )
+    parser.add_argument(
+        "--seconds", default=10.0, help="Length in seconds of the clip that MACs are counted for; 10 by default."
+    )
+    parser.add_argument("--json", action="store_true", help="Print a JSON object.")
     args = parser.parse_args(arguments)
     args.seconds = checked("seconds", args.seconds, Length)
     return args
@@ -310,7 +319,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
     Prints what [`describe`] finds.
 
     Args:
-        arguments (`list[str]`, *optional*): the command line; by default that of the process.
+        arguments (`list[str]`, *optional*): the command line; by default `sys.argv[1:]`.
         prog (`str`, *optional*): what the help calls the program.
 
     Returns:

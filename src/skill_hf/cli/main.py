@@ -1,8 +1,8 @@
 """
-`skill-hf COMMAND`, or `python -m skill_hf.cli.main COMMAND`, which is the form that `accelerate launch -m` takes.
+`skill-hf COMMAND`, or `python -m skill_hf.cli.main COMMAND`, the form for `accelerate launch -m`.
 
-A command is one line of `COMMANDS`, and the module of its name in this folder. Its `main(arguments, prog)` returns the
-exit code. The module is imported when its command is called.
+A command is one line of `COMMANDS` and a module with its name in this folder. The module is imported when the command
+is called; its `main(arguments, prog)` returns the exit code.
 """
 
 import importlib
@@ -15,8 +15,8 @@ PROG = "skill-hf"
 # Name -> what it does.
 COMMANDS = {
     "distill": "distil and prune a speech encoder",
-    "export": "write a student as ONNX, as a program of torch.export or as a stock model",
-    "info": "show what is left of a student's teacher, or how large an encoder is",
+    "export": "export a student to ONNX, torch.export or a stock model",
+    "info": "show how much of its teacher a student keeps, or the size of an encoder",
 }
 
 
@@ -37,10 +37,10 @@ def make_help() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs the command that the first argument names with the other arguments.
+    Runs the command named by the first argument, with the other arguments.
 
     Args:
-        arguments (`list[str]`, *optional*): by default those of the process.
+        arguments (`list[str]`, *optional*): by default `sys.argv[1:]`.
 
     Returns:
         `int`: the exit code of the command; 2 if there is no such command.
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     what = "option" if name.startswith("-") else "command"
     print(
-        f"error: There is no {what} {name[:80]!r}; the commands are {', '.join(COMMANDS)}. {PROG} --help says more.",
+        f"error: There is no {what} {name[:80]!r}; the commands are {', '.join(COMMANDS)}. See {PROG} --help.",
         file=sys.stderr,
     )
     return 2

@@ -1,8 +1,8 @@
 """
-Settings of a command, from the command line or from a file, and how a command ends when one is wrong.
+Settings of a command, from the command line or a file, and how a command ends if one is invalid.
 
-Every value is checked here before anything else is done. What is wrong becomes one line that names the setting, its
-value and what it must be; the exit status is then 2. The scripts of `examples/` read their settings by it, too.
+Every value is checked here before anything else is done. An error is one line that states the setting, its value and
+what it must be; the exit status is then 2. The scripts in `examples/` use this module as well.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be; a bound that is `None` is open."""
+    """Range of a number; a bound of `None` means no limit."""
 
     least: float | None = None
     above: float | None = None
@@ -94,8 +94,8 @@ TRAINING_RANGES = {
 
 class ArgumentParser(HfArgumentParser):
     """
-    Settings of the fields of some dataclasses. What is wrong raises a `ValueError` of one line, instead of printing
-    the usage of some hundred options.
+    Settings for the fields of some dataclasses. Errors are a `ValueError` of one line, instead of a printed usage with
+    a hundred options.
     """
 
     def __init__(self, kinds, prog: str | None = None):
@@ -117,7 +117,9 @@ class ArgumentParser(HfArgumentParser):
         raise ValueError(message)
 
     def parse(self, words: list[str]) -> tuple:
-        """One object of each dataclass, from the words of a command line, or from the one file that it names."""
+        """
+        One object of each dataclass, from the words of a command line, or from the file that is its only argument.
+        """
         if len(words) == 1 and not words[0].startswith("-"):
             return self.parse_file(words[0])
         return self.parse_words(words)
@@ -128,7 +130,9 @@ class ArgumentParser(HfArgumentParser):
         if unknown:
             option = next((word for word in unknown if word.startswith("--")), None)
             if option is None:
-                raise ValueError(f"{show(unknown[0])} belongs to no option; a file of settings stands alone.")
+                raise ValueError(
+                    f"{show(unknown[0])} does not belong to an option; a settings file must be the only argument."
+                )
             name = option[2:].partition("=")[0].replace("-", "_")
             raise ValueError(f"There is no option {option}{self._nearest(name, '--')}; --help lists all.")
         defaults = {action.dest: action.default for action in reversed(self._actions)}  # the first of a name counts
@@ -147,12 +151,12 @@ class ArgumentParser(HfArgumentParser):
     def build(self, settings: dict[str, Any], where: str = "") -> tuple:
         """
         Args:
-            settings (`dict`): name -> value, or text that stands for one as on a command line.
-            where (`str`, *optional*): is added to the names in errors.
+            settings (`dict`): name -> value, or its text as on a command line.
+            where (`str`, *optional*): added to the names in errors.
 
         Raises:
-            `ValueError`: if a value has the wrong type or is out of its range, a setting is missing, or the
-                dataclasses refuse it.
+            `ValueError`: if a value has the wrong type or is out of range, a setting is missing, or a dataclass
+                rejects it.
         """
         checked = {name: self._checked(name, value, where) for name, value in settings.items()}
         objects = []
@@ -161,7 +165,7 @@ class ArgumentParser(HfArgumentParser):
             for item in fields:
                 required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
                 if required and item.name not in checked:
-                    raise ValueError(f"`{item.name}` is missing{where}; give it.")
+                    raise ValueError(f"`{item.name}` is missing{where}; set it.")
             try:
                 objects.append(kind(**{item.name: checked[item.name] for item in fields if item.name in checked}))
             except (TypeError, AttributeError, KeyError, ArithmeticError, RuntimeError, ImportError) as error:
@@ -185,21 +189,21 @@ class ArgumentParser(HfArgumentParser):
 
 def parse(arguments: list[str] | None, kinds: tuple, prog: str | None = None) -> tuple:
     """
-    Settings from the command line, or from the one JSON or YAML file that it names. `prog` is what the help calls the
-    program.
+    Settings from the command line, or from the JSON or YAML file that is its only argument. `prog` is the program name
+    in the help.
 
     Returns:
-        `tuple`: an object of each of `kinds`.
+        `tuple`: one object of each of `kinds`.
 
     Raises:
-        `ValueError`: if one is wrong.
+        `ValueError`: if one is invalid.
     """
     return ArgumentParser(kinds, prog).parse(sys.argv[1:] if arguments is None else arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- values
 class Mismatch(Exception):
-    """A value that is not what a setting wants."""
+    """A value that does not fit a setting."""
 
     def __init__(self, wanted: str, value):
         super().__init__(wanted)
@@ -215,10 +219,10 @@ def show(value) -> str:
 
 def convert(value, hint, limits: Range | None = None):
     """
-    A value of the type `hint`, from such a value, from text that stands for one, or from a number that is equal to it.
+    Converts to the type `hint`: a value of this type, its text, or an equal number of another type.
 
     Raises:
-        [`Mismatch`]: if it is none.
+        [`Mismatch`]: if this is not possible.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -244,17 +248,17 @@ def convert(value, hint, limits: Range | None = None):
         return value
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise Mismatch("names and values", value)
+            raise Mismatch("a mapping of names to values", value)
         return value
     return value
 
 
 def checked(name: str, value, hint, where: str = ""):
     """
-    The value of the setting `name` as `hint`, which [`convert`] makes of it.
+    The value of the setting `name`, converted to `hint` by [`convert`].
 
     Raises:
-        `ValueError`: if it is none; the message adds `where` to the name.
+        `ValueError`: if this is not possible; the message adds `where` to the name.
     """
     try:
         return convert(value, hint)
@@ -291,7 +295,7 @@ def _boolean(value) -> bool:
 
 
 def _number(value, kind: type, limits: Range | None):
-    wanted = "a whole number" if kind is int else "a number"
+    wanted = "an integer" if kind is int else "a number"
     if limits is not None:
         wanted += f" {limits}"
     elif kind is int:
@@ -319,8 +323,8 @@ def _number(value, kind: type, limits: Range | None):
 # --------------------------------------------------------------------------------------------------------------- files
 class _Loader(yaml.SafeLoader):
     """
-    YAML with the scalars of YAML 1.2 alone. PyYAML follows 1.1, where `010` is 8, `1:30` is 90, `no` is false and
-    2024-01-01 a date. Aliases, with which a short file stands for gigabytes, are refused.
+    YAML with the scalars of YAML 1.2 only. PyYAML follows 1.1, where `010` is 8, `1:30` is 90, `no` is false and
+    2024-01-01 a date. Aliases, with which a short file can expand to gigabytes, are rejected.
     """
 
     yaml_implicit_resolvers: dict = {}
@@ -347,13 +351,16 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def _add_scalar(name: str, pattern: str, first: list[str], read: Callable[[str], Any]) -> None:
-    """Plain text of this pattern, which begins with one of `first`, is a `name`, and what `read` makes of it."""
+    """
+    Plain text that matches this pattern, which begins with one of `first`, gets the tag `name` and is converted by
+    `read`.
+    """
     tag, compiled = f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$")
 
     def construct(loader: _Loader, node: yaml.Node):
         text = loader.construct_scalar(node)
         if not compiled.match(text):  # an explicit tag such as `!!int x`
-            raise ValueError(f"{show(text)} is no {name}")
+            raise ValueError(f"{show(text)} is not a valid {name}")
         return read(text)
 
     _Loader.add_implicit_resolver(tag, compiled, first)
@@ -370,15 +377,15 @@ def _unique(pairs: list[tuple]) -> dict:
     content = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise ValueError(f"the name {show(key)} is no text")
+            raise ValueError(f"the name {show(key)} is not a string")
         if key in content:
-            raise ValueError(f"`{key}` is given twice, {show(content[key])} and {show(value)}; keep one")
+            raise ValueError(f"`{key}` is set twice, to {show(content[key])} and {show(value)}; keep one")
         content[key] = value
     return content
 
 
 def _no_constant(text: str):
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _depth(value) -> int:
@@ -390,21 +397,21 @@ def _depth(value) -> int:
 def read_settings(path: str) -> dict[str, Any]:
     """
     Content of a JSON file, or of a YAML file if the name ends in `.yaml` or `.yml`: UTF-8, of at most 100 kB, without
-    names that are given twice, aliases, or more than 20 levels.
+    repeated names, aliases, or more than 20 levels.
 
     Raises:
-        `ValueError`: if it is something else.
+        `ValueError`: if it is anything else.
     """
     file = Path(path)
     if not path.endswith((".json", ".yaml", ".yml")):
-        raise ValueError(f"{path} is neither an option nor a file of settings, which ends in .json, .yaml or .yml.")
+        raise ValueError(f"{path} is neither an option nor a settings file, which must end in .json, .yaml or .yml.")
     if not file.is_file():
-        what = "is no file" if file.exists() else "does not exist"
-        raise ValueError(f"The file of settings {path} {what}; correct its path.")
+        what = "is not a file" if file.exists() else "does not exist"
+        raise ValueError(f"The settings file {path} {what}; correct its path.")
     with open(file, "rb") as opened:
         content = opened.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes, too many for settings.")
+        raise ValueError(f"{path} has more than {MAX_FILE_BYTES:,} bytes, too many for a settings file.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -421,16 +428,16 @@ def read_settings(path: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if too_deep:
-        raise ValueError(f"{path} has more than {MAX_DEPTH} levels, too many for settings.")
+        raise ValueError(f"{path} has more than {MAX_DEPTH} levels, too many for a settings file.")
     if not isinstance(settings, dict):
         what = "nothing" if settings is None else show(settings)
-        raise ValueError(f"{path} must hold names and values, but holds {what}.")
+        raise ValueError(f"{path} must contain a mapping of names to values, but contains {what}.")
     return settings
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
 def complain(error: Exception) -> int:
-    """Prints one line that says what is wrong, and returns the exit status."""
+    """Prints the error in one line and returns the exit status."""
     rank = int(os.environ.get("RANK", 0))
     print(f"error{f' (process {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
@@ -438,12 +445,12 @@ def complain(error: Exception) -> int:
 
 def run_script(body: Callable[[], int | None], is_input: Callable[[Exception], bool] = lambda error: True) -> int:
     """
-    Runs a script, and ends it with one line where its input, a file or the memory is at fault.
+    Runs a script; errors of its input, of a file or of memory end it with one line.
 
     Args:
         body (`Callable`): the script; it returns an exit status, or `None` for 0.
-        is_input (`Callable`, *optional*): whether a `ValueError` or an `ImportError` is the input's fault; by default
-            each is. Others are raised.
+        is_input (`Callable`, *optional*): whether a `ValueError` or an `ImportError` was caused by the input; by
+            default each was. Others are raised.
 
     Returns:
         `int`: the exit status, 2 after such a line.
@@ -459,13 +466,13 @@ def run_script(body: Callable[[], int | None], is_input: Callable[[Exception], b
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return complain(ValueError(f"The memory is too small; take smaller batches or shorter clips. ({error})"))
+        return complain(ValueError(f"Out of memory; use smaller batches or shorter clips. ({error})"))
 
 
 def require(module: str, package: str, what: str) -> None:
     """
     Raises:
-        `ValueError`: if a package that only some scripts need is missing.
+        `ValueError`: if this package, which only some scripts need, is missing.
     """
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"{what} {package}, which is not installed: pip install {package}.")
@@ -473,7 +480,7 @@ def require(module: str, package: str, what: str) -> None:
 
 def checked_device(name: str | None) -> torch.device:
     """
-    The device of this name; by default a GPU if there is one.
+    Returns the device with this name; by default a GPU if there is one.
 
     Raises:
         `ValueError`: if it can't be used.

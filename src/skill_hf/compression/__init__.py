@@ -1,1 +1,1 @@
-"""What can be pruned, what it costs, and how it goes."""
+"""What can be pruned, what it costs, and how it is removed."""

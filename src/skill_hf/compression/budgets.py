@@ -1,6 +1,6 @@
 """
-What a target can be set on: parameters, multiply-accumulates or time. Each is a polynomial of the numbers of units
-that are left, so that one count serves the gates' expectation, the cut and the minimum, whatever is counted.
+Costs that a target can be set for: parameters, multiply-accumulates or time. Each is a polynomial in the numbers of
+remaining units: the same code computes the gates' expectation, the cut and the minimum for all of them.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from .units import COSTS_OF_CONVOLUTIONS, KINDS, Factor, Units, factors_of, part
 
 
 class Left(NamedTuple):
-    """Units that are left behind a gate: their number, and whether there is any. Numbers or tensors."""
+    """Units that a gate leaves: their number, and whether there is any. Numbers or tensors."""
 
     number: int | torch.Tensor
     some: int | torch.Tensor
@@ -28,16 +28,16 @@ class Left(NamedTuple):
 @dataclass(frozen=True)
 class UnitCosts:
     """
-    What the units of a student cost: `fixed + sum of terms`, each a cost times the numbers of units that are its
+    Cost of a student's units: `fixed + sum of terms`. Each term is a cost times the numbers of units that are its
     factors, such as `channels in * channels out * kernel size`.
 
-    Costs are whole numbers, in units that are small enough for that.
+    Costs are integers, in a sufficiently small unit of measure.
 
     Args:
         quantity (`str`): what is counted, in the plural.
         terms (`dict[tuple[Factor, ...], int]`): factors -> cost of one unit of each.
-        sizes (`dict[str, int]`): number of units that the student has, by the name of their gate.
-        fixed (`int`, *optional*, defaults to 0): what does not depend on any unit.
+        sizes (`dict[str, int]`): number of the student's units, by the name of their gate.
+        fixed (`int`, *optional*, defaults to 0): cost that does not depend on any unit.
     """
 
     quantity: str
@@ -47,8 +47,8 @@ class UnitCosts:
 
     def count(self, left: Mapping[str, Left] | None = None):
         """
-        Cost of a student of which `left` is left, by the names of gates. All other units stay. A tensor if `left` has
-        tensors.
+        Cost of a student with the units `left`, by the names of gates. Units without an entry all stay. A tensor if
+        `left` has tensors.
         """
         numbers = {gate: Left(size, int(size > 0)) for gate, size in self.sizes.items()} | (left or {})
         total = self.fixed
@@ -60,22 +60,22 @@ class UnitCosts:
 
 
 class Budget(ABC):
-    """Something that a model costs and that `target_sparsity` is a share of."""
+    """A cost of a model, of which `target_sparsity` is a share."""
 
     quantity: str  # what is counted, in the plural
 
     @abstractmethod
     def total(self, model: PreTrainedModel) -> int:
-        """Cost of a teacher or student as it stands, with all of its units; gates cost nothing."""
+        """Cost of a teacher or student with all its present units; gates cost nothing."""
 
     @abstractmethod
     def terms(self, student: PreTrainedModel) -> Iterable[tuple[tuple[Factor, ...], int]]:
-        """Factors and cost of all that units cost, of a student without a head. Costs of the same factors add up."""
+        """Factors and costs of the units of a student without a head; costs with the same factors are added up."""
 
     def unit_costs(self, student: PreTrainedModel) -> UnitCosts:
         """
-        The costs of a student with or without gates, and with or without a head; what no unit changes, such as the
-        head, is the rest of its `total`.
+        The costs of a student with or without gates, with or without a head. The part of its `total` that no unit
+        changes, such as the head, is `fixed`.
         """
         costs = _summed(self.quantity, self.terms(student.base_model), student.config)
         return _summed(self.quantity, costs.terms.items(), student.config, self.total(student) - costs.count())
@@ -105,14 +105,14 @@ class ParameterBudget(Budget):
 @dataclass(frozen=True)
 class MacBudget(Budget):
     """
-    Multiply-accumulates of one forward over one clip, those that [`~skill_hf.analysis.count_macs`] counts.
+    Multiply-accumulates of one forward pass over one clip, as counted by [`~skill_hf.analysis.count_macs`].
 
-    A convolution weighs what it costs at its own frame rate. A head has a part that grows with the square of the
-    frames, so its weight depends on the length of the clip.
+    Convolutions are counted at their own frame rates. Part of the cost of a head grows with the square of the number
+    of frames, so it depends on the length of the clip.
 
     Args:
         seconds (`float`, *optional*, defaults to 10.0): length of the clip.
-        sampling_rate (`int`, *optional*, defaults to 16000): samples in one of its seconds.
+        sampling_rate (`int`, *optional*, defaults to 16000): sampling rate in Hz.
     """
 
     seconds: float = 10.0
@@ -152,12 +152,12 @@ class MacBudget(Budget):
 @dataclass(frozen=True)
 class LatencyBudget(Budget):
     """
-    Time of one forward on a device, as predicted by the costs that [`~skill_hf.latency.fit_latency`] has fitted to
+    Time of one forward pass on a device, predicted from the costs that [`~skill_hf.latency.fit_latency`] fitted to
     measurements there. Heads and feed-forward units cost the same in every layer.
 
     Args:
-        picoseconds (`dict`): what `fit_latency` returns under this name.
-        seconds (`float`, *optional*, defaults to 10.0): length of the clips that were measured.
+        picoseconds (`dict`): the entry with this name in the result of `fit_latency`.
+        seconds (`float`, *optional*, defaults to 10.0): length of the measured clips.
         batch_size (`int`, *optional*, defaults to 1): number of clips.
     """
 
@@ -197,7 +197,7 @@ class LatencyBudget(Budget):
 
 
 def make_budget(config, sampling_rate: int = 16_000) -> Budget:
-    """What the recipe, a [`SkillConfig`], sets its target on, for audio of `sampling_rate`."""
+    """The budget of a recipe, a [`SkillConfig`], for audio of `sampling_rate`."""
     if config.budget == "latency":
         measured_on = config.latency_costs["measured_on"]
         return LatencyBudget(config.latency_costs["picoseconds"], measured_on["seconds"], measured_on["batch_size"])
@@ -205,12 +205,12 @@ def make_budget(config, sampling_rate: int = 16_000) -> Budget:
 
 
 def _factors_within(units: Units, some: bool = False) -> tuple[Factor, ...]:
-    """Factors of what `units` cost by themselves, by their number or if there is any."""
+    """Factors of the cost of `units` alone, by their number or whether there is any."""
     return (*(Factor(gate, some=True) for gate in units.inside), Factor(units.gate, some))
 
 
 def _of_one_unit(tensor: torch.Tensor, parts: Iterable) -> int:
-    """Entries of `tensor` that belong to one unit of each group that it is cut by."""
+    """Number of entries of `tensor` that belong to one unit of each kind it is cut by."""
     number = tensor.numel()
     for units, dim in parts:
         number //= 1 if dim is None else units.size

@@ -1,4 +1,4 @@
-"""The cut between the two stages: which units go, if the gates have not come to the target by themselves."""
+"""The cut between the two stages: which units are removed if the gates have not reached the target."""
 
 import logging
 
@@ -20,8 +20,8 @@ def fit_to_cost(student: PreTrainedModel, target_cost: int, costs: UnitCosts, te
 
     Args:
         student (`PreTrainedModel`): with gates.
-        target_cost, teacher_cost (`int`): in what `costs` count.
-        costs ([`~skill_hf.compression.budgets.UnitCosts`]): of the student's units.
+        target_cost, teacher_cost (`int`): in the unit of `costs`.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units.
 
     Returns:
         `dict`: see `cut` of [`~skill_hf.publishing.run_record.RunRecord`].
@@ -30,8 +30,8 @@ def fit_to_cost(student: PreTrainedModel, target_cost: int, costs: UnitCosts, te
     if abs(cost - target_cost) > COST_TOLERANCE * teacher_cost:
         shift = pruning.fit_gates(student, target_cost, costs)
         logger.warning(
-            "At the end of stage 1 the gates leave %s %s, the target is %s; a shift of all log_alpha by %.3f chooses"
-            " the units to cut. With more steps, or a %s `gate_learning_rate`, stage 1 gets closer by itself.",
+            "At the end of stage 1 the gates leave %s %s, but the target is %s; all log_alpha are shifted by %.3f to"
+            " choose the units to cut. More steps or a %s `gate_learning_rate` bring stage 1 closer to the target.",
             f"{cost:,}",
             costs.quantity,
             f"{target_cost:,}",

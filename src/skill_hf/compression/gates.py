@@ -1,4 +1,4 @@
-"""Hard concrete gates: random variables between 0 and 1 that are exactly 0 or 1 with a probability above 0."""
+"""Hard concrete gates: random variables in [0, 1] that are exactly 0 or exactly 1 with positive probability."""
 
 import math
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ class HardConcreteGate(nn.Module):
 
     In training a gate is `z = clip(s (HIGH - LOW) + LOW, 0, 1)` with
     `s = sigmoid((log u - log(1 - u) + log_alpha) / BETA)` and uniform `u` (Louizos et al., arXiv 1712.01312, equations
-    10 to 12). In eval mode the expected number of closed gates, rounded, are 0, those of the smallest `log_alpha`; the
-    others are `sigmoid(0.8 log_alpha / BETA)`.
+    10 to 12). In eval mode the gates with the smallest `log_alpha` are 0, as many as the rounded expected number of
+    closed gates; the others are `sigmoid(0.8 log_alpha / BETA)`.
 
     Args:
         size (`int`): number of units.
-        drop_probability (`float`): share of units that is closed in a concrete sample to begin with.
-        min_open (`int`, *optional*, defaults to 0): units that stay open in eval mode whatever `log_alpha` says.
+        drop_probability (`float`): initial share of closed units in a sample.
+        min_open (`int`, *optional*, defaults to 0): number of units that always stay open in eval mode.
         multiple_of (`int`, *optional*, defaults to 1):
-            What the number of units that are open in eval mode is rounded to a multiple of, where there are as many;
-            then `min_open` is one such multiple, if it is anything.
+            The number of open units in eval mode is rounded to a multiple of this, if there are that many units. A
+            `min_open` above 0 is then at least this.
 
     Attributes:
-        shift (`float`): what [`fit_gates`] adds to `log_alpha` where units are chosen, and nowhere
-            else: a negative shift closes more units, but does not scale down the ones that stay.
+        shift (`float`): added by [`fit_gates`] to `log_alpha` only to choose units: a negative shift closes more
+            units, but does not scale down those that stay.
     """
 
     def __init__(self, size: int, drop_probability: float, min_open: int = 0, multiple_of: int = 1):
@@ -57,7 +57,7 @@ class HardConcreteGate(nn.Module):
         return self.log_alpha.numel()
 
     def log_odds(self) -> torch.Tensor:
-        """Logit of P(z != 0) of each unit, `(size,)`, with the shift that units are chosen by."""
+        """Logit of P(z != 0) of each unit, `(size,)`, including the shift."""
         return self.log_alpha + self.shift - OPEN_SHIFT
 
     def open_probability(self) -> torch.Tensor:
@@ -65,7 +65,7 @@ class HardConcreteGate(nn.Module):
         return torch.sigmoid(self.log_odds())
 
     def num_open(self) -> int:
-        """Units that are open in eval mode: the expected number, rounded."""
+        """Number of open units in eval mode: the expected number, rounded."""
         multiples = round(self.open_probability().sum().item() / self.multiple_of)
         return max(min(multiples, self.size // self.multiple_of) * self.multiple_of, self.min_open)
 
@@ -81,8 +81,8 @@ class HardConcreteGate(nn.Module):
 
 def sample(log_alpha: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """
-    A differentiable sample of gates, `(size,)`, of `log_alpha` of the same shape. Noise is drawn on the CPU so that it
-    is the same on every device.
+    A differentiable sample of gates, `(size,)`, for `log_alpha` of the same shape. Noise is drawn on the CPU, so it is
+    the same on every device.
     """
     noise = torch.rand(log_alpha.numel(), generator=generator, dtype=torch.float32)
     noise = noise.to(log_alpha.device) * (1 - 2 * EPSILON) + EPSILON
@@ -92,18 +92,18 @@ def sample(log_alpha: torch.Tensor, generator: torch.Generator | None = None) ->
 
 def noise_seed(*numbers: int) -> int:
     """
-    A seed of 32 bits that depends on every one of `numbers`, such as the run's seed and the step: torch's generator on
-    the CPU reads no more than 32 bits of a seed, so numbers that are packed into more of them would be ignored.
+    A 32-bit seed that depends on all `numbers`, such as the run's seed and the step: torch's CPU generator reads only
+    32 bits of a seed and would ignore numbers packed into higher bits.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class KeptLayerNorm(nn.LayerNorm):
     """
-    A LayerNorm over gated channels whose statistics are those of the open channels alone, just as they will be after
-    the cut; the peers normalise over all channels, and their pruned model differs from the gated one.
+    A LayerNorm over gated channels with statistics over open channels only, as after the cut. Other implementations
+    normalise over all channels, so their pruned model differs from the gated one.
 
-    It takes over the parameters of `norm`, under the same names.
+    It uses the parameters of `norm`, under the same names.
     """
 
     def __init__(self, norm: nn.LayerNorm, gate: HardConcreteGate):
@@ -112,7 +112,7 @@ class KeptLayerNorm(nn.LayerNorm):
         self._gate = (gate,)  # in a tuple: the gate is registered where it acts, not here a second time
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., channels)` -> `(..., channels)`; closed channels come out as `bias`."""
+        """`(..., channels)` -> `(..., channels)`; closed channels become `bias`."""
         kept = (self._gate[0].value > 0).to(torch.float32)
         number = kept.sum().clamp(min=1)
         hidden_states = hidden_states.float()  # as autocast does for the stock LayerNorm
@@ -124,14 +124,14 @@ class KeptLayerNorm(nn.LayerNorm):
 
 class GatedForward:
     """
-    The forward of a linear map or convolution whose inputs have gates, in place of the module's own. Their drawn
-    values scale the columns of the weight, as they will after the cut: the same product as with scaled inputs, but a
-    weight is smaller than a batch of features, and no scaled copy of these is kept for the gradient.
+    Replaces the forward of a linear map or convolution whose inputs have gates. The gate values scale the columns of
+    the weight, as after the cut. The product is the same as with scaled inputs, but a weight is smaller than a batch
+    of features, and no scaled copy of the features is kept for the gradient.
 
-    A class, not a closure, so that a deep copy of the model refers to its own gates.
+    A class instead of a closure, so that a deep copy of the model refers to its own gates.
 
     Args:
-        module (`nn.Linear` or `nn.Conv1d`): whose weight is scaled.
+        module (`nn.Linear` or `nn.Conv1d`): the module whose weight is scaled.
     """
 
     def __init__(self, module: nn.Module):
@@ -148,7 +148,7 @@ class GatedForward:
 
 
 def gate_inputs(module: nn.Module, gate: HardConcreteGate, recurs: bool = False) -> None:
-    """Scales the inputs of `module` by `gate`, in place, besides the gates that it has; `recurs` as in [`spread`]."""
+    """Scales the inputs of `module` by `gate`, in place, in addition to its other gates; `recurs` as in [`spread`]."""
     if not isinstance(module.forward, GatedForward):
         module.forward = GatedForward(module)
     module.forward.gates.append((gate, recurs))
@@ -156,22 +156,22 @@ def gate_inputs(module: nn.Module, gate: HardConcreteGate, recurs: bool = False)
 
 def spread(values: torch.Tensor, length: int, recurs: bool) -> torch.Tensor:
     """
-    Values of units, `(units,)`, for each of their entries, `(length,)`: neighbours of one value or, if they recur, all
-    values again and again.
+    Expands values of units, `(units,)`, to their entries, `(length,)`: each value is repeated in a row or, if they
+    recur, the whole sequence of values is repeated.
     """
     number = length // max(len(values), 1)
     return values.repeat(number) if recurs else values.repeat_interleave(number)
 
 
 def as_columns(values: torch.Tensor, weight: torch.Tensor, recurs: bool) -> torch.Tensor:
-    """Values of units as factors of `weight`, `(outputs, inputs, ...)`, whose inputs they are."""
+    """Values of input units, shaped to multiply `weight`, `(outputs, inputs, ...)`."""
     return spread(values, weight.shape[1], recurs).reshape(-1, *[1] * (weight.dim() - 2))
 
 
 class GateHook:
     """
-    Forward hook that multiplies what a module gives by the drawn value of a gate of one unit. A class for the reason
-    that [`GatedForward`] is one.
+    Forward hook that multiplies a module's output by the value of a gate of one unit. A class for the same reason as
+    [`GatedForward`].
     """
 
     def __init__(self, gate: HardConcreteGate):
@@ -183,18 +183,18 @@ class GateHook:
 
 class Gating:
     """
-    The gates of a student and how they were made, which it holds as `gating`. As a forward pre-hook of the student it
-    sets the `value` of every gate once per forward, to a sample in training, else to the deterministic value. All are
-    drawn as one tensor, since a GPU takes as long for a short one.
+    The gates of a student and their settings, stored as `gating`. As a forward pre-hook of the student it sets the
+    `value` of every gate once per forward pass: a sample in training, otherwise the deterministic value. All gates are
+    drawn as one tensor, since on a GPU many short draws would be slow.
 
     Args:
-        gates (`list[HardConcreteGate]`): in the order of the student's modules.
+        gates (`list[HardConcreteGate]`): the gates, in the order of the student's modules.
         kinds (`Sequence[str]`): kinds of units that have gates.
-        width_multiple (`int`): what the cut rounds widths to a multiple of.
+        width_multiple (`int`): the cut rounds widths to multiples of this.
 
     Attributes:
-        seed (`int`, *optional*): of the noise; `None` to take it from torch's global generator.
-        handle: of the hook, once it is registered.
+        seed (`int`, *optional*): seed of the noise; `None` to use torch's global generator.
+        handle: the handle of the hook, once it is registered.
     """
 
     def __init__(self, gates: list[HardConcreteGate], kinds: Sequence[str], width_multiple: int):

@@ -1,4 +1,4 @@
-"""What a model computes: its multiply-accumulates."""
+"""Counts the multiply-accumulates of a model."""
 
 from itertools import chain
 
@@ -13,22 +13,21 @@ from ..models.properties import has_gates, receptive_field
 def count_macs(model: PreTrainedModel, seconds: float = 10.0, sampling_rate: int = 16_000) -> int:
     """
     Multiply-accumulates of one forward pass over one clip, half of what PyTorch's `FlopCounterMode` counts:
-    convolutions and matrix products, those of the attention scores among them. Norms, activations, softmax and all
-    else that is done value by value do not count.
+    convolutions and matrix products, including those of attention. Norms, activations, softmax and other elementwise
+    operations do not count.
 
-    The model runs in eval mode on the meta device, so only shapes are computed, whatever its size. It is left as it
-    is.
+    The model runs in eval mode on the meta device, where only shapes are computed. It is not changed.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A speech model that takes `input_values`: a teacher, a student, or either with a head.
+            A speech model with the input `input_values`: a teacher, a student, or either with a head.
         seconds (`float`, *optional*, defaults to 10.0):
-            Length of the clip. Attention grows with its square.
+            Length of the clip. The cost of attention grows with its square.
         sampling_rate (`int`, *optional*, defaults to 16000):
-            Samples in one of its seconds.
+            Sampling rate in Hz.
 
     Raises:
-        `ValueError`: if the clip is too short for one frame, or the model has gates, of which nothing is cut yet.
+        `ValueError`: if the clip is too short for one frame, or the model has gates and is not pruned yet.
 
     Example:
 

@@ -1,9 +1,9 @@
 """
-From gates to a smaller model: where each prunable unit's gate acts, the exact expected cost, and the cut.
+From gates to a smaller model: placing gates, the exact expected cost, and the cut.
 
-The gated model in eval mode and the pruned model give the same outputs. Two places where the peers break this:
-LayerNorm over gated channels (see [`KeptLayerNorm`]), and the relative position embedding, which here
-belongs to no head and stays when layer 0 loses its attention.
+The gated model in eval mode and the pruned model give the same outputs. Other implementations violate this in two
+places: LayerNorm over gated channels (see [`KeptLayerNorm`]), and the relative position embedding, which here does not
+belong to a head and stays when layer 0 loses its attention.
 """
 
 import bisect
@@ -33,26 +33,26 @@ FIT_TOLERANCE = 0.002
 
 def add_gates(student, units: Iterable[str] | None = None, width_multiple: int = 1) -> None:
     """
-    Puts a [`HardConcreteGate`] on each of `units`, in place. From then on a forward in training draws
-    the gates at random, once per forward; in eval mode their deterministic values count.
+    Puts a [`HardConcreteGate`] on each of `units`, in place. From then on, gates are drawn at random once per forward
+    pass in training, and have deterministic values in eval mode.
 
     Args:
-        student (`WavLMForSkillStudent`): may be pruned already; what was cut stays cut.
+        student (`WavLMForSkillStudent`): may be pruned already; removed units stay removed.
         units (`Iterable[str]`, *optional*):
-            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`,
-            `attention_blocks`, `ffn_blocks`. The first three by default.
+            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
+            `ffn_blocks`. The first three by default.
         width_multiple (`int`, *optional*, defaults to 1):
-            What `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of,
-            where there are as many. Heads have a width of their own.
+            `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of this,
+            if there are that many. It does not apply to heads.
 
     Raises:
-        `ValueError`: if the student has gates already, or a unit is unknown.
+        `ValueError`: if the student already has gates, or a kind of unit is unknown.
     """
     kinds = list(DEFAULT_KINDS if units is None else units)
     if set(kinds) - set(KINDS) or not kinds:
-        raise ValueError(f"`units` must be some of {', '.join(KINDS)}, but is {kinds}.")
+        raise ValueError(f"`units` must be one or more of {', '.join(KINDS)}, but is {kinds}.")
     if has_gates(student):
-        raise ValueError("The student has gates already; call `prune()` before adding new ones.")
+        raise ValueError("The student already has gates; call `prune()` before adding new ones.")
     for group in units_of(student.config):
         if group.kind in kinds and group.size:
             _add_gate(student, group, width_multiple)
@@ -89,33 +89,33 @@ def named_gates(student) -> list[tuple[str, HardConcreteGate]]:
 
 
 def seed_gates(student, seed: int | None) -> None:
-    """Makes the noise of the next forwards a function of `seed` alone; `None` returns to torch's global generator."""
+    """Makes the noise of the next forward passes depend only on `seed`; `None` returns to torch's global generator."""
     student.gating.seed = seed
 
 
 def num_parameters(student) -> int:
-    """Number of parameters of the student as it stands, with all of its units; gates don't count."""
+    """Number of parameters of the student with all its present units, without gates."""
     return ParameterBudget().total(student)
 
 
 def num_expected_parameters(student) -> torch.Tensor:
     """
-    Expected number of parameters of the model that pruning would leave, a differentiable scalar (float64 where the
-    device has it). Exact: neighbouring gates multiply, for instance `E[channels in] E[channels out] kernel_size`
-    weights of a convolution, a closed block costs nothing, and all that has no gate is counted too. Without gates it
-    is the number of parameters.
+    Expected number of parameters after pruning, a differentiable scalar (float64 if the device supports it). Exact:
+    neighbouring gates multiply, for instance `E[channels in] E[channels out] kernel_size` weights of a convolution, a
+    closed block costs nothing, and parameters without gates are counted as well. For a student without gates it is the
+    number of parameters.
     """
     return expected_cost(student, ParameterBudget().unit_costs(student))
 
 
 def expected_cost(student, costs: UnitCosts) -> torch.Tensor:
     """
-    Expected cost of a model that is drawn by the gates' probabilities, as exact and as differentiable. Without gates
-    it is the cost of the student that `costs` are of.
+    Expected cost of a model drawn with the gates' probabilities, exact and differentiable. Without gates it is the
+    cost of the student that `costs` belong to.
 
-    The cut rounds instead of drawing. With gates of whole blocks the two can be far apart while gates are undecided: a
-    block that is open with a probability of 0.6 counts 0.6 of its units here, but the cut keeps it with all of them.
-    [`fit_gates`] goes by what the cut leaves and makes up for the difference.
+    The cut rounds instead of drawing. With gates of whole blocks the two can differ considerably while gates are
+    undecided: a block with an open probability of 0.6 counts 0.6 of its units here, but the cut keeps all of them.
+    [`fit_gates`] uses the cost after the cut and corrects the difference.
     """
     gates = dict(named_gates(student))
     if not gates:
@@ -131,12 +131,12 @@ def expected_cost(student, costs: UnitCosts) -> torch.Tensor:
 
 
 def cost_after_pruning(student, costs: UnitCosts) -> int:
-    """Cost of the model that `prune` would leave now."""
+    """Cost of the model after `prune` now."""
     return costs.count(_left({name: gate.num_open() for name, gate in named_gates(student)}))
 
 
 def min_cost(student, costs: UnitCosts) -> int:
-    """Cost of what would be left with every gate closed: no sparsity beyond it can be reached."""
+    """Cost with every gate closed, the lowest that pruning can reach."""
     return costs.count(_left({name: gate.min_open for name, gate in named_gates(student)}))
 
 
@@ -147,17 +147,17 @@ def _left(numbers: dict[str, int]) -> dict[str, Left]:
 @torch.no_grad()
 def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
     """
-    Shifts the `log_alpha` that units are chosen by, all by one common number that is found by bisection, so that
-    `prune` leaves what was asked for; where whole units do not allow that, those of the finest kind of unit by a
-    further one. Returns the common shift.
+    Shifts the `log_alpha` used to choose units by one common value, found by bisection, so that `prune` leaves the
+    cost `wanted`. If whole units do not allow that, the finest kind of unit gets an additional shift. Returns the
+    common shift.
 
-    The shift chooses units and does nothing else: `log_alpha` stays, and units that are kept keep the larger of their
-    values before and after it (see [`~skill_hf.compression.gates.HardConcreteGate`]).
+    The shift only chooses units: `log_alpha` stays, and remaining units keep the larger of their values before and
+    after the shift (see [`~skill_hf.compression.gates.HardConcreteGate`]).
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
-        wanted (`int`): what is to be left.
-        costs ([`~skill_hf.compression.budgets.UnitCosts`], *optional*): in which it is counted; parameters by default.
+        wanted (`int`): cost to be left.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`], *optional*): how cost is counted; parameters by default.
 
     Raises:
         `ValueError`: if even closing every gate leaves more than `wanted`.
@@ -166,7 +166,7 @@ def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
     minimum = min_cost(student, costs)
     if wanted < minimum:
         raise ValueError(
-            f"No setting of the gates leaves {wanted:,} {costs.quantity}: what has no gate is {minimum:,} already."
+            f"The gates cannot reach {wanted:,} {costs.quantity}: the parts without gates already take {minimum:,}."
             " Lower `target_sparsity` or add `pruning_units`."
         )
     gates = dict(named_gates(student))
@@ -184,7 +184,7 @@ def fit_gates(student, wanted: int, costs: UnitCosts | None = None) -> float:
 
 
 def _bisect_shift(student, gates: list[HardConcreteGate], wanted: int, costs: UnitCosts, below: bool = False) -> float:
-    """Adds to the shift of `gates` what makes `prune` leave the cost nearest to `wanted`, or just below."""
+    """Changes the shift of `gates` so that `prune` leaves the cost nearest to `wanted`, or just below."""
     start = [gate.shift for gate in gates]
 
     def cost_at(shift: float) -> int:
@@ -205,14 +205,14 @@ def _bisect_shift(student, gates: list[HardConcreteGate], wanted: int, costs: Un
 @torch.no_grad()
 def prune(student) -> None:
     """
-    Cuts every unit whose gate is closed in eval mode, folds the values of the open gates into the next linear map, and
-    removes the gates, in place. The outputs are those of the gated student in eval mode.
+    Removes every unit whose gate is closed in eval mode, folds the values of open gates into the next linear map, and
+    removes the gates, in place. Outputs stay those of the gated student in eval mode.
 
     Raises:
         `ValueError`: if the student has no gates.
     """
     if not has_gates(student):
-        raise ValueError("The student has no gates to prune by; call `add_gates()` first.")
+        raise ValueError("The student has no gates to prune with; call `add_gates()` first.")
     cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
     _rebuild(student, cut.config, cut(_folded(student)))
     student.gating.handle.remove()
@@ -222,22 +222,21 @@ def prune(student) -> None:
 @torch.no_grad()
 def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     """
-    Cuts the units that are closed for good, in place, and keeps the gates of the others with their values.
+    Removes the units that are closed for good, in place, and keeps the gates of the others with their values.
 
-    Closed for good are units that are open with a probability below `CLOSED_PROBABILITY` and closed in eval mode.
-    Where all of them are more than the target asks for, those most likely to open stay, and so they do where the rest
-    would be no multiple of the gate's `multiple_of`. The outputs in eval mode remain what they are as long as the
-    probabilities of the units that go, which are counted no more, do not sum up to another whole unit that is open. In
-    training the noise of the gates is drawn for the units that there are, so that the draws of one seed are others
-    than before.
+    Units are closed for good if their probability to be open is below `CLOSED_PROBABILITY` and they are closed in eval
+    mode. The most likely to open among them stay if removing all would go beyond the target, or if the rest would not
+    be a multiple of the gate's `multiple_of`. Outputs in eval mode do not change unless the probabilities of the
+    removed units, which no longer count, add up to another open unit. In training, noise is drawn only for the
+    remaining units, so the same seed gives different draws than before.
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
-        wanted (`int`): cost that `prune` is to leave in the end; no less is left now.
-        costs ([`~skill_hf.compression.budgets.UnitCosts`]): in which it is counted.
+        wanted (`int`): cost that `prune` is to leave in the end; at least this is left now.
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): how cost is counted.
 
     Returns:
-        [`Cut`] to be applied to whatever else belongs to the parameters; `None` if nothing was cut.
+        [`Cut`] to apply to other tensors that belong to the parameters; `None` if nothing was removed.
     """
     gates = named_gates(student)
     probabilities = {gate: gate.open_probability().cpu() for _, gate in gates}
@@ -270,15 +269,15 @@ def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
 
 class Cut:
     """
-    What is left of a student if some of its units go: a plan that is applied to its weights, and to any other tensors
-    that belong to its parameters, such as the moments of an optimizer.
+    A plan for removing some of a student's units. It is applied to the weights, and to other tensors that belong to
+    the parameters, such as the moments of an optimizer.
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
         kept (`dict[str, torch.LongTensor]`): ascending indices of the units that stay, by the name of their gate.
 
     Attributes:
-        config (`WavLMSkillStudentConfig`): of the student that is left.
+        config (`WavLMSkillStudentConfig`): config of the smaller student.
     """
 
     def __init__(self, student, kept: dict[str, torch.Tensor]):
@@ -308,11 +307,11 @@ class Cut:
         }
 
     def name_of(self, name: str) -> str | None:
-        """What the parameter `name` is called in the student that is left; `None` if it is gone."""
+        """Name of the parameter `name` in the smaller student; `None` if it is removed."""
         return None if name in self._gone else self._renamed.get(name, name)
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What is left of `tensor`, which has the shape of the parameter `name`."""
+        """The remaining part of `tensor`, which has the shape of the parameter `name`."""
         for dim, units, indices in self._places.get(name, ()):
             kept = torch.zeros(units.size, dtype=torch.bool, device=indices.device).index_fill(0, indices, True)
             entries = spread(kept, tensor.shape[dim], units.recurs).nonzero().flatten()
@@ -320,7 +319,7 @@ class Cut:
         return tensor
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is left of `tensors`, by the names of before, under their new names."""
+        """The remaining parts of `tensors` (old name -> tensor), under their new names."""
         kept = {name: tensor for name, tensor in tensors.items() if name not in self._gone}
         return {self.name_of(name): self.tensor(name, tensor) for name, tensor in kept.items()}
 
@@ -346,7 +345,10 @@ def _folded(student) -> dict[str, torch.Tensor]:
 
 
 def _rebuild(student, config, state: dict[str, torch.Tensor], keep_gates: bool = False) -> None:
-    """Gives the student, in place, the layers of `config`, gates of the same settings, and the tensors of `state`."""
+    """
+    Rebuilds the student in place with the layers of `config`, gates with the same settings, and the tensors of
+    `state`.
+    """
     trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     with torch.random.fork_rng(devices=[]):
@@ -374,8 +376,7 @@ def _rebuild(student, config, state: dict[str, torch.Tensor], keep_gates: bool =
 
 def set_trainable(student, trainable: dict[str, bool]) -> None:
     """
-    Has each parameter of a pruned student, with or without a head, require a gradient if it did before, by its name of
-    then.
+    Restores `requires_grad` of each parameter of a pruned student, with or without a head, by its name before pruning.
     """
     prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
     before = {f"{prefix}{units.left_bias}.bias": f"{prefix}{units.reader}.bias" for units in units_of(student.config)}

@@ -1,9 +1,8 @@
 """
-What can be pruned, described once: each kind of unit with its tensors, the map that reads it, its norms, its size.
+Describes what can be pruned: each kind of unit with its tensors, the layer that reads it, its norms and its size.
 
-Gates, costs, the cut, the folding of gate values, measurements of latency, model card and figures go by this table. A
-kind that is added is one more entry of `KINDS`, as long as the student's class can be built from what its `record`
-writes into the config.
+Gates, costs, the cut, the folding of gate values, latency measurements, model card and figures use this table. A new
+kind is one more entry of `KINDS`, if the student class can be built from what its `record` writes into the config.
 """
 
 from collections import defaultdict
@@ -17,31 +16,31 @@ from ..models.configuration_skill_student import CUT_TENSORS
 @dataclass(frozen=True)
 class Units:
     """
-    The units of one kind in one place, such as the heads of a layer. Each can be removed by itself.
+    The units of one kind in one place, such as the heads of a layer. Each can be removed independently.
 
-    Modules and tensors are given by their names in the encoder. Names that an encoder does not have are ignored, so
-    that one description serves layers with and without biases or norms.
+    Modules and tensors are given by their names in the encoder. Names that do not exist there are ignored, so one
+    description fits layers with and without biases or norms.
 
     Args:
         kind (`str`): key of `KINDS`.
         place (`int`): index of the convolution or layer.
         gate (`str`): name of the gate, in the module that the units belong to.
-        size (`int`): how many there are; 0 if none is left.
-        whole (`int`, *optional*): how many the teacher has, if the config tells.
-        indices (`Sequence[int]`, *optional*): which of the teacher's they are, if the config tells.
-        tensors (`dict[str, int]`): tensors that are cut, and the dimension.
-        reader (`str`, *optional*): linear map or convolution whose inputs they are; gates scale its columns.
+        size (`int`): number of units; 0 if none is left.
+        whole (`int`, *optional*): number of units of the teacher, if known from the config.
+        indices (`Sequence[int]`, *optional*): their indices in the teacher, if known from the config.
+        tensors (`dict[str, int]`): tensors that are cut -> the dimension.
+        reader (`str`, *optional*): linear map or convolution that has them as inputs; gates scale its columns.
         recurs (`bool`):
-            Whether a unit is one of every few entries, such as a dimension that each head has, where a tensor is
-            larger than the number of units. Otherwise the entries of a unit are neighbours, as those of a head are.
+            How units are laid out in a tensor with more entries than units: interleaved (`True`), such as a dimension
+            that recurs in each head, or with the entries of a unit next to each other, such as those of a head.
         norms (`tuple[str, ...]`): layer norms over the units.
-        shared (`tuple[str, ...]`): modules that serve all units and are removed with the last of them.
+        shared (`tuple[str, ...]`): modules shared by all units; removed with the last of them.
         left_bias (`str`, *optional*): module that keeps the bias of `reader` when no unit is left.
-        outputs (`tuple[str, ...]`): modules whose outputs the gate scales; they are removed with the unit.
+        outputs (`tuple[str, ...]`): modules whose outputs the gate scales; removed with the unit.
         contains (`tuple[str, ...]`): modules all of whose units are removed with this unit.
         inside (`tuple[str, ...]`):
-            Gates of other units without the last of which these are removed. [`units_of`] adds those of the units
-            that contain these.
+            Gates of other units; if the last of those units is removed, so are these. [`units_of`] adds the gates of
+            units that contain these.
     """
 
     kind: str
@@ -72,22 +71,22 @@ class Kind:
     A kind of unit.
 
     Args:
-        find (`Callable`): (config, place) -> [`Units`], of a stock model or a student, also where none is left.
-        record (`Callable`): (config, place, kept) writes into a student's config, in place, which units are left.
-        places (`str`): `convolution` or `layer`: what has such units.
+        find (`Callable`): (config, place) -> [`Units`] of a stock model or a student, also if none is left.
+        record (`Callable`): (config, place, kept) writes the remaining units into a student's config, in place.
+        places (`str`): `convolution` or `layer`: where such units are.
         drop_probability (`float`): probability that a unit is closed when its gate is made.
-        coarseness (`int`): rank by the size of a unit. The finest kinds make up for what coarser ones miss.
+        coarseness (`int`): rank by the size of a unit. The finest kinds compensate for the steps of coarser ones.
         is_default (`bool`): whether it is pruned by default.
         min_open (`int`): units of each place that are never cut.
         has_multiples (`bool`): whether `width_multiple` applies.
         label (`str`, *optional*):
-            What tables and figures call the units, in the plural. `None` if they show in the numbers of another kind.
-        part (`str`, *optional*): what the latency of their module is called. `None` if it is not measured.
+            Name of the units in tables and figures, in the plural. `None` if the numbers of another kind show them.
+        part (`str`, *optional*): name of their module's latency. `None` if it is not measured.
         shared_cost (`str`, *optional*):
-            What the latency is called that all units of a layer share. Kinds of layers with a `part` have one.
+            Name of the latency that all units of a layer share. Kinds of layers with a `part` have one.
         first_measured (`int`): first place whose latency counts.
         products (`Callable`, *optional*):
-            (config, frames) -> multiply-accumulates of one unit for that many frames besides those of its weights.
+            (config, frames) -> multiply-accumulates of one unit for that many frames, without those of its weights.
     """
 
     find: Callable
@@ -106,14 +105,14 @@ class Kind:
 
 
 class Part(NamedTuple):
-    """How units affect a tensor: they are cut from dimension `dim`, or it is removed with the last of them."""
+    """How units affect a tensor: they are cut from dimension `dim`, or the tensor is removed with the last of them."""
 
     units: Units
     dim: int | None = None
 
 
 class Factor(NamedTuple):
-    """The number of units that are left behind a gate or, if `some`, whether any is (1 or 0)."""
+    """The number of units that a gate leaves or, if `some`, whether any is left (1 or 0)."""
 
     gate: str
     some: bool = False
@@ -150,7 +149,7 @@ def sizes_of(config) -> dict[str, list[int]]:
 
 
 def parts_of(groups: Iterable[Units]) -> dict[str, list[Part]]:
-    """Name of a tensor -> the units that it is cut by or removed with, besides the units that contain these."""
+    """Name of a tensor -> the units that it is cut by or removed with, without the units that contain these."""
     parts = defaultdict(list)
     for units in groups:
         for name, dim in units.tensors.items():
@@ -163,7 +162,7 @@ def parts_of(groups: Iterable[Units]) -> dict[str, list[Part]]:
 
 
 def factors_of(parts: Iterable[Part]) -> tuple[Factor, ...]:
-    """What the size of a tensor is proportional to."""
+    """Factors that the size of a tensor is proportional to."""
     factors = {}
     for units, dim in parts:
         for gate in units.inside:
@@ -253,7 +252,7 @@ def _ffn_block(config, layer: int) -> Units:
 
 
 def _block(kind: str, name: str, projection: str, config, layer: int) -> Units:
-    """A block is a single unit that contains others. Its projection may have no inputs left, but a bias."""
+    """A block is a single unit that contains others. Its projection may have only a bias left, without inputs."""
     return Units(
         kind,
         layer,

@@ -1,4 +1,4 @@
-"""From files to batches. The names that users need are imported at first use."""
+"""From files to batches. Public names are imported at first use."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""One clip: from whatever a row holds to samples at one rate, or to one error that says what is wrong."""
+"""Reads one clip, in any form that a row contains, as samples at one rate, or raises one clear error."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ _NAME_CHARACTERS = 200
 
 
 class AudioError(ValueError):
-    """Audio, or a set of it, that cannot be used; the message is one line: which, why, and what to do."""
+    """Audio, or a set of audio, that cannot be used; the message is one line: which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ClipLevels:
     """
     Attributes:
         silent (`bool`): no sample of any channel reaches [`SILENT_PEAK`].
-        cancelled (`bool`): the channels are each other's opposite, so that their mean is nearly nothing.
+        cancelled (`bool`): the channels cancel each other, so that their mean is nearly 0.
     """
 
     silent: bool
@@ -46,7 +46,7 @@ class ClipLevels:
 
 class Clip:
     """
-    One clip that is open. Stored audio is decoded as it is asked for, a block at a time.
+    One open clip. Stored audio is decoded on demand, one block at a time.
 
     Attributes:
         rate (`int`): in Hz.
@@ -64,7 +64,7 @@ class Clip:
         choose_start: Callable[[int], int] | None = None,
         min_samples: int = 1,
     ) -> np.ndarray:
-        """As [`read_audio`]."""
+        """See [`read_audio`]."""
         length = samples_in(max_seconds, self.rate)
         start = 0
         if choose_start is not None:
@@ -78,20 +78,20 @@ class Clip:
             samples = crop_samples(samples, samples_in(max_seconds, sampling_rate))
         if len(samples) < min_samples:
             raise AudioError(
-                f"{self.name} has {len(samples)} samples at {sampling_rate} Hz, too few (needed: {min_samples}); leave"
-                " it out."
+                f"{self.name} has {len(samples)} samples at {sampling_rate} Hz, but needs at least {min_samples};"
+                " leave it out."
             )
         return samples
 
     def seconds(self) -> float:
-        """Length, from the header, or by decoding where the header's is an estimate."""
+        """Length in seconds, from the header, or by decoding if the header contains only an estimate."""
         num_frames = self._stream.num_frames()
         if not num_frames:
             raise AudioError(f"{self.name} has a header but no samples; leave it out.")
         return num_frames / self.rate
 
     def levels(self) -> ClipLevels:
-        """Goes through the whole clip in blocks, so that what is wrong anywhere in it shows, in little memory."""
+        """Reads the whole clip in blocks, to find errors anywhere in it with little memory."""
         peak = energy = mono_energy = 0.0
         for block in self._stream.blocks():
             mono = self._mono(block)
@@ -110,12 +110,12 @@ class Clip:
             # A sum, which is finite only if all samples are, is the faster check.
             finite = np.isfinite(mono.sum(dtype=np.float64))
         if not finite:
-            raise AudioError(f"{self.name} holds NaN or infinite samples; repair it or leave it out.")
+            raise AudioError(f"{self.name} contains NaN or infinite samples; repair it or leave it out.")
         return mono
 
 
 class _Array:
-    """Samples in memory, with what [`Clip`] asks of a stream."""
+    """Samples in memory, with the interface of a stream that [`Clip`] uses."""
 
     def __init__(self, samples: np.ndarray):
         self.samples = samples  # (samples, channels)
@@ -132,10 +132,10 @@ class _Array:
 @contextlib.contextmanager
 def open_clip(value: Any, sampling_rate: int = 16_000, protocols: Sequence[str] = ()) -> Iterator[Clip]:
     """
-    Opens what [`read_audio`] takes.
+    Opens any `value` that [`read_audio`] accepts.
 
     Raises:
-        [`AudioError`]: if it is none of that, or cannot be used; also for what goes wrong while it is open.
+        [`AudioError`]: if it is not such a value or cannot be used; also for errors while the clip is open.
     """
     name = _clip_name(value)
     try:
@@ -171,37 +171,37 @@ def read_audio(
     """
     Reads one clip as a mono waveform: channels are averaged, then resampled (by soxr, in its high quality).
 
-    Stored audio is read until its decoder ends: the length that an mp3 tells may be an estimate, and an Ogg file may
-    be a chain of streams.
+    Stored audio is read until the decoder reaches its end: the length stated in an mp3 file may be an estimate, and an
+    Ogg file may be a chain of streams.
 
     Args:
         value (`str`, `PathLike`, `bytes`, `dict`, `np.ndarray`, `torch.Tensor` or `list[float]`):
             Path or URL of a file, its content, a dict of `path` and `bytes`, a dict of `array` and `sampling_rate`, a
-            torchcodec decoder, or floats that already have `sampling_rate`, of shape `(samples,)`, or with channels as
-            the shorter of two axes.
+            torchcodec decoder, or floats at `sampling_rate`, of shape `(samples,)` or with channels as the shorter of
+            two axes.
         sampling_rate (`int`, *optional*, defaults to 16000):
-            Rate in Hz of the result.
+            Sampling rate of the result in Hz.
         max_seconds (`float`, *optional*):
-            Length that is read at most; the rest of a file is not decoded, unless its length is unknown.
+            Maximum length to read; the rest of a file is not decoded, unless its length is unknown.
         choose_start (`Callable[[int], int]`, *optional*):
-            Picks where a longer clip is read, from 0 to the number of spare samples that it is given, both included;
-            the beginning by default.
+            Chooses the start in a longer clip: called with the number of spare samples, it returns a sample index from
+            0 to this number, both included. By default, the beginning is read.
         min_samples (`int`, *optional*, defaults to 1):
-            Samples that the result must have.
+            Minimum number of samples of the result.
         protocols (`Sequence[str]`, *optional*):
-            Protocols of URLs to read beside `http`, `https` and `hf`, such as `s3`; also those of chained ones.
+            URL protocols to allow in addition to `http`, `https` and `hf`, such as `s3`; also for chained URLs.
 
     Returns:
         `np.ndarray` of shape `(samples,)`, float32.
 
     Raises:
-        [`AudioError`]: if the clip is missing, empty, no audio, corrupt, too short, holds NaN or infinite samples, has
-            a rate outside 2 to 384 kHz or a URL that is not read, or a server that takes too long.
-        `ValueError`: if `sampling_rate` is no such rate, or `max_seconds` is not above 0.
+        [`AudioError`]: if the clip is missing, empty, not audio, corrupt or too short, contains NaN or infinite
+            samples, has a rate outside 2 to 384 kHz, has a URL that is not allowed, or the server takes too long.
+        `ValueError`: if `sampling_rate` is outside this range, or `max_seconds` is not above 0.
     """
     if not _is_rate(sampling_rate):
         raise ValueError(
-            f"`sampling_rate` must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}, but is"
+            f"`sampling_rate` must be an integer from {MIN_RATE} to {MAX_RATE} Hz, but is"
             f" {reprlib.repr(sampling_rate)}."
         )
     sampling_rate = int(sampling_rate)
@@ -213,10 +213,10 @@ def read_audio(
 
 def audio_seconds(path: str) -> float:
     """
-    Length of a local file in seconds: from its header, or by decoding it where the header's is an estimate.
+    Length of a local file in seconds: from its header, or by decoding it if the header contains only an estimate.
 
     Raises:
-        [`AudioError`]: if it cannot be used.
+        [`AudioError`]: if the file cannot be used.
     """
     with open_clip(path) as clip:
         return clip.seconds()
@@ -242,7 +242,7 @@ def crop_samples(
 
 
 def _stored(value: Any, name: str, protocols: Sequence[str]) -> str | bytes | None:
-    """The local path or the content of stored audio, after it was fetched; `None` if `value` holds samples."""
+    """The local path or the (downloaded) content of stored audio; `None` if `value` contains samples."""
     if isinstance(value, (str, os.PathLike)):
         path, content = value, None
     elif isinstance(value, (bytes, bytearray, memoryview)):
@@ -255,24 +255,24 @@ def _stored(value: Any, name: str, protocols: Sequence[str]) -> str | bytes | No
         return None
     if content is not None:
         if not isinstance(content, (bytes, bytearray, memoryview)):
-            raise AudioError(f"{name} has a {type(content).__name__} for `bytes`; give the content of a file.")
+            raise AudioError(f"{name} has a {type(content).__name__} for `bytes`; pass the content of a file.")
         return bytes(content)
     if path is None:
         raise AudioError(f"{name} has neither a path nor bytes nor an array; leave it out.")
     if not isinstance(path, (str, bytes, os.PathLike)):
-        raise AudioError(f"{name} has a {type(path).__name__} for `path`; give the path of a file.")
+        raise AudioError(f"{name} has a {type(path).__name__} for `path`; pass the path of a file.")
     path = os.fsdecode(path)
     return read_url(path, protocols) if is_url(path) else path
 
 
 def _checked_rate(rate: Any, name: str) -> int:
-    """A rate as a whole number of Hz, whichever kind of number it is."""
+    """A rate as an integer in Hz, from any type of number."""
     if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
         rate = rate.item()
     if not _is_rate(rate):
         shown = repr(rate)[:_NAME_CHARACTERS]
         raise AudioError(
-            f"{name} has the sampling rate {shown}; it must be a whole number of Hz from {MIN_RATE} to {MAX_RATE}."
+            f"{name} has the sampling rate {shown}; it must be an integer from {MIN_RATE} to {MAX_RATE} Hz."
         )
     return int(rate)
 
@@ -286,7 +286,7 @@ def _samples(value: Any, name: str) -> np.ndarray:
     """Float samples of shape `(samples, channels)` from an array, tensor or list of floats."""
     if isinstance(value, torch.Tensor):
         if value.device.type == "meta":
-            raise AudioError(f"{name} is a tensor on the meta device, which has no samples; give it its data.")
+            raise AudioError(f"{name} is a tensor on the meta device, which has no samples; load its data.")
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).numpy()
     if value is None:
@@ -294,12 +294,12 @@ def _samples(value: Any, name: str) -> np.ndarray:
     try:
         samples = np.asarray(value)
     except ValueError:
-        raise AudioError(f"{name} is ragged; give one list of floats, or one per channel.") from None
+        raise AudioError(f"{name} is ragged; pass one list of floats, or one per channel.") from None
     if samples.dtype.kind != "f" and (samples.size or samples.dtype.kind not in "fiu"):
         kind = f"{samples.dtype}, not floats" if samples.dtype.kind != "O" else "objects (None? lists?), not floats"
-        raise AudioError(f"{name} holds {kind}; scale integers to between -1 and 1.")
+        raise AudioError(f"{name} contains {kind}; scale integers to the range from -1 to 1.")
     if samples.ndim not in (1, 2):
-        raise AudioError(f"{name} has {samples.ndim} axes; give samples, or samples and channels.")
+        raise AudioError(f"{name} has {samples.ndim} axes; pass samples, or samples and channels.")
     with np.errstate(over="ignore"):
         samples = samples.astype(np.float32, copy=False)
     if not samples.size:
@@ -310,7 +310,7 @@ def _samples(value: Any, name: str) -> np.ndarray:
 
 
 def _clip_name(value: Any) -> str:
-    """The path, in printable characters; else what kind of value it is."""
+    """The path, in printable characters; otherwise the type of the value."""
     path = value.get("path") if isinstance(value, Mapping) else value
     if isinstance(path, (str, os.PathLike)):
         shown = "".join(

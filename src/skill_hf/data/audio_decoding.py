@@ -1,4 +1,4 @@
-"""Stored audio, decoded block by block to its real end: for some formats a header's length is only an estimate."""
+"""Decodes stored audio block by block to its real end; in some formats the header's length is only an estimate."""
 
 import contextlib
 import io
@@ -21,16 +21,16 @@ BLOCK_VALUES = 2**18
 
 
 class DecodingError(ValueError):
-    """Stored audio that cannot be decoded; the message is the reason, and what to do, in one line."""
+    """Stored audio that cannot be decoded; the message gives the reason and what to do, in one line."""
 
 
 class AudioStream:
     """
-    Audio that is being decoded.
+    Audio while it is decoded.
 
     Attributes:
         rate (`int`): in Hz, of all blocks.
-        frames (`int`, *optional*): length in samples of one channel; `None` if only decoding tells.
+        frames (`int`, *optional*): length in samples per channel; `None` if it is only known after decoding.
     """
 
     def __init__(self, sound: soundfile.SoundFile, content: bytes | mmap.mmap | None):
@@ -48,7 +48,7 @@ class AudioStream:
             self.frames = None
 
     def num_frames(self) -> int:
-        """Length in samples of one channel; decodes all of it if nothing else tells."""
+        """Length in samples per channel; decodes everything if it is not known otherwise."""
         return sum(map(len, self.blocks())) if self.frames is None else self.frames
 
     def blocks(self, start: int = 0, length: int | None = None) -> Iterator[np.ndarray]:
@@ -75,7 +75,7 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
         stored (`str` or `bytes`): path of a local file, or the content of one.
 
     Raises:
-        [`DecodingError`]: if there is no such file, it is none, or it holds no audio; also while it is decoded.
+        [`DecodingError`]: if it does not exist, is not a file, or contains no audio; also during decoding.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(stored, str):
@@ -92,7 +92,7 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
             if sound.frames == 0:
                 raise DecodingError("has a header but no samples; leave it out")
             if sound.frames == UNKNOWN_FRAMES:
-                raise DecodingError("does not tell its length; encode it again, into a file rather than a pipe")
+                raise DecodingError("does not state its length; encode it again to a file, not a pipe")
             content = stored if isinstance(stored, bytes) else None
             if content is None and sound.format in ("OGG", "MP3"):
                 file = stack.enter_context(open(stored, "rb"))
@@ -101,19 +101,16 @@ def open_stored(stored: str | bytes) -> Iterator[AudioStream]:
         except (soundfile.SoundFileError, OSError) as error:
             reason = getattr(error, "error_string", "") or str(error)
             raise DecodingError(
-                f"is no audio that can be decoded ({reason.strip()}); convert it to WAV or FLAC, or leave it out"
+                f"cannot be decoded as audio ({reason.strip()}); convert it to WAV or FLAC, or leave it out"
             ) from error
 
 
 def check_file(path: str) -> None:
-    """
-    Raises a [`DecodingError`] unless `path` is a file that can be read without waiting: to open a FIFO or a device may
-    take for ever.
-    """
+    """Raises a [`DecodingError`] unless `path` is a regular file: opening a FIFO or a device may block forever."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        what = "is a link to nothing" if os.path.islink(path) else "does not exist"
+        what = "is a broken link" if os.path.islink(path) else "does not exist"
         raise DecodingError(f"{what}; correct its path") from None
     except (OSError, ValueError) as error:  # a loop of links, a name too long, no permission, a zero byte
         reason = getattr(error, "strerror", None) or str(error)
@@ -142,7 +139,9 @@ def _skip(blocks: Iterator[np.ndarray], start: int) -> Iterator[np.ndarray]:
 
 def _same_rate(sound: soundfile.SoundFile, rate: int | None) -> int:
     if rate not in (None, sound.samplerate):
-        raise DecodingError(f"changes its rate from {rate} to {sound.samplerate} Hz; encode it again, at one rate")
+        raise DecodingError(
+            f"changes its sampling rate from {rate} to {sound.samplerate} Hz; encode it again at one rate"
+        )
     return sound.samplerate
 
 
@@ -150,7 +149,7 @@ def _same_rate(sound: soundfile.SoundFile, rate: int | None) -> int:
 
 
 def _ogg_links(content: bytes | mmap.mmap) -> list[int]:
-    """Where each stream of a chain begins: at pages that begin one (RFC 3533) after pages that do not."""
+    """Start of each stream of a chain: first pages of a stream (RFC 3533) that follow other pages."""
     links, end = [], -1
     page = content.find(b"OggS\0\x02")
     while page >= 0:
@@ -185,14 +184,14 @@ _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 
 
 
 class _ForwardSound(soundfile.SoundFile):
-    """Reads forward only: otherwise soundfile seeks after each read, which fails at an early end."""
+    """Reads forward only: otherwise soundfile seeks after each read, which fails if the file ends early."""
 
     def seekable(self) -> bool:
         return False
 
 
 class _EndlessFile(io.BytesIO):
-    """Claims to be so long that an estimated number of frames is never reached before the decoder's end."""
+    """Reports a length so large that the decoder ends before an estimated number of frames is reached."""
 
     _at_end = False
 
@@ -205,7 +204,7 @@ class _EndlessFile(io.BytesIO):
 
 
 def _mp3_has_exact_length(content: bytes | mmap.mmap) -> bool:
-    """Whether the file says how many bytes of frames it has, and has them."""
+    """Whether the file states its number of bytes of frames, and has that many."""
     claimed = _mp3_claimed_end(content, _after_id3(content, 0))
     return claimed is not None and 0 <= _mp3_end(content) - claimed <= _LARGEST_FRAME
 
@@ -221,7 +220,7 @@ def _mp3_claimed_end(content: bytes | mmap.mmap, start: int) -> int | None:
 
 
 def _mp3_end(content: bytes | mmap.mmap) -> int:
-    """Where the frames end and tags begin."""
+    """End of the frames, where tags begin."""
     end = len(content)
     if content[max(0, end - _ID3V1_BYTES) : end].startswith(b"TAG"):
         end -= _ID3V1_BYTES
@@ -242,7 +241,7 @@ def _after_id3(content: bytes | mmap.mmap, start: int) -> int:
 
 
 def _mp3_frame_bytes(header: bytes) -> int:
-    """Length of a layer III frame, with its header; 0 if it is none."""
+    """Length of a layer III frame with its header; 0 if it is not one."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
         return 0
     version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3
@@ -254,7 +253,7 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def _next_mp3_frame(content: bytes | mmap.mmap, start: int, end: int) -> int | None:
-    """The next place where two frames follow each other; tags, pictures and noise hold what looks like one."""
+    """The next position where two frames follow each other; a single match may be a tag, a picture or noise."""
     position = start
     while (position := _after_id3(content, position)) < end:
         size = _mp3_frame_bytes(content[position : position + 4])
@@ -272,7 +271,7 @@ def _next_mp3_frame(content: bytes | mmap.mmap, start: int, end: int) -> int | N
 
 
 def _joined_frames(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """Blocks that are read frame by frame: an error, as at a frame that is cut, takes all of one read with it."""
+    """Blocks read frame by frame: an error, such as a cut frame, loses everything of the same read."""
     samples = 576 if sound.samplerate <= 24_000 else 1152
     frames, failed = [], False
     while not failed:

@@ -1,4 +1,4 @@
-"""Clips that are read once, in batches that need no padding or little of it."""
+"""Batches of clips that are read once, with little or no padding."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,9 +23,9 @@ def make_batches(
 
     Args:
         clips (`Iterator[tuple[Name, np.ndarray]]`): names of any kind, and waveforms.
-        most_samples (`int`): samples of a batch with its padding; a longer clip stands alone.
-        buffer_clips (`int`): clips that are read ahead and sorted.
-        equal_lengths (`bool`): whether all clips of a batch must have one length.
+        most_samples (`int`): maximum samples in a batch, padding included; a longer clip gets its own batch.
+        buffer_clips (`int`): number of clips that are read ahead and sorted.
+        equal_lengths (`bool`): whether all clips of a batch must have the same length.
     """
     while buffer := list(itertools.islice(clips, buffer_clips)):
         batch = []
@@ -48,7 +48,7 @@ def checked_input_values(
             shape = _shape(row)
             if shape is not None and len(shape) != 1:
                 raise AudioError(
-                    f"`audio` must hold 1-D waveforms of one channel each, but item {index} ({type(row).__name__}) has"
+                    f"`audio` must contain 1-D waveforms with one channel, but item {index} ({type(row).__name__}) has"
                     f" shape {shape}."
                 )
             row = {"audio": row}
@@ -70,7 +70,7 @@ def equal_length_batches(waveforms: Iterable[torch.Tensor], batch_size: int) -> 
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """`None` if there is none, as of ragged lists: what reads them says it more clearly."""
+    """Shape, or `None` for ragged lists, whose reader raises a clearer error."""
     try:
         return tuple(np.shape(value))
     except Exception:

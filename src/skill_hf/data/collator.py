@@ -1,4 +1,4 @@
-"""From rows to batches and calibration clips: cropped, normalised, padded; bad clips are left out and counted."""
+"""From rows to batches and calibration clips: cropped, normalised, padded. Bad clips are skipped and counted."""
 
 import contextlib
 import functools
@@ -35,44 +35,44 @@ _MOST_WORKERS = 255
 @dataclass
 class SpeechCollator:
     """
-    Makes a batch from rows with `audio` (anything that [`read_audio`] takes) or with precomputed `input_values`.
+    Makes a batch from rows with `audio` (any value that [`read_audio`] accepts) or with precomputed `input_values`.
 
-    `crop="random"`, for training: as in DPHuBERT (arXiv 2305.17651), every clip is cropped at a random place to the
-    length of the shortest one, so that a batch has no padding, which models with group norm do not ignore even if
-    masked. A clip shorter than `min_seconds` does not shorten the others but is padded, one longer than `max_seconds`
+    `crop="random"`, for training: as in DPHuBERT (arXiv 2305.17651), every clip is cropped at a random position to the
+    length of the shortest one. The batch then has no padding, which models with group norm do not ignore even if it is
+    masked. A clip shorter than `min_seconds` is padded instead of shortening the others; one longer than `max_seconds`
     is cropped to that first. `crop="none"`, for evaluation: clips are read from their beginning, up to `max_seconds`,
     and padded to the longest.
 
-    The crops follow from the rows of the batch, `seed` and `epoch` alone, and no global random state is read or moved:
-    a run that is resumed, or has another number of workers, sees the same crops. (Batches are fetched ahead of the
-    step that uses them, so after resuming a global generator would stand elsewhere.)
+    Crops depend only on the rows of the batch, `seed` and `epoch`; no global random state is read or changed. A
+    resumed run, or one with another number of workers, sees the same crops. (Batches are fetched before the step that
+    uses them, so a global generator would be in another state after resuming.)
 
-    Clips that cannot be read are left out of the batch, each is named once in a warning and counted in `num_skipped`,
-    in data loaders' workers too. A batch of nothing else is one silent clip whose `attention_mask` is 0 throughout: a
-    batch without a valid frame, for which a loss over valid frames is 0.
+    Clips that cannot be read are left out of the batch, named once in a warning and counted in `num_skipped`, also in
+    workers of data loaders. If no clip is left, the batch is one silent clip with an `attention_mask` of zeros: it has
+    no valid frames, so a loss over valid frames is 0.
 
     Args:
         feature_extractor (`Wav2Vec2FeatureExtractor`):
-            Normalises every crop of `audio` (`input_values` are taken to be normalised) and pads.
+            Normalises every crop of `audio` and pads; `input_values` must already be normalised.
         max_seconds (`float`, *optional*, defaults to 15.6):
-            Longest clip in seconds.
+            Maximum length of a clip in seconds.
         min_seconds (`float`, *optional*, defaults to 2.0):
-            Length in seconds below which a clip is padded rather than all others cropped.
+            Shorter clips are padded instead of cropping all others to their length.
         crop (`str`, *optional*, defaults to `"random"`):
             `random` or `none`.
         min_samples (`int`, *optional*, defaults to 400):
-            Samples that make one frame of the model; a shorter clip counts as one that cannot be read.
+            Samples needed for one frame of the model; shorter clips count as unreadable.
         seed (`int`, *optional*, defaults to 0):
             Seed of the crops.
         epoch (`int`, *optional*, defaults to 0):
-            Mixed into the seed: raised at the start of an epoch, it changes the crops of a batch that comes again. A
-            tensor in shared memory where workers outlive an epoch.
+            Combined with the seed: increase it at the start of each epoch to get new crops. A tensor in shared memory
+            if workers persist across epochs.
         protocols (`Sequence[str]`, *optional*):
-            Protocols of URLs to read beside `http`, `https` and `hf`, such as `s3`.
+            URL protocols to allow in addition to `http`, `https` and `hf`, such as `s3`.
         label_encoder ([`~skill_hf.data.labels.LabelEncoder`], *optional*):
-            What makes ids of the `labels` of rows. Labels are those of whole clips, so with it clips are read from
-            their beginning and padded in training, too; one that is longer than `max_seconds` loses its sequence of
-            labels, not its class.
+            Converts the `labels` of rows to ids. Labels describe whole clips, so clips are then read from their
+            beginning and padded in training, too. A clip longer than `max_seconds` keeps its class, but loses a
+            sequence of labels.
     """
 
     feature_extractor: Wav2Vec2FeatureExtractor
@@ -96,14 +96,14 @@ class SpeechCollator:
         check_seconds("min_seconds", self.min_seconds)
         if not 0 < self.min_seconds <= self.max_seconds:
             raise ValueError(
-                f"`min_seconds` ({self.min_seconds}) must be above 0 and not above `max_seconds` ({self.max_seconds})."
+                f"`min_seconds` ({self.min_seconds}) must be above 0 and at most `max_seconds` ({self.max_seconds})."
             )
         if samples_in(self.max_seconds, self.feature_extractor.sampling_rate) < self.min_samples:
             raise ValueError(f"`max_seconds` ({self.max_seconds}) is shorter than `min_samples` ({self.min_samples}).")
 
     @property
     def num_skipped(self) -> int:
-        """Clips that were left out so far."""
+        """Number of clips left out so far."""
         return int(self._skipped.sum())
 
     def __call__(self, rows: list[Mapping]) -> dict[str, torch.Tensor]:
@@ -183,32 +183,33 @@ def calibration_waveforms(
     protocols: Sequence[str] = (),
 ) -> Iterator[np.ndarray]:
     """
-    A seeded sample of the clips of a dataset, normalised as the model takes them. A clip that cannot be read is
-    counted, named in a warning and replaced by the next one; of a set not larger than `num_samples` every clip is
-    tried, so that this finds bad audio before training starts. Every clip is checked as a whole, block by block.
-    Channels that cancel when averaged, and a set that is mostly silent, are warned about.
+    A seeded sample of the clips of a dataset, normalised for the model. A clip that cannot be read is counted, named
+    in a warning and replaced by the next one. In a set no larger than `num_samples` every clip is tried. Each clip is
+    checked completely, block by block, so bad audio is found before training starts. Channels that cancel when
+    averaged, and a set that is mostly silent, cause a warning.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`):
-            Rows with `audio` or `input_values`; of a stream the first ones are taken, else a permutation by `seed`.
+            Rows with `audio` or `input_values`; of a stream the first rows are used, otherwise a permutation that
+            depends on `seed`.
         num_samples (`int`):
             Number of clips, or fewer if the dataset is smaller.
         seconds (`float`):
-            Length in seconds that a longer clip is cropped to, at a place that depends on `seed` and its row alone.
+            Length in seconds that longer clips are cropped to, at a position that depends only on `seed` and the row.
         seed (`int`):
-            Seed of the choice and of the crops.
+            Seed of the selection and of the crops.
         feature_extractor (`Wav2Vec2FeatureExtractor`):
-            Normalises every crop of `audio`; `input_values` are taken to be normalised.
+            Normalises every crop of `audio`; `input_values` must already be normalised.
         min_samples (`int`, *optional*, defaults to 400):
-            Samples that make one frame of the model; a shorter clip counts as one that cannot be read.
+            Samples needed for one frame of the model; shorter clips count as unreadable.
         protocols (`Sequence[str]`, *optional*):
-            Protocols of URLs to read beside `http`, `https` and `hf`, such as `s3`.
+            URL protocols to allow in addition to `http`, `https` and `hf`, such as `s3`.
 
     Yields:
         `np.ndarray` of shape `(samples,)`, float32.
 
     Raises:
-        [`AudioError`]: if the dataset is empty or more than half of the clips tried cannot be read.
+        [`AudioError`]: if the dataset is empty, or more than half of the tried clips cannot be read.
     """
     check_seconds("seconds", seconds)
     rate = feature_extractor.sampling_rate
@@ -230,32 +231,32 @@ def calibration_waveforms(
             break
     num_tried = num_read + len(errors)
     if not num_tried:
-        raise AudioError("The dataset has no rows; give one with audio.")
+        raise AudioError("The dataset has no rows; pass one with audio.")
     if len(errors) > MAX_BAD_SHARE * num_tried:
         raise AudioError(f"{len(errors)} of the {num_tried} clips tried cannot be read; the first: {errors[0]}")
     warn_left_out(errors, num_tried)
     if cancelled:
         logger.warning(
-            "The channels of %d of %d clips cancel when they are averaged; keep one channel of each. The first: %s",
+            "In %d of %d clips the channels cancel out when averaged; keep one channel of each. The first: %s",
             len(cancelled),
             num_read,
             cancelled[0],
         )
     if num_silent > MAX_BAD_SHARE * num_read:
-        logger.warning("%d of %d clips are silent throughout; check the recordings.", num_silent, num_read)
+        logger.warning("%d of %d clips are completely silent; check the recordings.", num_silent, num_read)
 
 
 def check_clips(dataset: Any, num_samples: int, feature_extractor: Wav2Vec2FeatureExtractor, **kwargs) -> None:
     """
-    Tries a sample of a dataset as [`calibration_waveforms`] does, for its errors and warnings alone: bad audio should
-    show before hours of training, not after.
+    Reads a sample of a dataset like [`calibration_waveforms`], only for its errors and warnings: bad audio should be
+    found before hours of training, not after.
     """
     for _ in calibration_waveforms(dataset, num_samples, 1.0, 0, feature_extractor, **kwargs):
         pass
 
 
 def sample_rows(dataset: Any, num_rows: int, seed: int) -> list[Mapping]:
-    """A seeded sample of the rows of a dataset, without decoding audio; of a stream the first ones."""
+    """A seeded sample of the rows of a dataset, without decoding audio; of a stream, the first rows."""
     rows = itertools.islice(_sampled_rows(disable_audio_decoding(dataset), seed), num_rows)
     return [row for _, row in rows]
 
@@ -271,12 +272,12 @@ def _sampled_rows(dataset: Any, seed: int) -> Iterator[tuple[int, Mapping]]:
 @contextlib.contextmanager
 def open_row(row: Any, sampling_rate: int, protocols: Sequence[str] = ()) -> Iterator[tuple[Clip, bool]]:
     """
-    The clip of a row, and whether it has yet to be normalised. The one way from a row to samples: what goes wrong is
+    The clip of a row, and whether it still has to be normalised. All code reads rows through this function; errors are
     an [`AudioError`].
     """
     if not isinstance(row, Mapping):
         raise AudioError(
-            f"A row is a {type(row).__name__}, not a dict; make it one with `audio`, such as {{'array': ...,"
+            f"A row is a {type(row).__name__}, not a dict; make it a dict with `audio`, such as {{'array': ...,"
             " 'sampling_rate': ...}."
         )
     column = next((name for name in ("input_values", "audio") if row.get(name) is not None), None)
@@ -287,13 +288,13 @@ def open_row(row: Any, sampling_rate: int, protocols: Sequence[str] = ()) -> Ite
         )
     value = row[column]
     if column == "input_values" and isinstance(value, (str, bytes, os.PathLike, Mapping)):
-        raise AudioError(f"A row has a {type(value).__name__} for `input_values`; give floats, or name it `audio`.")
+        raise AudioError(f"A row has a {type(value).__name__} for `input_values`; pass floats, or name it `audio`.")
     with open_clip(value, sampling_rate, protocols) as clip:
         yield clip, column == "audio"
 
 
 def row_key(row: Any) -> bytes:
-    """What tells a row from others, the same on every machine: a file's name, else its content or its samples."""
+    """A key that identifies a row, the same on every machine: a file's name, otherwise its content or its samples."""
     try:
         value = row.get("audio") if row.get("input_values") is None else row["input_values"]
         if isinstance(value, Mapping):

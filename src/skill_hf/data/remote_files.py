@@ -1,4 +1,4 @@
-"""Files behind a URL: which protocols are read, for how long, and how much of them."""
+"""Reads files from URLs: allowed protocols, limits of time and size."""
 
 import math
 import os
@@ -32,22 +32,23 @@ _late: dict[str, tuple[int, float]] = {}
 
 
 class RemoteFileError(OSError):
-    """A URL that is not read, or could not be; the message is what is wrong, in one line."""
+    """A URL that is not allowed or cannot be read; the message is the error in one line."""
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names a protocol; all others are paths of local files, whatever they hold."""
+    """Whether a path has a protocol; all others are paths of local files."""
     return "://" in path and not os.path.isabs(path)
 
 
 def check_protocols(url: str, protocols: Sequence[str] = ()) -> None:
     """
     Args:
-        url (`str`): has `://`; links of a chain, such as `zip://a.wav::/data/clips.zip`, are parted by `::`.
-        protocols (`Sequence[str]`, *optional*): those that the user allows beside [`PROTOCOLS`].
+        url (`str`): contains `://`; links of a chain, such as `zip://a.wav::/data/clips.zip`, are separated by `::`.
+        protocols (`Sequence[str]`, *optional*): allowed by the user in addition to [`PROTOCOLS`].
 
     Raises:
-        [`RemoteFileError`]: if a protocol is not allowed, or the URL is a chain of default ones, which none needs.
+        [`RemoteFileError`]: if a protocol is not allowed, or the URL is a chain of default protocols, which is never
+            needed.
     """
     if isinstance(protocols, str):
         raise ValueError(f"`protocols` must be a list of names such as ['s3'], but is {protocols!r}.")
@@ -58,14 +59,14 @@ def check_protocols(url: str, protocols: Sequence[str] = ()) -> None:
     unknown = next((link for link in links if link not in (*PROTOCOLS, *named)), None)
     if unknown is not None:
         raise RemoteFileError(
-            f"names the protocol `{unknown}`, which is not read, only paths and {', '.join(PROTOCOLS)} URLs are;"
-            " name it in `protocols` if you trust the data set"
+            f"uses the protocol `{unknown}`, but only paths and {', '.join(PROTOCOLS)} URLs are read; add it to"
+            " `protocols` if you trust the dataset"
         )
 
 
 def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
     """
-    Content behind a URL of an allowed protocol.
+    Content of a URL with an allowed protocol.
 
     Raises:
         [`RemoteFileError`]: if the protocol is not allowed or not installed, there is no such file, the server does
@@ -79,7 +80,7 @@ def read_url(url: str, protocols: Sequence[str] = ()) -> bytes:
     num_late, when = _late.get(server, (0, -math.inf))
     if num_late >= REMOTE_LATE_READS and time.monotonic() - when < REMOTE_RETRY_SECONDS:
         raise RemoteFileError(
-            f"is on a server that was late {num_late} times in a row, less than {REMOTE_RETRY_SECONDS:.0f} s ago"
+            f"is on a server that timed out {num_late} times in a row, less than {REMOTE_RETRY_SECONDS:.0f} s ago"
         )
     try:
         if protocol in PROTOCOLS or "::" not in url:
@@ -125,9 +126,7 @@ def _read_in_time(open_file: Callable[[], Any]) -> bytes:
             try:
                 chunk = chunks.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise TimeoutError(
-                    f"did not arrive in time ({len(content)} bytes in {time.monotonic() - start:.0f} s)"
-                ) from None
+                raise TimeoutError(f"timed out ({len(content)} bytes in {time.monotonic() - start:.0f} s)") from None
             if isinstance(chunk, BaseException):
                 raise chunk
             if not chunk:

@@ -1,4 +1,4 @@
-"""Sets of speech: folders of audio, and whatever `datasets` loads. Nothing is decoded, no code of a set is run."""
+"""Speech datasets: folders of audio, and what `datasets` loads. Nothing is decoded; no code from a dataset is run."""
 
 import dataclasses
 import functools
@@ -50,9 +50,9 @@ _OTHER_FOLDERS = ("text", "imagefolder", "videofolder", "pdffolder", "xml")
 
 class _StoredAudio(datasets.Audio):
     """
-    `datasets.Audio` for rows that are made one by one: folders, tar shards, streams. There `datasets` (5.2) imports
-    torchcodec to *encode* audio, even a path that stays a path; its wheels need CUDA libraries, which not all machines
-    have.
+    `datasets.Audio` for rows that are created one by one: folders, tar shards, streams. There `datasets` (5.2) imports
+    torchcodec to *encode* audio, even a path that stays a path, and wheels of torchcodec need CUDA libraries, which
+    not all machines have.
     """
 
     def encode_example(self, value: str | os.PathLike | bytes | Mapping) -> dict[str, str | bytes | None]:
@@ -65,33 +65,34 @@ class _StoredAudio(datasets.Audio):
 
 def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
     """
-    Lists the audio of a directory and of all below it, in sorted order, without decoding more of it than its length
-    takes. Each real directory is listed once, however many links lead to it; hidden files and directories are not.
-    What has the name of audio but cannot be read (also a link to nothing, a directory, a FIFO) is left out, counted
-    and named in a warning.
+    Lists the audio in a directory and all its subdirectories, in sorted order, decoding only what is needed for the
+    length. Each real directory is listed once, however many links lead to it; hidden files and directories are
+    ignored. Files that are named like audio but cannot be read (also broken links, directories, FIFOs) are skipped,
+    counted and named in a warning.
 
     Args:
         directory (`str` or `PathLike`):
-            Directory of .wav, .flac, .mp3, .ogg or .opus files of any rate and number of channels.
+            Directory of .wav, .flac, .mp3, .ogg or .opus files with any sampling rate and number of channels.
 
     Returns:
         `datasets.Dataset` with the columns `audio`, dicts of `path` (absolute) and `bytes` (`None`), and `length`, in
         seconds, for `train_sampling_strategy="group_by_length"`.
 
     Raises:
-        [`AudioError`]: if the directory is missing, has no audio, none that can be read, or more than half of its
-            audio files cannot be.
+        [`AudioError`]: if the directory is missing, has no readable audio, or more than half of its audio files cannot
+            be read.
     """
     if not isinstance(directory, (str, os.PathLike)):
         raise AudioError(f"The audio directory must be a path, but is {reprlib.repr(directory)}.")
     if not os.path.isdir(directory):
-        what = "is no directory" if os.path.exists(directory) else "does not exist"
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise AudioError(f"The audio directory `{directory}` {what}; correct its path.")
     errors: list[AudioError] = []
     paths = sorted(_audio_paths(os.path.abspath(directory), errors))
     if not paths and not errors:
         raise AudioError(
-            f"The audio directory `{directory}` has no file that ends in {', '.join(AUDIO_EXTENSIONS)}; name another."
+            f"The audio directory `{directory}` has no file that ends in {', '.join(AUDIO_EXTENSIONS)}; choose"
+            " another."
         )
     lengths, num_bad_files = {}, 0
     for path in tqdm(paths, desc="Checking audio files", unit="file"):
@@ -129,33 +130,33 @@ def load_speech_dataset(
     protocols: Sequence[str] = (),
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Loads speech from the Hub or from a local directory in any form that `datasets` reads: parquet, csv or json with a
-    column of paths (relative ones start at the directory or at that of their table), `save_to_disk`, `audiofolder`
-    (with metadata or with plain folders), tar shards (WebDataset; `audio_column` is then the ending of the audio
-    files, such as `flac`). A table that is named like the split and lies beside a folder of audio (`train.csv` beside
-    `train/`) is its list; a warning says so.
+    Loads speech from the Hub or from a local directory in any format that `datasets` reads: parquet, csv or json with
+    a column of paths (relative to the directory, or to that of their table), `save_to_disk`, `audiofolder` (with
+    metadata or with plain folders), tar shards (WebDataset; `audio_column` is then the extension of the audio files,
+    such as `flac`). If a table has the name of the split and is next to a folder of audio (`train.csv` next to
+    `train/`), it is used as the list of clips, with a warning.
 
     Args:
         name (`str` or `PathLike`):
             Hub id or local directory.
         config_name (`str`, *optional*):
-            Configuration of a Hub dataset that has several.
+            Configuration, if a Hub dataset has several.
         split (`str`, *optional*, defaults to `"train"`):
-            Split, or in memory also a slice such as `train[:10%]` or a sum such as `train+validation`.
+            Split; without streaming also a slice such as `train[:10%]` or a sum such as `train+validation`.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read rows on the fly instead of preparing all of them first.
         audio_column (`str`, *optional*, defaults to `"audio"`):
             Column with the audio; it is renamed to `audio`.
         protocols (`Sequence[str]`, *optional*):
-            Protocols that the dataset's card may name for its files beside `http`, `https` and `hf`.
+            Protocols that the dataset's card may use for its files, in addition to `http`, `https` and `hf`.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if `streaming`, with a column `audio`, not decoded, or a
         precomputed column `input_values`.
 
     Raises:
-        [`AudioError`]: if the dataset or the split does not exist, is empty, or has no audio column, or its card names
-            files by a protocol that is not read.
+        [`AudioError`]: if the dataset or the split does not exist, is empty, or has no audio column, or its card
+            refers to files with a protocol that is not allowed.
     """
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise AudioError(f"The dataset must be a Hub id or a directory, but is {reprlib.repr(name)}.")
@@ -168,22 +169,22 @@ def load_speech_dataset(
         dataset.info.dataset_name = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
         first_row = next(iter(dataset), None)
         if first_row is None:
-            raise AudioError(f"The split `{split}` of `{name}` has no rows; name another split or dataset.")
+            raise AudioError(f"The split `{split}` of `{name}` has no rows; choose another split or dataset.")
         if audio_column not in first_row:
             if "input_values" in first_row:
                 return dataset
             if dataset.info.builder_name in _OTHER_FOLDERS:
                 raise AudioError(
-                    f"`{name}` holds no audio that is known by its ending ({', '.join(AUDIO_EXTENSIONS)}), and no"
-                    " table of it; name another directory."
+                    f"`{name}` contains no audio files ({', '.join(AUDIO_EXTENSIONS)}) and no table of them; choose"
+                    " another directory."
                 )
             raise AudioError(
-                f"`{name}` has no column `{audio_column}`; name the one with the audio: {', '.join(first_row)}."
+                f"`{name}` has no column `{audio_column}`; choose the audio column from: {', '.join(first_row)}."
             )
         if dataset.info.builder_name == "webdataset" and not _has_audio(dataset):
             raise AudioError(
-                f"`{name}` holds no files that end in .{audio_column}; `audio_column` must be the ending of the audio"
-                " files in its tar shards."
+                f"`{name}` contains no files that end in .{audio_column}; `audio_column` must be the extension of the"
+                " audio files in its tar shards."
             )
         if bases:
             dataset = _with_absolute_paths(dataset, audio_column, bases)
@@ -193,14 +194,15 @@ def load_speech_dataset(
     except Exception as error:  # its loaders raise what their libraries do: of pyarrow, pandas, fsspec, the Hub
         cause = error.__cause__ or error
         reason = str(cause).strip().partition("\n")[0] or repr(cause)
-        where = "" if os.path.isdir(name) else ", which is no local directory,"
+        where = "" if os.path.isdir(name) else ", which is not a local directory,"
         raise AudioError(f"The dataset `{name}`{where} cannot be loaded: {reason}") from error
 
 
 def disable_audio_decoding(dataset: Any) -> Any:
     """
-    Switches off the decoding of a `datasets` dataset, so that its audio arrives as a dict of `path` and `bytes`; every
-    other dataset is returned as it is. So is that of images and the like: what decodes them opens any URL of a row.
+    Switches off decoding in a `datasets` dataset, so that its audio is returned as a dict of `path` and `bytes`.
+    Decoding of images and the like is switched off as well, since it would open any URL in a row. Other datasets are
+    returned unchanged.
     """
     if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         stored = datasets.Audio if isinstance(dataset, datasets.Dataset) else _StoredAudio
@@ -222,7 +224,7 @@ def warn_left_out(errors: list[AudioError], num_tried: int) -> None:
 
 
 def _audio_paths(root: str, errors: list[AudioError]) -> Iterator[str]:
-    """Paths below `root` that are named like audio, of whatever kind; directories that can't be listed are errors."""
+    """Paths below `root` that are named like audio, of any kind; directories that can't be listed are errors."""
     seen, directories, links = set(), [root], []
     while directories or links:
         # Links come last, so that what they lead to is listed under its own path if it lies below `root`.
@@ -243,7 +245,7 @@ def _audio_paths(root: str, errors: list[AudioError]) -> Iterator[str]:
                 (links if entry.is_symlink() else directories).append(entry.path)
             elif entry.is_symlink() and not os.path.exists(entry.path) and not os.path.splitext(entry.name)[1]:
                 # It may have led to a directory.
-                errors.append(AudioError(f"`{entry.path}` is a link to nothing; correct its path."))
+                errors.append(AudioError(f"`{entry.path}` is a broken link; correct its path."))
             if named_like_audio:
                 yield entry.path
 
@@ -262,7 +264,9 @@ def _undecoded(feature: Any, stored: type[datasets.Audio]) -> Any:
 
 
 def _check_card(name: str, protocols: Sequence[str]) -> None:
-    """`datasets` opens whatever URLs a card names as data files, with chains and protocols that run code, too."""
+    """
+    Checks the URLs of data files in a card: `datasets` opens all of them, even chains and protocols that run code.
+    """
     for file_name in ("README.md", ".huggingface.yaml"):
         if os.path.isdir(name):
             path = os.path.join(name, file_name)
@@ -299,7 +303,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _load_split(
     name: str, config_name: str | None, split: str, streaming: bool, audio_column: str
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:
-    """The split, and the directories that relative paths may start at."""
+    """The split, and the directories that relative paths may refer to."""
     root = [os.path.abspath(name)] if os.path.isdir(name) else []
     # A split may be sliced and added to others: `train[:10%]+validation`.
     parts = re.findall(r"(?:^|\+)\s*([^\[+\s]+)", split)
@@ -319,7 +323,7 @@ def _load_split(
         ]
         joined = datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
         if not len(joined):
-            raise AudioError(f"The split `{split}` of `{name}` has no rows; name another split or dataset.")
+            raise AudioError(f"The split `{split}` of `{name}` has no rows; choose another split or dataset.")
         return (joined.to_iterable_dataset() if streaming else joined), root
 
     builder = datasets.load_dataset_builder(name, config_name)
@@ -350,7 +354,7 @@ def _has_audio(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
 def _load_saved(directory: str, split: str) -> datasets.Dataset:
     state = json.loads((Path(directory) / "state.json").read_text(encoding="utf-8"))
     if not state.get("_data_files"):  # which `datasets` (5.2) cannot load
-        raise AudioError(f"The split `{split}` in `{directory}` has no rows; name another split or dataset.")
+        raise AudioError(f"The split `{split}` in `{directory}` has no rows; choose another split or dataset.")
     return datasets.load_from_disk(directory)
 
 
@@ -358,8 +362,8 @@ def _table_beside(
     builder: datasets.DatasetBuilder, root: str, parts: list[str], audio_column: str
 ) -> tuple[datasets.DatasetBuilder, list[str]]:
     """
-    What reads the tables that are named like the splits, if each has one, rather than the audio beside them; and the
-    directories that their paths may start at. `datasets` ignores all tables but those called metadata.
+    The loader for tables named like the splits, if each split has one, used instead of the audio next to them; and the
+    directories that their paths may refer to. `datasets` itself only reads tables called metadata.
     """
     found = {}
     for part in dict.fromkeys(parts):
@@ -380,13 +384,13 @@ def _table_beside(
     first_row = next(iter(tables.as_streaming_dataset(split=parts[0])), {})
     if audio_column not in first_row:
         logger.warning(
-            "`%s` is not used, since it has no column `%s`; the rows are the audio files themselves. Its columns: %s.",
+            "`%s` is not used, since it has no column `%s`, only %s; the rows are the audio files themselves.",
             first,
             audio_column,
             ", ".join(first_row),
         )
         return builder, [root]
-    logger.warning("The rows are those of `%s`, not all audio files beside it.", first)
+    logger.warning("The rows are those of `%s`; audio files that it does not list are not used.", first)
     directories = [os.path.dirname(path) for path in found.values()]
     return tables, [*directories, *(os.path.join(base, part) for base, part in zip(directories, found, strict=True))]
 
@@ -398,7 +402,7 @@ def _check_split(name: str, wanted: list[str], splits: list[str]) -> None:
 
 
 def _with_absolute_paths(dataset: Any, column: str, bases: list[str]) -> Any:
-    """Relative paths of the rows, of files that are not embedded, start at the first directory that has them."""
+    """Makes relative paths of files that are not embedded absolute, from the first directory that contains them."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(functools.partial(_absolute_row, column=column, bases=bases), features=dataset.features)
     stored_type = dataset.features.arrow_schema.field(column).type

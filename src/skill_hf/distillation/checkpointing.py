@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, whether one is whole and of this run, and which one a run resumes from."""
+"""Checkpoints: their contents, whether one is complete and belongs to this run, and which one a run resumes from."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "processes")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not whole: which file, and what is wrong with it."""
+    """An incomplete or damaged checkpoint: which file, and what is wrong with it."""
 
 
 # ---- Writing ----
@@ -55,7 +55,7 @@ def write_skill_state(directory: str, state: dict) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Names, sizes and checksums of the files of a checkpoint that is otherwise whole."""
+    """Writes names, sizes and checksums of the files of a checkpoint, as its last file."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     files = {path.relative_to(directory).as_posix(): _fingerprint(path) for path in paths}
     (directory / MANIFEST_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
@@ -73,11 +73,11 @@ def _fingerprint(path: Path) -> dict:
 @contextmanager
 def written_whole(trainer, name: str) -> Iterator[Path]:
     """
-    The directory in which all processes write the checkpoint `name` of `args.output_dir`; it gets there once it is
-    whole. Then older ones go, as `save_total_limit` says.
+    The directory in which all processes write the checkpoint `name` of `args.output_dir`. It is moved into place once
+    it is complete; then older checkpoints are removed, according to `save_total_limit`.
 
     Raises:
-        [`~skill_hf.storage.StorageError`]: if it cannot be written; it names the checkpoint that is safe.
+        [`~skill_hf.storage.StorageError`]: if it cannot be written; the error names the checkpoint that is safe.
     """
     args, accelerator = trainer.args, trainer.accelerator
     output_dir = Path(args.output_dir)
@@ -85,9 +85,9 @@ def written_whole(trainer, name: str) -> Iterator[Path]:
     unfinished = storage.unfinished_name(final)
     safe = last_checkpoint_to(output_dir, math.inf)
     then = (
-        f"No checkpoint is lost: make room and resume from `{safe}` with `resume_from_checkpoint=True`."
+        f"No checkpoint is lost: free disk space and resume from `{safe}` with `resume_from_checkpoint=True`."
         if safe
-        else "There is no checkpoint yet: make room and start again."
+        else "There is no checkpoint yet: free disk space and start again."
     )
     with storage.explained(f"`{final}`", output_dir, then):
         try:
@@ -111,8 +111,8 @@ def written_whole(trainer, name: str) -> Iterator[Path]:
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     """
-    Removes checkpoints beside `newest` until `limit` are left: first those of later steps, which a run that resumed
-    from an earlier one has passed over, then the oldest. `newest` and `best` stay.
+    Removes checkpoints next to `newest` until `limit` are left: first those of later steps, which a run resumed from
+    an earlier one no longer needs, then the oldest. `newest` and `best` are kept.
     """
     if limit is None or limit <= 0:
         return
@@ -126,19 +126,19 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step that the name of a checkpoint's directory says."""
+    """The step in the name of a checkpoint's directory."""
     match = re.fullmatch(r"checkpoint-(\d{1,18})", checkpoint.name)
     return None if match is None else int(match[1])
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of `output_dir`, whole or not, by their steps."""
+    """Checkpoints in `output_dir`, complete or not, by step."""
     paths = [path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) is not None]
     return sorted(paths, key=step_of)
 
 
 def last_checkpoint_to(output_dir: str | Path, step: float) -> str | None:
-    """The newest checkpoint of `output_dir` whose step is not above `step`."""
+    """The newest checkpoint in `output_dir` whose step is not above `step`."""
     paths = [path for path in _checkpoints(output_dir) if step_of(path) <= step and (path / MANIFEST_NAME).is_file()]
     return str(paths[-1]) if paths else None
 
@@ -148,8 +148,8 @@ def last_checkpoint_to(output_dir: str | Path, step: float) -> str | None:
 
 def on_all_processes(accelerator, function: Callable, needed: bool = True):
     """
-    What `function()` returns on the main process. It runs where it is `needed`; a `ValueError` or `OSError` of one
-    process is raised by all of them.
+    Returns the result of `function()` on the main process. It runs where it is `needed`; a `ValueError` or `OSError`
+    in one process is raised in all of them.
     """
     outcome = (None, None)
     if needed:
@@ -167,11 +167,11 @@ def on_all_processes(accelerator, function: Callable, needed: bool = True):
 @contextmanager
 def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
     """
-    `args.output_dir` while a run has it to itself; yields the checkpoint to resume from, or `None`.
+    Locks `args.output_dir` for one run; yields the checkpoint to resume from, or `None`.
 
     Raises:
-        `ValueError`: if it is the directory of the teacher or of the student to start from, or holds another run; if
-            the checkpoint is not whole or of another run; if the directory cannot be written to.
+        `ValueError`: if it is the directory of the teacher or of the initial student, or contains another run; if the
+            checkpoint is incomplete or belongs to a different run; if the directory is not writable.
         [`~skill_hf.storage.StorageError`]: if another run is writing to it, or the disk is full.
     """
     output_dir = trainer.args.output_dir
@@ -202,11 +202,11 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
 
 def make_room(output_dir: str, overwrite: bool) -> None:
     """
-    Checks that a new run finds no earlier one in `output_dir`; with `overwrite` its checkpoints are removed. A student
-    there stays until the new one is saved.
+    Checks that `output_dir` contains no earlier run; with `overwrite`, its checkpoints are removed. A student there
+    stays until the new one is saved.
 
     Raises:
-        `ValueError`: if there is one.
+        `ValueError`: if there is an earlier run.
     """
     checkpoints = _checkpoints(output_dir)
     if overwrite:
@@ -218,7 +218,7 @@ def make_room(output_dir: str, overwrite: bool) -> None:
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(
-            f"`{output_dir}` holds an earlier run ({shown}): resume it with `resume_from_checkpoint=True`, give"
+            f"`{output_dir}` contains an earlier run ({shown}): resume it with `resume_from_checkpoint=True`, choose"
             " another `output_dir`, or set `overwrite_output_dir=True` to replace it."
         )
 
@@ -230,14 +230,14 @@ def find_checkpoint(
     The checkpoint to resume from, or `None` to start from the beginning.
 
     Args:
-        resume_from_checkpoint (`str` or `bool`, *optional*): a directory, or `True` for the last one in `output_dir`
-            that is whole; others are named in a warning.
-        output_dir (`str`): where the run's checkpoints are.
-        check (`Callable`): raises a `CheckpointError` if a directory is no whole checkpoint, another `ValueError` if
-            it is of another run.
+        resume_from_checkpoint (`str` or `bool`, *optional*): a directory, or `True` for the last complete one in
+            `output_dir`; others are named in a warning.
+        output_dir (`str`): directory of the run's checkpoints.
+        check (`Callable`): raises a `CheckpointError` if a directory is not a complete checkpoint, another
+            `ValueError` if it belongs to a different run.
 
     Raises:
-        `ValueError`: if there is none, or `check` refuses it.
+        `ValueError`: if there is none, or `check` rejects it.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
@@ -255,30 +255,30 @@ def find_checkpoint(
             check(directory)
         except CheckpointError as error:
             problems.append(str(error))
-            logger.warning("%s It is passed over.", error)
+            logger.warning("%s It is skipped.", error)
             continue
         return str(directory)
     reasons = f": {' '.join(problems)}" if problems else "."
     raise ValueError(
         f"There is no checkpoint to resume from in `{output_dir}`{reasons} Start without `resume_from_checkpoint`, and"
-        " with a new trainer if this one has begun."
+        " with a new trainer if this one has already started."
     )
 
 
 def how_to_resume(output_dir: str) -> str:
-    """What to do after `train()` was interrupted, in a sentence."""
+    """One sentence: what to do after `train()` was interrupted."""
     checkpoint = last_checkpoint_to(output_dir, math.inf)
     if checkpoint is None:
-        return "No checkpoint was written yet, so there is nothing to resume from: start again, with a new trainer."
+        return "No checkpoint was written yet, so there is nothing to resume from: start again with a new trainer."
     return f"`train(resume_from_checkpoint=True)` resumes from `{checkpoint}`."
 
 
 def where_it_is_safe(output_dir: str) -> str:
-    """What to do if a trained student cannot be saved, in a sentence."""
+    """One sentence: what to do if a trained student cannot be saved."""
     checkpoint = last_checkpoint_to(output_dir, math.inf)
     if checkpoint is None:
-        return "It is in memory alone: call `save_model` with a directory that has room."
-    return f"It is safe: make room, and `resume_from_checkpoint=True` gives it again from `{checkpoint}`."
+        return "It exists only in memory: call `save_model` with a directory that has enough space."
+    return f"It is safe: free disk space, then `resume_from_checkpoint=True` restores it from `{checkpoint}`."
 
 
 # ---- Reading ----
@@ -286,12 +286,12 @@ def where_it_is_safe(output_dir: str) -> str:
 
 def check_checkpoint(directory: Path, trainer) -> None:
     """
-    Checks all of a checkpoint before any of it is loaded: that its files are there and as they were written, that its
-    states are within their ranges, that it is of this run, and that its weights fit and are finite.
+    Checks a checkpoint completely before any of it is loaded: its files are complete and unchanged, its states are
+    within their ranges, it belongs to this run, and its weights fit and are finite.
 
     Raises:
-        `CheckpointError`: if it is not whole.
-        `ValueError`: if it is of another run.
+        `CheckpointError`: if it is incomplete or damaged.
+        `ValueError`: if it belongs to a different run.
     """
     try:
         for name in ALWAYS_THERE[:3]:
@@ -308,31 +308,33 @@ def check_checkpoint(directory: Path, trainer) -> None:
         layers = trainer.teacher.config.num_hidden_layers
         for group in state["layer_groups"]:
             if max(group) > layers:
-                raise CheckpointError(f"{SKILL_STATE_NAME} groups layer {max(group)} of a teacher with {layers}")
+                raise CheckpointError(
+                    f"{SKILL_STATE_NAME} groups layer {max(group)}, but the teacher has only {layers} layers"
+                )
         try:
             distiller = trainer.blank_distiller(directory, state)
         except RuntimeError as error:  # shapes beyond all bounds
-            raise CheckpointError(f"{CONFIG_NAME} describes no student ({_first_line(error)})") from error
+            raise CheckpointError(f"{CONFIG_NAME} does not describe a valid student ({_first_line(error)})") from error
         _check_weights(directory, distiller)
     except CheckpointError as error:
         raise CheckpointError(
-            f"`{directory}` is not a whole checkpoint of SkillDistillationTrainer: {error}."
+            f"`{directory}` is not a complete checkpoint of SkillDistillationTrainer: {error}."
         ) from error.__cause__
 
 
 def read_json(path: Path) -> dict:
-    """A file of a checkpoint; raises a `CheckpointError` if it holds no JSON object."""
+    """Reads a file of a checkpoint; raises a `CheckpointError` if it does not contain a JSON object."""
     try:
         content = parse_json(path, MAX_OWN_BYTES)
     except ValueError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object, but holds {_short(content)}")
+        raise CheckpointError(f"{path.name} must contain a JSON object, but contains {_short(content)}")
     return content
 
 
 def _read_states(directory: Path) -> tuple[dict, int]:
-    """`skill_state.json` and the step; both states are within their ranges."""
+    """Reads `skill_state.json` and the step, and checks that both are within their ranges."""
     state, progress = (read_json(directory / name) for name in (SKILL_STATE_NAME, TRAINER_STATE_NAME))
 
     def integer(name: str, value, low: int, high: float, file: str) -> int:
@@ -363,7 +365,7 @@ def _read_states(directory: Path) -> tuple[dict, int]:
     try:
         TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
     except Exception as error:
-        raise CheckpointError(f"{TRAINER_STATE_NAME} is no state of a Trainer ({_first_line(error)})") from error
+        raise CheckpointError(f"{TRAINER_STATE_NAME} is not a valid Trainer state ({_first_line(error)})") from error
     return state, step
 
 
@@ -390,25 +392,26 @@ def _check_same_run(directory: Path, state: dict, trainer) -> None:
     differences += [] if same_batch else changed
     if recipe or differences:
         what = "recipe" if recipe else "run"
-        raise ValueError(f"`{directory}` is of another {what}: {'; '.join(recipe + differences)}.")
+        raise ValueError(f"`{directory}` belongs to a different {what}: {'; '.join(recipe + differences)}.")
     if changed:
         logger.warning(
-            "%s was written with other settings of as many clips a step: %s. The run resumes, but not bit for bit.",
+            "%s was written with different settings for the same number of clips per step: %s. The resumed run will"
+            " not be bit-identical.",
             directory,
             "; ".join(changed),
         )
 
 
 def _differences(name: str, stored, present) -> list[str]:
-    """What differs between two values, entry by entry where both are dicts."""
+    """Differences between two values, entry by entry if both are dicts."""
     if isinstance(stored, dict) and isinstance(present, dict):
         entries = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in stored | present]
         return [difference for entry in entries for difference in _differences(*entry)]
-    return [] if stored == present else [f"{name} ({_short(stored)} there, {_short(present)} here)"]
+    return [] if stored == present else [f"{name} (checkpoint: {_short(stored)}, now: {_short(present)})"]
 
 
 def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
-    """Raises a `CheckpointError` unless all files are there that were, with the same content, and `needed` ones."""
+    """Raises a `CheckpointError` unless all listed and all `needed` files exist, with unchanged content."""
     for name in ALWAYS_THERE:
         if not (directory / name).is_file():
             raise CheckpointError(f"it has no {name}")
@@ -425,7 +428,9 @@ def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
         try:
             size = path.stat().st_size
             if size != expected.get("bytes"):
-                raise CheckpointError(f"{name} has {size} bytes, not the {expected.get('bytes')} that were written")
+                raise CheckpointError(
+                    f"{name} has {size} bytes instead of the {expected.get('bytes')} that were written"
+                )
             if _fingerprint(path) != expected:
                 raise CheckpointError(f"{name} has changed since it was written")
         except OSError as error:
@@ -433,7 +438,7 @@ def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
 
 
 def _check_weights(directory: Path, distiller: nn.Module) -> None:
-    """Raises a `CheckpointError` unless the weights are finite and of the names and shapes of `distiller`."""
+    """Raises a `CheckpointError` unless the weights are finite and have the names and shapes of `distiller`."""
     expected = {name: list(tensor.shape) for name, tensor in distiller.state_dict().items()}
     try:
         with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
@@ -442,13 +447,13 @@ def _check_weights(directory: Path, distiller: nn.Module) -> None:
                 if name not in shapes:
                     raise CheckpointError(f"{WEIGHTS_NAME} lacks {name}")
                 if name not in expected:
-                    raise CheckpointError(f"{WEIGHTS_NAME} holds {name}, which its {CONFIG_NAME} does not")
+                    raise CheckpointError(f"{WEIGHTS_NAME} contains {name}, which {CONFIG_NAME} does not describe")
                 if shapes[name] != expected[name]:
                     raise CheckpointError(
-                        f"{name} in {WEIGHTS_NAME} has the shape {shapes[name]}, in {CONFIG_NAME} {expected[name]}"
+                        f"{name} has shape {shapes[name]} in {WEIGHTS_NAME}, but {expected[name]} in {CONFIG_NAME}"
                     )
                 if not torch.isfinite(file.get_tensor(name)).all():
-                    raise CheckpointError(f"{name} in {WEIGHTS_NAME} holds NaN or infinite values")
+                    raise CheckpointError(f"{name} in {WEIGHTS_NAME} contains NaN or infinite values")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{WEIGHTS_NAME} cannot be read ({_first_line(error)})") from error
 
@@ -458,7 +463,8 @@ def read_student_config(directory: Path, like: PreTrainedConfig) -> PreTrainedCo
     The config of a checkpoint's student.
 
     Raises:
-        `CheckpointError`: if it is none, or is of other sizes than `like` but for what pruning changes.
+        `CheckpointError`: if it is not a config, or its sizes differ from `like` in anything that pruning does not
+            change.
     """
     fields, expected = read_json(directory / CONFIG_NAME), like.to_dict()
     for name, value in fields.items():
@@ -468,7 +474,7 @@ def read_student_config(directory: Path, like: PreTrainedConfig) -> PreTrainedCo
     try:
         return type(like)(**fields)
     except Exception as error:
-        raise CheckpointError(f"{CONFIG_NAME} is no config of a student ({_first_line(error)})") from error
+        raise CheckpointError(f"{CONFIG_NAME} is not a valid student config ({_first_line(error)})") from error
 
 
 def _short(value) -> str:
@@ -480,7 +486,7 @@ def _first_line(error: Exception) -> str:
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint of a plain `Trainer` whose last-written file is there; others are passed over."""
+    """The newest checkpoint of a plain `Trainer` that has the file written last; others are skipped."""
     checkpoints = []
     for state in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
         step = state.parent.name.removeprefix("checkpoint-")
@@ -489,5 +495,5 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     last = max(checkpoints)[1] if checkpoints else None
     if newest is not None and newest != last:
-        logger.warning("%s is incomplete and is passed over.", newest)
+        logger.warning("%s is incomplete and is skipped.", newest)
     return last

@@ -1,4 +1,4 @@
-"""`DistillationTrainer`: what transformers' `Trainer` does in its loop, done for a student and its teachers."""
+"""`DistillationTrainer`: the methods of transformers' `Trainer` loop for a student and its teachers."""
 
 import copy
 import logging
@@ -38,14 +38,15 @@ logger = logging.getLogger(__name__)
 class DistillationTrainer(Trainer):
     """
     Batches, loss, optimizer, evaluation and logs of a distillation in two stages. The loop itself is that of
-    [`~transformers.Trainer`]; when to cluster, to cut and to stop is the business of [`SkillDistillationTrainer`].
+    [`~transformers.Trainer`]; [`SkillDistillationTrainer`] decides when to cluster, cut and stop.
 
     Args:
-        teachers (`list[Teacher]`): what the student learns from; one, for now.
-        student (`PreTrainedModel`): what is trained, with the head that the teacher keeps.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): what makes text of the head's output.
+        teachers (`list[Teacher]`): teachers of the student; currently one.
+        student (`PreTrainedModel`): the model to train, with the head that the teacher keeps.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): converts the output of a CTC head to text.
         skill_config ([`SkillConfig`]): the recipe.
-        data_collator (*optional*): [`~skill_hf.data.collator.SpeechCollator`] by default, another one in evaluation.
+        data_collator (*optional*): [`~skill_hf.data.collator.SpeechCollator`] by default, and another one in
+            evaluation.
         args, train_dataset, eval_dataset, processing_class, kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -141,7 +142,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def encoders(self) -> list[PreTrainedModel]:
-        """What runs in a step: the student, and the copy of each teacher that gives its targets."""
+        """The models that run in a step: the student, and the copy of each teacher that computes targets."""
         return [self.student, *(teacher.fast_copy(self._autocast_dtype) for teacher in self.teachers)]
 
     def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
@@ -177,7 +178,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def reading(self) -> dict:
-        """How clips are read, for [`~skill_hf.data.collator.calibration_waveforms`]."""
+        """Arguments for reading clips with [`~skill_hf.data.collator.calibration_waveforms`]."""
         return {
             "feature_extractor": self.processing_class,
             "min_samples": receptive_field(self.student.config),
@@ -211,7 +212,7 @@ class DistillationTrainer(Trainer):
 
     @contextmanager
     def _held_out(self) -> Iterator[None]:
-        """What loads data within this context reads whole clips, and all of them."""
+        """Within this context, data loaders read all clips, and each completely."""
         collator, args = self.data_collator, self.args
         self.data_collator, self.args = self.eval_data_collator, copy.copy(args)
         # Loaders with persistent workers are kept, by a name that another dataset can have.
@@ -240,8 +241,8 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """
-        What the sums of the loss are divided by: valid frames, clips and labels (`BATCH_COUNTS`) of all micro-batches
-        of all processes, a tensor of shape `(3,)`.
+        Valid frames, clips and labels (`BATCH_COUNTS`) of all micro-batches of all processes: the divisors of the loss
+        sums, a tensor of shape `(3,)`.
         """
         self._micro_batch = 0  # the first of an optimizer step comes next
         if not batch_samples:  # a stream that has come to its end
@@ -276,10 +277,12 @@ class DistillationTrainer(Trainer):
         return super().create_scheduler(self.steps.final if self.stage == 2 else self.steps.joint, optimizer)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        raise ValueError("`create_optimizer_and_scheduler` cannot be called: each stage of `train()` makes its own.")
+        raise ValueError("`create_optimizer_and_scheduler` cannot be called: each stage of `train()` creates its own.")
 
     def hyperparameter_search(self, *args, **kwargs):
-        raise ValueError("`hyperparameter_search` cannot be called: a trainer trains once; make one for each trial.")
+        raise ValueError(
+            "`hyperparameter_search` cannot be called: a trainer trains only once; create one for each trial."
+        )
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
@@ -359,7 +362,7 @@ class DistillationTrainer(Trainer):
             )
         means = self._eval_losses.means(self.accelerator)
         if self._eval_losses.any_batch and "distillation_loss" not in means:
-            raise AudioError("No clip of the evaluation set can be read; the warnings above say why.")
+            raise AudioError("None of the evaluation clips can be read; the warnings above say why.")
         if means:
             known = [name for name in self.evaluation_metrics if name in means]
             output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in known})

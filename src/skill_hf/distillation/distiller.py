@@ -1,4 +1,4 @@
-"""`SkillDistiller`: all that is trained, with one forward that returns every loss."""
+"""`SkillDistiller`: everything that is trained, with one forward that returns every loss."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,18 @@ from .task_heads import HeadLoss
 
 class SkillDistiller(nn.Module):
     """
-    Student, projections and Lagrange multipliers. Whatever is trained is used inside this one forward, which is what
-    data-parallel wrappers ask for; the teacher stays outside.
+    Student, projections and Lagrange multipliers. All trained parameters are used in this one forward, as
+    data-parallel wrappers require; the teacher is not part of it.
 
     Args:
         student (`PreTrainedModel`): with gates in the first stage, pruned in the second; with a head or without.
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
-        costs ([`~skill_hf.compression.budgets.UnitCosts`]): of the student's units, in what the budget counts.
-        teacher_cost (`int`): the teacher's cost in the same, which sparsity refers to.
-        loss_weights (`dict[str, float]`): of each of [`~skill_hf.losses.LOSS_TERMS`].
+        costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units, in the unit of the budget.
+        teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
+        loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
-        student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, what predicts a group.
+        student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
+            a group.
         projections (`nn.ModuleList`, *optional*): those of the first stage; new identity maps by default.
         head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
     """
@@ -72,7 +73,7 @@ class SkillDistiller(nn.Module):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def sparsity(self) -> torch.Tensor:
-        """Share of the teacher's cost that is gone, in expectation where there are gates; a float scalar."""
+        """Removed share of the teacher's cost, in expectation if there are gates; a float scalar."""
         return (1 - expected_cost(self.student.base_model, self.costs) / self.teacher_cost).float()
 
     def forward(
@@ -95,12 +96,12 @@ class SkillDistiller(nn.Module):
         weighted losses of its logits and of the labels are added.
 
         Args:
-            input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as the feature extractor gives it.
+            input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as prepared by the feature extractor.
             targets (`torch.FloatTensor` of shape `(groups, batch, frames, hidden_size)`): teacher's group means.
             attention_mask (`torch.LongTensor` of shape `(batch, samples)`, *optional*): 0 at padded samples.
-            target_sparsity (`float`, *optional*): the schedule's value at this step.
+            target_sparsity (`float`, *optional*): value of the schedule at this step.
             gate_seed (`int`, *optional*): fixes the noise of the gates.
-            num_frames (*optional*): what sums over frames are divided by; the valid frames of this batch by default.
+            num_frames (*optional*): divisor of sums over frames; by default the valid frames of this batch.
             penalty_scale (`float`, *optional*): factor of the Lagrangian, for batches that are accumulated.
             target_logits (`torch.FloatTensor`, *optional*): of the teacher's head; `(batch, frames, classes)`, or
                 `(batch, classes)` where a clip has one prediction.
@@ -153,7 +154,7 @@ def _divisor(count: torch.Tensor | int, given: torch.Tensor | float | None) -> t
 
 
 def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """`(batch, frames)`, True where a frame is no padding, from a mask over samples; `None` without padding."""
+    """`(batch, frames)`, True for frames that are not padding, from a mask over samples; `None` without padding."""
     if attention_mask is None:
         return None
     mask = model._get_feature_vector_attention_mask(frames, attended(attention_mask))
@@ -161,7 +162,7 @@ def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> to
 
 
 def identity_map(size: int) -> nn.Linear:
-    """A linear map that changes nothing yet."""
+    """A linear map initialised to the identity."""
     linear = nn.Linear(size, size)
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)

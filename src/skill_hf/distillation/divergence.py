@@ -1,4 +1,4 @@
-"""Whether a loss, a gradient or a weight is NaN or infinite, noticed without waiting for the device in each step."""
+"""Detects NaN and infinity in losses, gradients and weights, without waiting for the device in each step."""
 
 import torch
 from torch import nn
@@ -13,19 +13,20 @@ MOST_SKIPPED = 20
 
 
 class NonFiniteError(ValueError):
-    """A run that diverged: the step, what is NaN or infinite, and the last checkpoint before."""
+    """The run diverged: the step, what is NaN or infinite, and the last checkpoint before it."""
 
 
 class FiniteWatch(TrainerCallback):
     """
-    Notes in each optimizer step, on the device, which loss terms are not finite, and whether the gradient is. `check`
-    reads the notes: at each log line, before each checkpoint, before the student shrinks, and at the end of a stage.
+    Records in each optimizer step, on the device, which loss terms are not finite, and whether the gradient is.
+    `check` reads these records: at each log line, before each checkpoint, before the student shrinks, and at the end
+    of a stage.
 
-    Steps that a gradient scaler skips because they overflowed in float16 do not count, but for `MOST_SKIPPED` in a
-    row.
+    Steps that a gradient scaler skips because they overflowed in float16 do not count, unless there are `MOST_SKIPPED`
+    in a row.
 
     Args:
-        trainer ([`SkillDistillationTrainer`]): whose steps are watched.
+        trainer ([`SkillDistillationTrainer`]): the trainer whose steps are watched.
     """
 
     def __init__(self, trainer):
@@ -40,7 +41,7 @@ class FiniteWatch(TrainerCallback):
         self._skipped = 0
 
     def note_terms(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Whether all loss terms of a micro-batch are finite, a boolean scalar."""
+        """Records whether all loss terms of a micro-batch are finite; returns it as a boolean scalar."""
         losses = [outputs[name].detach().float().reshape(()) for name in self.trainer.training_losses]
         finite = torch.stack(losses).isfinite()
         self._now[: len(finite)] |= ~finite
@@ -62,10 +63,10 @@ class FiniteWatch(TrainerCallback):
 
     def check(self, weights: bool = True) -> None:
         """
-        Raises a [`NonFiniteError`] on all processes alike if something was not finite in a step that counts.
+        Raises a [`NonFiniteError`] on all processes if something was not finite in a step that counts.
 
         Args:
-            weights (`bool`, *optional*, defaults to `True`): whether to look at the weights themselves too.
+            weights (`bool`, *optional*, defaults to `True`): whether to check the weights as well.
         """
         trainer = self.trainer
         first = self._first[None]
@@ -86,19 +87,19 @@ class FiniteWatch(TrainerCallback):
             )
         name = first_non_finite(trainer.distiller) if weights else None
         if name is not None:
-            raise NonFiniteError(self._message(step, f"{name} holds NaN or infinite values"))
+            raise NonFiniteError(self._message(step, f"{name} contains NaN or infinite values"))
 
     def _message(self, step: int, what: str) -> str:
         checkpoint = last_checkpoint_to(self.trainer.args.output_dir, step - 1)
         safe = f"The last good checkpoint is `{checkpoint}`." if checkpoint else "There is no checkpoint before it."
         cure = "a smaller learning rate"
         if self.trainer.accelerator.mixed_precision == "fp16":
-            cure += " or bf16 in place of fp16"
+            cure += " or bf16 instead of fp16"
         return f"Step {step}: {what}. Training has ended, and nothing was saved. {safe} Start again with {cure}."
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The first parameter that holds NaN or an infinite value, if there is one."""
+    """The first parameter that contains NaN or an infinite value, if there is one."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
     if not named:
         return None
@@ -107,7 +108,7 @@ def first_non_finite(model: nn.Module) -> str | None:
 
 
 def refuse_non_finite(student: nn.Module) -> None:
-    """Raises a [`NonFiniteError`] if a student that is to be saved holds NaN or infinite weights."""
+    """Raises a [`NonFiniteError`] if a student to be saved has NaN or infinite weights."""
     name = first_non_finite(student)
     if name is not None:
-        raise NonFiniteError(f"The student is not saved: its {name} holds NaN or infinite values. Train it again.")
+        raise NonFiniteError(f"The student is not saved: its {name} contains NaN or infinite values. Train it again.")

@@ -1,6 +1,6 @@
 """
-`EarlyStoppingCallback` in a run of two stages. Stage 1 leads to the cut by its schedule, and its loss rises while
-units close: no callback of this kind sees its evaluations. Stage 2 may stop early and is finished then.
+`EarlyStoppingCallback` in a run of two stages. Stage 1 follows its schedule up to the cut, and its loss rises while
+units close, so these callbacks do not see its evaluations. Stage 2 may stop early; it is then finished.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ def early_stoppers(callbacks: Iterable[TrainerCallback]) -> list[EarlyStoppingCa
 
 @contextmanager
 def without_early_stopping(handler: CallbackHandler):
-    """Within this context no event reaches the callbacks of `handler` that stop early."""
+    """Within this context, early-stopping callbacks of `handler` receive no events."""
     callbacks = handler.callbacks
     stoppers = early_stoppers(callbacks)
     handler.callbacks = [callback for callback in callbacks if callback not in stoppers]
@@ -27,7 +27,7 @@ def without_early_stopping(handler: CallbackHandler):
 
 
 def restore_patience(callbacks: Iterable[TrainerCallback], state: TrainerState | None) -> None:
-    """Sets the counters to what `state`, of a checkpoint, holds, or to 0 without one, so that resuming is exact."""
+    """Sets the counters from `state` of a checkpoint, or to 0 without one, so that resuming is exact."""
     counters: dict[str, list[int]] = {}
     for name, stored in (state.stateful_callbacks if state is not None else {}).items():
         stored = stored if isinstance(stored, list) else [stored]

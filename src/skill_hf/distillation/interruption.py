@@ -21,7 +21,7 @@ SECOND_AFTER = 1.0  # seconds
 
 
 class Terminated(SystemExit):
-    """SIGTERM: ends the process with the code that a shell gives it, 143, unless it is caught."""
+    """SIGTERM: ends the process with exit code 143, as in a shell, unless it is caught."""
 
     def __init__(self, message: str):
         super().__init__(128 + signal.SIGTERM)
@@ -33,13 +33,13 @@ class Terminated(SystemExit):
 
 class Interruption(TrainerCallback):
     """
-    What SIGINT and SIGTERM do during `train()`. Between two steps of a stage the step, and an evaluation that is due,
-    come to their end, a checkpoint is written and training stops on all processes, whichever got the signal; in
-    calibration and before the first step it stops at once. A second Ctrl-C stops at once, too. Handlers that the user
-    has set are left as they are.
+    Handles SIGINT and SIGTERM during `train()`. In a stage, the current step and an evaluation that is due are
+    completed, a checkpoint is written, and training stops on all processes, whichever received the signal. In
+    calibration and before the first step it stops at once, and so does a second Ctrl-C. Handlers set by the user are
+    not replaced.
 
     Args:
-        trainer ([`SkillDistillationTrainer`]): whose training is interrupted.
+        trainer ([`SkillDistillationTrainer`]): the trainer to interrupt.
     """
 
     def __init__(self, trainer):
@@ -49,7 +49,7 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Raises `KeyboardInterrupt` or [`Terminated`], with how to resume, for signals during what is done in it."""
+        """Raises `KeyboardInterrupt` or [`Terminated`], with how to resume, for signals received in this context."""
         replaced = {}
         self.signal, self.is_deferred = 0, False
         try:
@@ -92,14 +92,14 @@ class Interruption(TrainerCallback):
         raise KeyboardInterrupt(message) from cause
 
     def _agree(self) -> int:
-        """The signal that any process got."""
+        """The signal that any of the processes received."""
         if self.trainer.accelerator.num_processes > 1:
             signals = torch.tensor([self.signal], device=self.trainer.args.device)
             self.signal = int(self.trainer.accelerator.gather(signals).max())
         return self.signal
 
     def raise_if_requested(self) -> None:
-        """Raises, on all processes alike, if a signal came."""
+        """Raises on all processes if a signal was received."""
         if self._agree():
             self._raise(self.signal)
 

@@ -10,15 +10,15 @@ from ..losses import TRAINING_LOSSES
 
 class LossSums:
     """
-    Adds up losses on the device; nothing waits for it until means are asked for.
+    Adds up losses on the device, without waiting for it until means are requested.
 
     Args:
-        device (`torch.device`): where the losses are.
-        names (`Sequence[str]`, *optional*): of the losses, [`~skill_hf.losses.TRAINING_LOSSES`] by default.
+        device (`torch.device`): device of the losses.
+        names (`Sequence[str]`, *optional*): names of the losses, [`~skill_hf.losses.TRAINING_LOSSES`] by default.
 
     Attributes:
         losses (`dict[str, torch.Tensor]`): sum of each loss, a float32 scalar; empty before the first `add`.
-        weight (`torch.Tensor`): what the sums are divided by, a float32 scalar.
+        weight (`torch.Tensor`): divisor of the sums, a float32 scalar.
     """
 
     def __init__(self, device: torch.device, names: Sequence[str] = TRAINING_LOSSES):
@@ -27,13 +27,13 @@ class LossSums:
         self.weight = torch.zeros((), device=device)
 
     def add(self, losses: dict[str, torch.Tensor], scale: torch.Tensor | float, weight: torch.Tensor | float) -> None:
-        """Adds `scale` times each loss, which counts `weight`."""
+        """Adds `scale` times each loss, with the weight `weight`."""
         for name in self.names:
             self.losses[name] = self.losses.get(name, 0.0) + losses[name] * scale
         self.weight = self.weight + torch.as_tensor(weight, dtype=torch.float32, device=self.weight.device)
 
     def means(self, accelerator: Accelerator | None = None) -> dict[str, float]:
-        """Mean of each loss, over all processes of `accelerator`; empty if nothing was added that counts."""
+        """Mean of each loss over all processes of `accelerator`; empty if the total weight is 0."""
         if not self.losses:
             return {}
         sums = torch.stack([value.float().reshape(()) for value in (*self.losses.values(), self.weight)])

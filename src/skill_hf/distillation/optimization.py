@@ -1,4 +1,4 @@
-"""The optimizer of a stage: weights, norms and gates in groups of their own."""
+"""The optimizer of a stage, with separate groups for weights, norms and gates."""
 
 import torch
 from torch import nn
@@ -20,17 +20,17 @@ def make_optimizer(
     gate_learning_rate: float,
 ) -> torch.optim.Optimizer:
     """
-    An optimizer over all of `model` that is trained.
+    An optimizer over all trainable parameters of `model`.
 
     Args:
         model (`nn.Module`): a distiller.
         cls, kwargs: class and arguments of the optimizer.
-        decayed (`set[str]`): names of parameters that weight decay applies to; gates are none of them.
-        weight_decay, learning_rate (`float`): of this stage, whatever `kwargs` say.
+        decayed (`set[str]`): names of parameters that weight decay applies to; gates are not among them.
+        weight_decay, learning_rate (`float`): of this stage; they override `kwargs`.
         gate_learning_rate (`float`): of gates and Lagrange multipliers.
 
     Raises:
-        `ValueError`: if the optimizer groups parameters by itself.
+        `ValueError`: if the optimizer makes its own parameter groups.
     """
     for name in sorted(kwargs.keys() & OWN_GROUPS):
         raise ValueError(f"The optimizer {cls.__name__} sets its own `{name}`; gates need their own group.")

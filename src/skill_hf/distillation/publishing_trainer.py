@@ -1,4 +1,4 @@
-"""`PublishingTrainer`: how a trainer writes the model card of its student and publishes it."""
+"""`PublishingTrainer`: writes a student's model card and publishes the student."""
 
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,8 +18,8 @@ from .distiller import SkillDistiller
 
 class PublishingTrainer(DistillationTrainer):
     """
-    What transformers' `Trainer` does with the Hub, done for a student alone: what is saved of it, and what is told of
-    the run. A subclass has what it measured (`record`, `layer_similarity`, `layer_tree`).
+    Saving, describing and publishing: the Hub methods of transformers' `Trainer`, for a student only. A subclass
+    measures the run (`record`, `layer_similarity`, `layer_tree`).
     """
 
     def save_student(self, output_dir: str) -> None:
@@ -59,7 +59,7 @@ class PublishingTrainer(DistillationTrainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in [`~transformers.Trainer.init_hf_repo`]; a failure is an `OSError` of one line."""
+        """See [`~transformers.Trainer.init_hf_repo`]; a failure is an `OSError` of one line."""
         with publishing.explain_refusal(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
             super().init_hf_repo(token, private)
 
@@ -73,22 +73,22 @@ class PublishingTrainer(DistillationTrainer):
         **kwargs,
     ) -> CommitInfo | Future | None:
         """
-        Saves the student to `args.output_dir` and uploads it to `args.hub_model_id`, in one commit: what
-        [`~Trainer.save_model`] writes, the figures and all_results.json if they are there. Checkpoints and whatever
-        else lies in `args.output_dir` stay where they are.
+        Saves the student to `args.output_dir` and uploads it to `args.hub_model_id`, in one commit: the files of
+        [`~Trainer.save_model`], and the figures and all_results.json if they exist. Checkpoints and other files in
+        `args.output_dir` are not uploaded.
 
         Args:
             commit_message, blocking, token, private, kwargs (*optional*):
                 As in [`~transformers.Trainer.push_to_hub`].
             revision (`str`, *optional*):
-                The branch to push to, made if it does not exist; by default `args.hub_revision`, or else `main`.
+                The branch to push to, created if it does not exist; by default `args.hub_revision`, otherwise `main`.
 
         Returns:
             `CommitInfo` with `blocking`, otherwise a `Future` of it; `None` on all processes but the first.
 
         Raises:
-            `ValueError`: if the student is being trained or still has its gates.
-            `OSError`: if the Hub cannot be reached or refuses; the student has been saved by then.
+            `ValueError`: if the student is being trained or still has gates.
+            `OSError`: if the Hub cannot be reached or refuses; the student is already saved then.
         """
         if isinstance(self.model, SkillDistiller) or has_gates(self.student):
             raise ValueError("The student is not finished: let `train()` end (or resume it) before publishing it.")
@@ -113,7 +113,10 @@ class PublishingTrainer(DistillationTrainer):
         return publishing.push_run(folder, destination, commit_message or "End of training", blocking)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A checkpoint holds gates and projections and is nothing to publish; `push_to_hub` publishes the student."""
+        """
+        Does nothing: checkpoints contain gates and projections and are not published; `push_to_hub` publishes the
+        student.
+        """
 
     def create_model_card(
         self,
@@ -134,7 +137,7 @@ class PublishingTrainer(DistillationTrainer):
             language, license, tags, finetuned_from, dataset_tags (*optional*):
                 As in [`~transformers.Trainer.create_model_card`], for the card's metadata; `tags` are added.
             model_name, tasks, dataset, dataset_args (*optional*):
-                Of no effect: the text of the card comes from the run.
+                No effect: the text of the card is generated from the run.
         """
         if not self.is_world_process_zero():
             return

@@ -1,4 +1,4 @@
-"""What a recipe, a teacher and a student must agree on, checked before hours are spent."""
+"""Checks before training that recipe, teacher and student fit together."""
 
 import dataclasses
 import logging
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 def check_recipe(config: SkillConfig) -> None:
     """
-    Checks each field of a recipe again, which may have been changed since it was made.
+    Checks each field of a recipe again, as fields may have been changed since it was created.
 
     Raises:
-        `ValueError`: if `config` is no [`SkillConfig`], or a field is out of its range.
+        `ValueError`: if `config` is not a [`SkillConfig`], or a field is out of range.
     """
     if not isinstance(config, SkillConfig):
         raise ValueError(f"`skill_config` must be a SkillConfig, but is a {type(config).__name__}.")
@@ -35,8 +35,8 @@ def check_recipe(config: SkillConfig) -> None:
 def check_student(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """
     Raises:
-        `ValueError`: if `student`, what training starts from, is no student of the teacher's family, has gates or
-            another head than the teacher, or cannot be used.
+        `ValueError`: if `student`, the initial model, is not a student of the teacher's family, has gates or another
+            head than the teacher, or cannot be used.
     """
     expected = student_class(teacher.config.model_type, head_of(teacher))
     is_student = isinstance(student, expected)
@@ -55,13 +55,14 @@ def validate_recipe(
     Args:
         config ([`SkillConfig`]): the recipe.
         teacher (`PreTrainedModel`): the encoder to distil.
-        student (`PreTrainedModel`): what training starts from, without gates.
-        sampling_rate (`int`, *optional*, defaults to 16000): of the audio that they take.
+        student (`PreTrainedModel`): the initial model, without gates.
+        sampling_rate (`int`, *optional*, defaults to 16000): sampling rate of the audio.
 
     Raises:
-        `ValueError`: if there are more clusters than layers, groups that name a layer which the teacher does not have,
-            a student of another width, depth or number of classes than the teacher's, a budget for clips too short for
-            one frame, latency that was measured for another architecture, or a sparsity that the gates cannot reach.
+        `ValueError`: if there are more clusters than layers, a group contains a layer that the teacher does not have,
+            the student's width, depth or number of classes differs from the teacher's, the budget's clips are too
+            short for one frame, latency was measured for a different architecture, or the gates cannot reach the
+            sparsity.
     """
     last = teacher.config.num_hidden_layers
     rows = last + int(config.include_embeddings)
@@ -81,8 +82,8 @@ def validate_recipe(
     for name in ("hidden_size", "num_hidden_layers", *head_sizes):
         if getattr(student.config, name) != getattr(teacher.config, name):
             raise ValueError(
-                f"`model` has a `{name}` of {getattr(student.config, name)}, the teacher of"
-                f" {getattr(teacher.config, name)}; a student must agree with its teacher."
+                f"`model` has `{name}` {getattr(student.config, name)}, but the teacher has"
+                f" {getattr(teacher.config, name)}; they must be equal."
             )
     samples, min_samples = round(config.budget_seconds * sampling_rate), receptive_field(teacher.config)
     if config.budget == "macs" and samples < min_samples:
@@ -93,13 +94,13 @@ def validate_recipe(
     if config.budget == "latency":
         measured = config.latency_costs["architecture"]
         differing = [
-            f"`{name}` is {measured.get(name)!r} there and {value!r} here"
+            f"`{name}` was {measured.get(name)!r}, but is {value!r}"
             for name, value in architecture_of(teacher.config, sampling_rate).items()
             if measured.get(name) != value
         ]
         if differing:
             raise ValueError(
-                f"`latency_costs` were measured for another teacher: {'; '.join(differing)}. Measure this one with"
+                f"`latency_costs` were measured for a different teacher: {'; '.join(differing)}. Measure this one with"
                 " examples/calibrate_latency.py."
             )
     gated = empty_student(student.config, head_of(student))
@@ -114,7 +115,7 @@ def validate_recipe(
 
 
 def warn_of_slow_gates(config: SkillConfig, joint_steps: int) -> None:
-    """Warns of a `gate_learning_rate` with which no gate gets from open to closed in `joint_steps` of stage 1."""
+    """Warns about a `gate_learning_rate` that is too low for any gate to close in `joint_steps` of stage 1."""
     rate = config.gate_learning_rate
     if rate is None or not joint_steps:
         return
@@ -123,8 +124,8 @@ def warn_of_slow_gates(config: SkillConfig, joint_steps: int) -> None:
     distance = math.log((1 - drop) / drop) - OPEN_SHIFT
     if gate_travel(rate, joint_steps) < distance:
         logger.warning(
-            "`gate_learning_rate` is %g: in the %d steps of stage 1 a gate gets no farther than %.1f, but from open to"
-            " closed are %.1f, so that the cut will have to choose. Leave it out (%.2g would be used), or raise it or"
+            "`gate_learning_rate` is %g: in the %d steps of stage 1 a gate moves at most %.1f, but needs %.1f to"
+            " close, so the cut will have to choose the units. Leave it out (%.2g would be used), or raise it or"
             " `max_steps`.",
             rate,
             joint_steps,

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: all that its weights follow from, but the recipe, in a form that JSON keeps."""
+"""What identifies a run: everything that determines its weights except the recipe, as JSON values."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ BLOCK = 1 << 16
 
 
 def describe_run(trainer) -> dict:
-    """Settings of a run, name -> what JSON can hold."""
+    """Settings of a run: name -> JSON value."""
     args, accelerator = trainer.args, trainer.accelerator
     run = {name: _plain(getattr(args, name, None)) for name in ARGUMENTS}
     if trainer.optimizer_cls_and_kwargs is not None:
@@ -60,8 +60,8 @@ def describe_run(trainer) -> dict:
 
 def describe_data(dataset, labels: bool = False) -> dict:
     """
-    Number of rows, columns and a checksum over some rows: the same on every machine, whatever path the data lie in. Of
-    a stream no row is read. `labels` of rows count where they are trained on.
+    Number of rows, columns and a checksum over some rows: the same on every machine, whatever the path of the data. No
+    row of a stream is read. With `labels`, the labels of these rows count as well.
     """
     columns = getattr(dataset, "column_names", None)
     described = {"columns": sorted(map(str, columns)) if isinstance(columns, Iterable) else None}
@@ -91,7 +91,7 @@ def _key(dataset, index: int, labels: bool) -> bytes:
 
 
 def _content(audio) -> bytes:
-    """Size, beginning and end of a local file: other recordings have the same names."""
+    """Size, beginning and end of a local file, since different recordings may have the same name."""
     if isinstance(audio, Mapping):
         audio = audio.get("path") if audio.get("bytes") is None and audio.get("array") is None else None
     if not isinstance(audio, (str, os.PathLike)) or not os.path.isfile(audio):
@@ -105,7 +105,7 @@ def _content(audio) -> bytes:
 
 
 def checksum(model: nn.Module) -> int:
-    """Of all weights of `model`, by their order."""
+    """Checksum over all weights of `model`, in order."""
     value = 0
     for parameter in model.parameters():
         # As bytes: numpy has no bfloat16.
@@ -127,7 +127,9 @@ def _simple_fields(settings) -> dict:
 
 
 def _plain(value):
-    """What JSON gives back as it was: numbers and words, enumerations by their values, the rest as text."""
+    """
+    A value that survives JSON unchanged: numbers and strings; enumerations by their values; anything else as text.
+    """
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What arguments, data, optimizer and metrics of a run must agree on, checked when `train()` starts."""
+"""Checks when `train()` starts that arguments, data, optimizer and metrics of a run fit together."""
 
 import copy
 import math
@@ -25,12 +25,12 @@ BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 def check_run(trainer, resumed: bool = False) -> None:
     """
     Args:
-        trainer ([`SkillDistillationTrainer`]): as it is when `train()` starts, with its `steps`.
-        resumed (`bool`, *optional*, defaults to `False`): whether the student is that of a checkpoint.
+        trainer ([`SkillDistillationTrainer`]): the trainer at the start of `train()`, with its `steps`.
+        resumed (`bool`, *optional*, defaults to `False`): whether the student is from a checkpoint.
 
     Raises:
-        `ValueError`: if an optimizer or a schedule cannot be made, a metric is asked for that evaluation doesn't give,
-            or nothing would be pruned.
+        `ValueError`: if the optimizer or the schedule cannot be created, a metric is requested that evaluation does
+            not return, or nothing would be pruned.
     """
     for stage, steps in ((1, trainer.steps.joint), (2, trainer.steps.final)):
         if steps:
@@ -40,19 +40,19 @@ def check_run(trainer, resumed: bool = False) -> None:
         refuse(
             "final_steps",
             trainer.steps.final,
-            "all steps would be those of stage 2 and nothing would be pruned; lower it, or give a `model` that is"
-            " pruned already",
+            "stage 2 would take all steps and nothing would be pruned; lower it, or pass a `model` that is already"
+            " pruned",
         )
 
 
 def check_rows(name: str, dataset) -> None:
     """
     Raises:
-        `ValueError`: if `dataset` is nothing that rows can be taken from, such as a dict of splits or of columns.
+        `ValueError`: if `dataset` does not consist of rows, such as a dict of splits or of columns.
     """
     if isinstance(dataset, Mapping):
         keys = ", ".join(map(str, list(dataset)[:5]))
-        raise ValueError(f"`{name}` is a {type(dataset).__name__} of {keys or 'nothing'}; give one of its datasets.")
+        raise ValueError(f"`{name}` is a {type(dataset).__name__} of {keys or 'nothing'}; pass one of its datasets.")
     streams = (datasets.IterableDataset, torch.utils.data.IterableDataset)
     has_rows = hasattr(dataset, "__getitem__") and has_length(dataset) and not isinstance(dataset, (str, bytes))
     if not has_rows and not isinstance(dataset, streams):
@@ -62,17 +62,17 @@ def check_rows(name: str, dataset) -> None:
 def check_data(trainer) -> None:
     """
     Raises:
-        `ValueError`: if an argument has become invalid, `trainer` has no batch to train on, or not what its sampling
-            strategy needs.
+        `ValueError`: if an argument has become invalid, or `trainer` has no batch to train on, or lacks what its
+            sampling strategy needs.
     """
     args, dataset = trainer.args, trainer.train_dataset
     check_arguments(args)
     if dataset is None:
-        raise ValueError("There is no `train_dataset` to train on; give one.")
+        raise ValueError("There is no `train_dataset` to train on; pass one.")
     check_rows("train_dataset", dataset)
     heldout = trainer.eval_dataset
     if isinstance(heldout, dict) and not heldout:
-        raise ValueError("`eval_dataset` is a dict without a dataset; give one, or leave it out.")
+        raise ValueError("`eval_dataset` is an empty dict; pass a dataset, or leave it out.")
     for name, rows in heldout.items() if isinstance(heldout, dict) else [("", heldout)]:
         if rows is not None:
             check_rows(f"eval_dataset[{name!r}]" if name else "eval_dataset", rows)
@@ -81,10 +81,10 @@ def check_data(trainer) -> None:
         if args.max_steps < 0:
             refuse("max_steps", args.max_steps, "a dataset without a length has no epochs; set it above 0")
         if strategy != "random":
-            refuse("train_sampling_strategy", strategy, "a stream is read in its own order; leave it out")
+            refuse("train_sampling_strategy", strategy, "a stream is always read in order; leave it out")
         return
     if not len(dataset):
-        raise ValueError("`train_dataset` has no rows; give one with audio.")
+        raise ValueError("`train_dataset` has no rows; pass one with audio.")
     if trainer.label_encoder is not None:
         check_labels(dataset, trainer.label_encoder)
     try:
@@ -109,10 +109,10 @@ def check_data(trainer) -> None:
 
 def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
     """
-    The optimizer of a stage over one parameter of its own, which has taken a step.
+    Creates the optimizer of a stage over one dummy parameter and takes a step.
 
     Raises:
-        `ValueError`: if it is not installed, doesn't take its arguments, or can't be used in two stages.
+        `ValueError`: if it is not installed, rejects its arguments, or can't be used in two stages.
     """
     args = trainer.args
     given = trainer.optimizer_cls_and_kwargs
@@ -124,11 +124,11 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
         cls, kwargs = given or trainer.get_optimizer_cls_and_kwargs(args, trainer.student)
     except Exception as error:  # each optimizer has its own library
         settings = f" with `optim_args` {args.optim_args!r}" if args.optim_args else ""
-        refuse(name, value, f"{settings.strip() or 'it'} cannot be made: {one_line(error)}")
+        refuse(name, value, f"{settings.strip() or 'it'} cannot be created: {one_line(error)}")
     grouping = sorted(kwargs.keys() & OWN_GROUPS)
     if grouping or is_optimizer_factory(cls):
         reason = f" (`{grouping[0]}`)" if grouping else ""
-        refuse(name, value, f"it groups parameters itself{reason} and gates need their own group")
+        refuse(name, value, f"it groups parameters itself{reason}, but gates need their own group")
     try:
         optimizer = cls([{"params": [parameter], "weight_decay": args.weight_decay}], **kwargs | {"lr": rate})
         if not callable(getattr(optimizer, "eval", None)):
@@ -136,14 +136,18 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
     except Exception as error:
         refuse(name, value, f"it cannot be used: {one_line(error)}")
     if callable(getattr(optimizer, "eval", None)):
-        refuse(name, value, "the cut and the checkpoints would not see the weights that it averages; use another")
+        refuse(
+            name,
+            value,
+            "its averaged weights would not reach the cut and the checkpoints; use a different optimizer",
+        )
     if given is None and args.optim_args:
         _check_optimizer_arguments(trainer, kwargs)
     return optimizer
 
 
 def _check_optimizer_arguments(trainer, kwargs: dict) -> None:
-    """transformers passes over the `optim_args` that the optimizer of its choice does not read."""
+    """Rejects unused `optim_args`, which transformers silently ignores."""
     without = copy.copy(trainer.args)
     for pair in trainer.args.optim_args.replace(" ", "").split(","):
         key = pair.partition("=")[0]
@@ -151,7 +155,7 @@ def _check_optimizer_arguments(trainer, kwargs: dict) -> None:
         alone = trainer.get_optimizer_cls_and_kwargs(without, trainer.student)[1]
         without.optim_args = None
         if repr(alone) == repr(trainer.get_optimizer_cls_and_kwargs(without, trainer.student)[1]):
-            default = f"; it takes {', '.join(sorted(kwargs))}"
+            default = f"; it accepts {', '.join(sorted(kwargs))}"
             refuse("optim_args", trainer.args.optim_args, f"{trainer.args.optim.value} does not read `{key}`{default}")
 
 
@@ -175,16 +179,16 @@ def _check_schedule(trainer, stage: int, steps: int, optimizer: torch.optim.Opti
             for share in range(TRIED_STEPS + 1)
         ]
         wrong = next((factor for factor in factors if not 0 <= factor < math.inf), None)
-        reason = "" if wrong is None else f"the rate of stage {stage} would be {wrong} times its peak"
+        reason = "" if wrong is None else f"the learning rate of stage {stage} would be {wrong} times its peak"
     except Exception as error:  # of the types of the arguments, their number, their range
         reason = one_line(error)
     if reason:
         kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        refuse("lr_scheduler_kwargs", args.lr_scheduler_kwargs, f"the schedule {kind} does not take that: {reason}")
+        refuse("lr_scheduler_kwargs", args.lr_scheduler_kwargs, f"the schedule {kind} does not accept that: {reason}")
 
 
 def _check_metric(trainer) -> None:
-    """What chooses by a metric needs one that evaluation gives, and evaluation."""
+    """Options that select by a metric need evaluation, and a metric that it returns."""
     args = trainer.args
     users = {
         "load_best_model_at_end": args.load_best_model_at_end,
@@ -199,7 +203,7 @@ def _check_metric(trainer) -> None:
         if args.eval_strategy == IntervalStrategy.NO:
             refuse(name, value, "nothing is evaluated; set `eval_strategy` to steps or epoch")
         if args.metric_for_best_model is None:
-            refuse(name, value, "there is no metric to go by; set `metric_for_best_model`")
+            refuse(name, value, "there is no metric to compare by; set `metric_for_best_model`")
         if args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay > trainer.steps.total:
             refuse("eval_delay", args.eval_delay, f"the run has {trainer.steps.total} steps and `{name}` needs one")
     if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:

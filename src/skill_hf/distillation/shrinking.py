@@ -1,9 +1,9 @@
 """
-Shrinking while training: from time to time stage 1 cuts the units that are closed for good out of the student, its
-gates and the state of the optimizer, and continues with the smaller student.
+Shrinking during training: every few steps, stage 1 removes units that are closed for good from the student, its gates
+and the optimizer's state, and continues with the smaller student.
 
-All of that happens in place, between two steps of the Trainer's loop, and depends on nothing but the gates: the loop
-continues, no data is read again, and a run that resumes from a checkpoint before or after it does the same.
+This happens in place, between two steps of the Trainer's loop, and depends only on the gates: the loop continues, no
+data is read again, and a run resumed from a checkpoint before or after it does the same.
 """
 
 import logging
@@ -25,21 +25,21 @@ TRIED_SHAPE = (96, 96)
 
 class ShrinkCallback(TrainerCallback):
     """
-    Shrinks the student of `trainer` every `shrink_steps` optimizer steps of stage 1. Weights that other callbacks
-    hold, an average for instance, and hooks on the student's layers do not follow.
+    Shrinks the student of `trainer` every `shrink_steps` optimizer steps of stage 1. Weights stored by other
+    callbacks, such as an average, and hooks on the student's layers are not updated.
 
     Args:
-        trainer ([`SkillDistillationTrainer`]): whose recipe has `shrink_steps`.
+        trainer ([`SkillDistillationTrainer`]): a trainer with `shrink_steps` in its recipe.
 
     Raises:
-        `ValueError`: if its optimizer, or the way that it is distributed, does not allow it.
+        `ValueError`: if its optimizer or its kind of distributed training does not allow it.
     """
 
     def __init__(self, trainer):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "`shrink_steps` needs whole parameters on every process, which FSDP and DeepSpeed divide: use data"
-                " parallelism alone, or set it to 0."
+                "`shrink_steps` needs unsharded parameters, but FSDP and DeepSpeed shard them: use data parallelism"
+                " only, or set it to 0."
             )
         cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
             trainer.args, trainer.student
@@ -56,10 +56,11 @@ class ShrinkCallback(TrainerCallback):
 
 def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torch.device) -> None:
     """
-    Takes one step on a parameter of its own and looks at the state.
+    Takes one step on a dummy parameter and checks the state.
 
     Raises:
-        `ValueError`: if the optimizer keeps anything but single numbers and tensors of the parameter's shape.
+        `ValueError`: if the optimizer's state contains anything but single numbers and tensors of the parameter's
+            shape.
     """
     if kwargs.keys() & OWN_GROUPS:
         return  # refused when it is made for real
@@ -75,8 +76,8 @@ def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torc
             is_number = value.numel() == 1
         if not is_number and getattr(value, "shape", None) != parameter.shape:
             raise ValueError(
-                f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` is not of the"
-                " parameter's shape and cannot be cut like it. Use another one, such as `adamw_torch`, or set"
+                f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` does not have the"
+                " parameter's shape and cannot be cut with it. Use a different one, such as `adamw_torch`, or set"
                 " `shrink_steps` to 0."
             )
 
@@ -85,13 +86,13 @@ def cut_optimizer_state(
     optimizer: torch.optim.Optimizer, before: dict[str, nn.Parameter], student: nn.Module, cut: pruning.Cut
 ) -> None:
     """
-    Replaces the parameters of an optimizer by those that remain, with what remains of their state.
+    Replaces the parameters of an optimizer by the remaining ones, with the remaining part of their state.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): of parameters of the student and others, which stay as they are.
-        before (`dict[str, nn.Parameter]`): named parameters of the student before `cut`.
-        student (`nn.Module`): after it.
-        cut ([`~skill_hf.compression.pruning.Cut`]): what `shrink` returned.
+        optimizer (`torch.optim.Optimizer`): optimizer of the student's parameters and others, which are unchanged.
+        before (`dict[str, nn.Parameter]`): the student's named parameters before `cut`.
+        student (`nn.Module`): the student after `cut`.
+        cut ([`~skill_hf.compression.pruning.Cut`]): the result of `shrink`.
     """
     after = dict(student.named_parameters())
     successors = {parameter: after.get(cut.name_of(name)) for name, parameter in before.items()}
@@ -108,7 +109,7 @@ def cut_optimizer_state(
 
 
 def shrink(trainer) -> None:
-    """Cuts what is closed for good out of the student, its distiller and its optimizer, between two steps."""
+    """Removes units that are closed for good from the student, its distiller and its optimizer, between two steps."""
     trainer.finite_watch.check()
     student, budget, step = trainer.student.base_model, trainer.budget, trainer.state.global_step
     before, size = dict(student.named_parameters()), pruning.num_parameters(student)
@@ -130,7 +131,7 @@ def shrink(trainer) -> None:
                 handler.register_comm_hook(module)
             break
     logger.info(
-        "Step %d: units that are closed for good are cut, %s parameters become %s",
+        "Step %d: permanently closed units are cut, %s parameters become %s",
         step,
         f"{size:,}",
         f"{pruning.num_parameters(student):,}",

@@ -1,4 +1,4 @@
-"""`SkillDistillationTrainer`: calibrate, cluster, distil and prune, cut, distil once more."""
+"""`SkillDistillationTrainer`: calibrate, cluster, distil and prune, cut, distil again."""
 
 import copy
 import logging
@@ -56,54 +56,53 @@ logger = logging.getLogger(__name__)
 
 class SkillDistillationTrainer(PublishingTrainer):
     r"""
-    Compresses a self-supervised speech encoder by SKILL (arXiv 2402.16830) on top of DPHuBERT (arXiv 2305.17651).
+    Compresses a self-supervised speech encoder with SKILL (arXiv 2402.16830), based on DPHuBERT (arXiv 2305.17651).
 
-    One `train()` runs a few hundred training clips through the teacher, clusters its layers by similarity, distils and
-    prunes a copy of it at once (stage 1), cuts the tensors, and distils once more (stage 2). Steps count on through
-    both stages, and so do checkpoints: a run that was killed in either ends with the same weights after
-    `train(resume_from_checkpoint=True)`. The loop of [`~transformers.Trainer`] is left as it is. With `shrink_steps`
-    in the recipe, stage 1 cuts on its way what is closed for good (see [`ShrinkCallback`]).
+    `train()` runs a few hundred training clips through the teacher, clusters its layers by similarity, distils and
+    prunes a copy of it jointly (stage 1), cuts the tensors, and distils again (stage 2). Steps and checkpoints are
+    numbered across both stages: a run that was killed in either stage ends with the same weights after
+    `train(resume_from_checkpoint=True)`. The loop of [`~transformers.Trainer`] is not changed. With `shrink_steps` in
+    the recipe, stage 1 removes closed units during training (see [`ShrinkCallback`]).
 
     Args:
         teacher (`str` or `PreTrainedModel`):
-            Hub id, local directory or loaded model of a speech encoder, maybe fine-tuned (`task`). Never part of a
-            checkpoint.
+            A speech encoder, maybe fine-tuned (see `task`): Hub id, local directory or loaded model. It is never part
+            of a checkpoint.
         skill_config ([`SkillConfig`], *optional*):
             The recipe.
         args ([`~transformers.TrainingArguments`], *optional*):
-            `max_steps` (or epochs) are those of both stages. [`SkillTrainingArguments`] has the published recipe's
-            defaults.
+            `max_steps` (or epochs) count both stages. [`SkillTrainingArguments`] has the published recipe's defaults.
         train_dataset, eval_dataset (*optional*):
-            Rows with `audio` (a path, undecoded or decoded audio; any rate) or with `input_values`.
+            Rows with `audio` (a path, undecoded or decoded audio, at any rate) or with `input_values`.
         model (`PreTrainedModel`, *optional*):
-            A student to start from; an exact copy of the teacher by default. May be pruned already.
+            The initial student; by default an exact copy of the teacher. It may already be pruned.
         processing_class (*optional*):
-            The feature extractor, or a processor that has one, and a tokenizer; the teacher's own by default. With the
-            student a `Wav2Vec2FeatureExtractor` of the same fields is saved, whatever the class.
+            The feature extractor, or a processor with a feature extractor and a tokenizer; by default the teacher's. A
+            `Wav2Vec2FeatureExtractor` with the same fields is saved with the student, whatever its class.
         data_collator (*optional*):
-            [`SpeechCollator`] by default: crops the clips of a batch to one length in training, pads
-            them in evaluation.
+            [`SpeechCollator`] by default, which crops the clips of a batch to one length in training and pads them in
+            evaluation.
         task (`str`, *optional*):
-            Which head of the teacher goes along and is distilled: `ctc`, `classification` or `frame-classification`;
-            `encoder` for none. By default that of a loaded model, and none of a directory or Hub id.
+            The head of the teacher that the student keeps and learns: `ctc`, `classification` or
+            `frame-classification`, or `encoder` for none. By default the head of a loaded model, and none of a
+            directory or Hub id.
         kwargs:
-            Anything else that [`~transformers.Trainer`] takes, but `model_init`, `optimizers`, `compute_metrics`,
+            Other arguments of [`~transformers.Trainer`], except `model_init`, `optimizers`, `compute_metrics`,
             `compute_loss_func` and `preprocess_logits_for_metrics`.
 
     Attributes:
-        teacher (`PreTrainedModel`): the frozen encoder, with the head that goes along.
-        teachers (`list[Teacher]`): it, with its name, size and feature extractor; one, for now.
-        layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer), once
-            `train()` has clustered or a checkpoint was resumed.
-        layer_similarity (`numpy.ndarray` of shape `(N, N)`): what was clustered; `None` with `layer_groups` set
-            by hand.
+        teacher (`PreTrainedModel`): the frozen encoder, with the head that is kept.
+        teachers (`list[Teacher]`): the teacher with its name, size and feature extractor; currently one.
+        layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer),
+            available after clustering in `train()` or after resuming.
+        layer_similarity (`numpy.ndarray` of shape `(N, N)`): the clustered similarity matrix; `None` if `layer_groups`
+            was set by hand.
         model (`PreTrainedModel`): the student; pruned after `train()`.
 
     Raises:
-        `ValueError`: if the teacher cannot be loaded, is of an unknown family, lacks the head of `task` or, with a CTC
-            head, a tokenizer, or the recipe does not fit it (more clusters than layers, groups that name a layer it
-            does not have, a sparsity that its gates cannot reach), or an argument is out of its range or can't be
-            honoured in both stages.
+        `ValueError`: if the teacher cannot be loaded, belongs to an unknown family, or lacks the head of `task` or its
+            tokenizer, the recipe does not fit it (more clusters than layers, groups with a layer it does not have, a
+            sparsity that its gates cannot reach), or an argument is out of range or can't be honoured in both stages.
 
     Example:
 
@@ -188,7 +187,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _setup(self) -> None:
-        """Calibrates and clusters, unless that is done."""
+        """Calibrates and clusters, unless this is already done."""
         if self.layer_groups is not None:
             return
         if self.train_dataset is None:
@@ -207,14 +206,14 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.record.half_groups, self.record.silhouettes = calibration.half_groups, calibration.silhouettes
 
     def layer_tree(self) -> np.ndarray | None:
-        """The tree of the clustering as scipy's linkage matrix, for a dendrogram; `None` with groups set by hand."""
+        """The clustering tree as scipy's linkage matrix, for a dendrogram; `None` if groups were set by hand."""
         return None if self.layer_similarity is None else layer_tree(self.layer_similarity, self.skill_config)
 
     # ---- The two stages ----
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
         """
-        Calibrates, clusters, distils and prunes, cuts, distils once more.
+        Calibrates, clusters, distils and prunes, cuts, distils again.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -223,17 +222,16 @@ class SkillDistillationTrainer(PublishingTrainer):
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            `ValueError`: if `args.output_dir` holds another run, or the teacher; if the checkpoint is not whole, or of
-                another recipe or run; if `train()` was finished. A [`NonFiniteError`] if the run
-                diverges.
+            `ValueError`: if `args.output_dir` contains another run or the teacher, if the checkpoint is incomplete or
+                belongs to a different recipe or run, or if `train()` has already finished. A [`NonFiniteError`] if the
+                run diverges.
             [`~skill_hf.storage.StorageError`]: if another run uses `args.output_dir`, or the disk is full.
-            `KeyboardInterrupt`, [`Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is
-                written.
+            `KeyboardInterrupt`, [`Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is written.
         """
         if self.stage == 3:
-            raise ValueError("This trainer has finished both stages; make a new one to train again.")
+            raise ValueError("This trainer has finished both stages; create a new one to train again.")
         if self.stage and not resume_from_checkpoint:
-            raise ValueError(f"This trainer has begun already. {how_to_resume(self.args.output_dir)}")
+            raise ValueError(f"This trainer has already started. {how_to_resume(self.args.output_dir)}")
         check_data(self)
         self.steps = self.skill_config.resolve_steps(self._total_steps())
         check_run(self, resumed=bool(resume_from_checkpoint))
@@ -281,7 +279,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         return output
 
     def _begin(self) -> None:
-        """What a new run does before its first step."""
+        """Prepares a new run before its first step."""
         warn_of_slow_gates(self.skill_config, self.steps.joint)
         self._setup()
         self.stage = 1 if self.steps.joint else 2
@@ -296,7 +294,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         student.base_model.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
 
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
-        """Runs the rest of the present stage with the Trainer's own loop."""
+        """Runs the rest of the current stage with the Trainer's own loop."""
         args = copy.copy(self.args)
         self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
@@ -329,7 +327,7 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     @property
     def target_cost(self) -> int:
-        """What the cut is to leave of the teacher's cost."""
+        """The cost that the cut is to leave."""
         return round((1 - self.skill_config.target_sparsity) * self.teacher_cost)
 
     def _cut(self) -> str:
@@ -361,9 +359,9 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        Held-out distillation loss over the groups: `eval_distillation_loss` and its parts, means over all valid
-        frames; with a head its losses, too. `eval_loss` is their weighted sum. Before `train()` this clusters the
-        teacher's layers first.
+        Held-out distillation loss over the groups: `eval_distillation_loss` and its terms, means over all valid
+        frames, and the losses of a head. `eval_loss` is their weighted sum. If called before `train()`, it first
+        clusters the teacher's layers.
         """
         with nullcontext() if self.is_in_train else self._distiller_as_model():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -371,7 +369,7 @@ class SkillDistillationTrainer(PublishingTrainer):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
         """
         The `metrics` of [`~SkillDistillationTrainer.evaluate`] for `test_dataset`; `predictions` and `label_ids` are
-        `None`, since what a student predicts are hidden states.
+        `None`, since a student predicts hidden states.
         """
         with nullcontext() if self.is_in_train else self._distiller_as_model():
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
@@ -396,7 +394,7 @@ class SkillDistillationTrainer(PublishingTrainer):
     # ---- Checkpoints ----
 
     def _skill_state(self) -> dict:
-        """What skill_state.json holds."""
+        """The content of skill_state.json."""
         return {
             "stage": self.stage,
             "steps": {"joint": self.steps.joint, "final": self.steps.final},
@@ -425,7 +423,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         return self._checkpoint_parent or super()._get_output_dir(trial)
 
     def blank_distiller(self, checkpoint: Path, state: dict) -> SkillDistiller:
-        """What the weights of `checkpoint`, with `state` as its skill_state.json, belong to: shapes alone."""
+        """A distiller with the shapes of the weights in `checkpoint`, whose skill_state.json is `state`."""
         config = read_student_config(checkpoint, self.student.config)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             student = type(self.student)(config).to("meta")  # an old constructor may use another device
@@ -434,7 +432,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             return SkillDistiller(student, state["layer_groups"], costs=None, **self.distiller_settings)
 
     def _restore(self, checkpoint: str) -> None:
-        """Groups, stage and shapes of a checkpoint; the weights are loaded by the Trainer."""
+        """Restores groups, stage and shapes from a checkpoint; the Trainer loads the weights."""
         state = read_json(Path(checkpoint) / SKILL_STATE_NAME)
         self.layer_groups = state["layer_groups"]
         self.layer_similarity = None if state["layer_similarity"] is None else np.array(state["layer_similarity"])

@@ -1,4 +1,4 @@
-"""What a run measures of its student before the cut, after it and at the end, for its record."""
+"""Measures the student before the cut, after it and at the end of a run."""
 
 import logging
 from functools import cached_property
@@ -18,11 +18,11 @@ CLIPS_MEASURED = 32
 
 class StudentMeasurements:
     """
-    Measures the student of `trainer` on some clips and writes down what it finds in `trainer.record`; on the first
-    process alone, and not where the parameters are divided among processes.
+    Measures the student of `trainer` on some clips and stores the results in `trainer.record`; only on the first
+    process, and not if parameters are divided among processes.
 
     Args:
-        trainer ([`SkillDistillationTrainer`]): whose student is measured.
+        trainer ([`SkillDistillationTrainer`]): the trainer whose student is measured.
     """
 
     def __init__(self, trainer):
@@ -30,7 +30,7 @@ class StudentMeasurements:
 
     @cached_property
     def rows(self) -> list:
-        """Rows of some clips: held out, if there are any, else of the training set."""
+        """Rows of some clips: held-out clips if there are any, otherwise training clips."""
         heldout = self.trainer.eval_dataset
         heldout = next(iter(heldout.values()), None) if isinstance(heldout, dict) else heldout
         source = self.trainer.train_dataset if heldout is None else heldout
@@ -45,7 +45,7 @@ class StudentMeasurements:
 
     @torch.no_grad()
     def loss(self, moment: str) -> None:
-        """Records the loss of the student as it is, in eval mode; `moment` is one of `run_record.MOMENTS`."""
+        """Records the student's current loss in eval mode; `moment` is one of `run_record.MOMENTS`."""
         if not self._is_possible:
             return
         trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
@@ -64,7 +64,7 @@ class StudentMeasurements:
             } | {name: means[name] for name in trainer.head_losses if name in means}
 
     def distances(self) -> None:
-        """Records how far the student is from the teacher at every layer."""
+        """Records the distance between student and teacher at every layer."""
         if not self._is_possible:
             return
         trainer, seconds = self.trainer, self.trainer.skill_config.calibration_seconds

@@ -225,7 +225,7 @@ def label_encoder(model: PreTrainedModel, head: str, tokenizer: PreTrainedTokeni
 
 def check_labels(dataset, encoder: LabelEncoder) -> None:
     """
-    Tries the labels of the first row of a training set that is no stream.
+    Tries the labels of the first row of a training set that is not a stream.
 
     Raises:
         `ValueError`: if it has none, or they are not those of the head.

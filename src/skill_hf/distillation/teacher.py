@@ -1,4 +1,4 @@
-"""`Teacher`: a frozen speech encoder that a student learns from, and all that a run asks of it."""
+"""`Teacher`: a frozen speech encoder that a student learns from."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 class Teacher:
     """
-    A frozen speech encoder, its name, and the faster copies that compute what a student is to predict.
+    A frozen speech encoder, its name, and faster copies that compute a student's targets.
 
     Args:
         source (`str`, `PathLike` or `PreTrainedModel`):
@@ -44,10 +44,10 @@ class Teacher:
             See [`~skill_hf.distillation.task_heads.kept_head`].
 
     Attributes:
-        model (`PreTrainedModel`): in float32, frozen, in eval mode: the encoder, with the head that is kept.
+        model (`PreTrainedModel`): the encoder, with the head that is kept, in float32, frozen, in eval mode.
         head (`str`, *optional*): that head, one of the values of [`~skill_hf.distillation.task_heads.HEADS`].
-        name (`str` or `PathLike`): Hub id or directory; empty if it is not known.
-        directory (`Path`, *optional*): the local directory that it comes from, absolute.
+        name (`str` or `PathLike`): Hub id or directory; empty if unknown.
+        directory (`Path`, *optional*): the local directory that it was loaded from, absolute.
         num_parameters (`int`): of `model`.
 
     Raises:
@@ -76,7 +76,7 @@ class Teacher:
         return hub_id_of(self.name)
 
     def fast_copy(self, autocast_dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """What [`fast_teacher`] returns, for the device that the model is on by then; made once for each type."""
+        """The result of [`fast_teacher`] for the model's current device; created once for each dtype."""
         if autocast_dtype not in self._fast_copies:
             self._fast_copies[autocast_dtype] = fast_teacher(self.model, autocast_dtype)
         return self._fast_copies[autocast_dtype]
@@ -88,7 +88,7 @@ class Teacher:
         attention_mask: torch.Tensor | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """[`target_means`] of the fast copy for `autocast_dtype`, which is that of the caller's autocast, if any."""
+        """[`target_means`] of the fast copy for `autocast_dtype`, the dtype of the caller's autocast, if any."""
         return target_means(self.fast_copy(autocast_dtype), groups, input_values, attention_mask)
 
     def outputs(
@@ -112,18 +112,17 @@ class Teacher:
 
     def feature_extractor(self) -> Wav2Vec2FeatureExtractor:
         """
-        The one that was saved with the model. Without one a warning says what is assumed.
+        The feature extractor saved with the model. Without one, a warning says what is assumed.
 
         Raises:
-            `ValueError`: if there is one that cannot be used.
+            `ValueError`: if it cannot be used.
         """
         extractor = load_feature_extractor(self.name, "Teacher") if self.name else None
         if extractor is not None:
             return extractor
         normalise = self.config.feat_extract_norm == "layer"
         logger.warning(
-            "The teacher comes without preprocessor_config.json; audio is %s. Pass `processing_class` if that is"
-            " wrong.",
+            "The teacher has no preprocessor_config.json; audio is %s. Pass `processing_class` if that is wrong.",
             "normalised, as usual for layer-norm models"
             if normalise
             else "not normalised, as usual for group-norm models",
@@ -131,11 +130,11 @@ class Teacher:
         return Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
 
     def checksum(self) -> int:
-        """Of all weights."""
+        """Checksum of all weights."""
         return checksum(self.model)
 
     def identity(self) -> dict:
-        """What checkpoints know it by: type, size, head, and the checksum of one weight; plain values."""
+        """How checkpoints identify it: type, size, head, and the checksum of one weight, as plain values."""
         projection = self.encoder.feature_projection.projection.weight
         head = {} if self.head is None else {"head": self.head}
         return {
@@ -174,7 +173,7 @@ def find_tokenizer(teacher: Teacher, processor=None) -> PreTrainedTokenizerBase 
 
 
 def _name_of(source: str | os.PathLike | PreTrainedModel) -> str | os.PathLike:
-    """Hub id or directory; empty if it is not known."""
+    """Hub id or directory; empty if unknown."""
     if not isinstance(source, PreTrainedModel):
         return source
     name = source.config.name_or_path
@@ -229,7 +228,7 @@ def _class_with_head(model: PreTrainedModel) -> str:
 
 def _check_plain(teacher: PreTrainedModel, name: str, head: str | None) -> None:
     """A student is a copy: the model must have the weights of its family, and no others."""
-    with one_error(f"Teacher `{name}` is not what its config describes."):
+    with one_error(f"Teacher `{name}` does not match its config."):
         weights = {name: tensor.shape for name, tensor in teacher.state_dict().items()}
         for weight, tensor in empty_student(teacher.config, head).state_dict().items():
             shape = weights.pop(weight, None)
@@ -240,18 +239,18 @@ def _check_plain(teacher: PreTrainedModel, name: str, head: str | None) -> None:
         # A model keeps it when masking is switched off after loading; a student has no use for it then.
         spare = [weight for weight in weights if not weight.endswith("masked_spec_embed")]
         if spare:
-            raise ValueError(f"{spare[0]} is no weight of a {teacher.config.model_type}")
+            raise ValueError(f"{spare[0]} is not a weight of a {teacher.config.model_type}")
 
 
 def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """
-    `teacher` with the faster forward that its family's student has, for the device that it is on. A model of another
-    class than the stock one or the student may compute something else and is returned as it is. Hooks are not copied.
-    The weights are shared, but for that of the positional convolution: the student's `fuse()` would copy more of them
-    and win little more.
+    A copy of `teacher` with the faster forward of its family's student, for its current device. A model of any class
+    but the stock one or the student may compute something else and is returned unchanged. Hooks are not copied.
+    Weights are shared, except that of the positional convolution; the student's `fuse()` would copy more for little
+    gain.
 
-    With `autocast_dtype`, weights that autocast would cast to it in every forward are cast here, once, and it runs
-    under autocast only, with the same outputs.
+    With `autocast_dtype`, weights that autocast would cast in every forward pass are cast here once; the copy must run
+    under autocast and has the same outputs.
     """
     head = head_of(teacher)
     if type(teacher) not in student_class(teacher.config.model_type, head).__mro__:
@@ -270,7 +269,7 @@ def fast_teacher(teacher: PreTrainedModel, autocast_dtype: torch.dtype | None = 
 
 
 def _cast_products(student: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts the weights of linear maps and convolutions, but for one that something is computed of beforehand."""
+    """Casts the weights of linear maps and convolutions, except one from which something is computed beforehand."""
     folded = {
         layer.conv
         for layer in student.base_model.feature_extractor.conv_layers
@@ -289,9 +288,9 @@ def target_means(
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    What the student is to predict, [`~skill_hf.losses.group_means`] of the teacher's hidden states, `(groups, batch,
-    frames, hidden_size)`, float32, without gradient. No hidden state is kept: each is added to its groups' means as
-    the layers go by.
+    The student's targets, [`~skill_hf.losses.group_means`] of the teacher's hidden states,
+    `(groups, batch, frames, hidden_size)`, float32, without gradient. No hidden state is kept: each is added to the
+    means of its groups when its layer has run.
     """
     return teacher_outputs(teacher, groups, input_values, attention_mask)[0]
 

@@ -1,4 +1,4 @@
-"""Clips that can no longer be read: how many a run leaves out, and when it ends because of them."""
+"""Clips that can no longer be read: counts them, and ends a run with too many."""
 
 import torch
 
@@ -13,10 +13,10 @@ CLIPS_JUDGED = 256
 
 class UnreadableClips:
     """
-    Ends a run most of whose clips can no longer be read: it would only train on silence from here.
+    Ends a run if most of its clips can no longer be read: it would continue to train on silence.
 
     Args:
-        trainer ([`SkillDistillationTrainer`]): whose collator counts the clips that it leaves out.
+        trainer ([`SkillDistillationTrainer`]): a trainer whose collator counts skipped clips.
     """
 
     def __init__(self, trainer):
@@ -25,15 +25,15 @@ class UnreadableClips:
 
     @property
     def num_skipped(self) -> int:
-        """Clips that were left out of training batches so far, in this process."""
+        """Number of clips left out of training batches so far, in this process."""
         return getattr(self.trainer.data_collator, "num_skipped", 0)
 
     def reset(self) -> None:
-        """Starts to count; called at the start of a stage."""
+        """Starts counting; called at the start of a stage."""
         self._judged = (self.trainer.state.global_step, self.num_skipped)
 
     def check(self) -> None:
-        """Raises an `AudioError`, on all processes alike, if too many clips since the last check cannot be read."""
+        """Raises an `AudioError` on all processes if too many clips since the last check cannot be read."""
         trainer = self.trainer
         step, skipped = trainer.state.global_step, self.num_skipped
         steps = step - self._judged[0]

@@ -1,1 +1,1 @@
-"""Which layers of a teacher belong together."""
+"""Groups the layers of a teacher."""

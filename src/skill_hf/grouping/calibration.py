@@ -1,4 +1,4 @@
-"""What a run finds out before it trains: whether its audio can be read, and which layers of the teacher are alike."""
+"""Before training: checks that the audio can be read, and groups similar layers of the teacher."""
 
 import logging
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ EVAL_CLIPS_TRIED = 32
 @dataclass
 class Calibration:
     """
-    Groups of a teacher's layers, and how far they depend on the audio.
+    Groups of a teacher's layers, and how much they depend on the audio.
 
     Args:
         groups (`list[list[int]]`): hidden-state indices of each group.
-        similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): of the layers; `None` with groups set by hand.
-        half_groups (`list[list[list[int]]]`): groups that either half of the clips gives by itself.
+        similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): of the layers; `None` if groups were set by hand.
+        half_groups (`list[list[list[int]]]`): groups computed from each half of the clips.
         silhouettes (`dict[int, float]`): mean silhouette of each number of groups.
     """
 
@@ -51,16 +51,17 @@ def calibrate(
     reading: dict,
 ) -> Calibration:
     """
-    Reads the calibration clips, measures the similarity of the layers on them and groups the layers.
+    Reads the calibration clips, measures the similarity of the layers and groups them.
 
     Args:
         teacher (`PreTrainedModel`): the encoder whose layers are grouped.
         train_dataset: rows with `audio` or `input_values`.
         config ([`SkillConfig`]): the recipe.
-        accelerator (`Accelerator`): one process decides, since groups could depend on the last digit of a similarity.
-        seed (`int`): of the choice of clips and of their crops.
+        accelerator (`Accelerator`): one process decides for all, since groups could depend on rounding errors of a
+            similarity.
+        seed (`int`): seed of the selection and of the crops.
         progress (`bool`): whether to show a progress bar.
-        reading (`dict`): how clips are read, for [`~skill_hf.data.collator.calibration_waveforms`].
+        reading (`dict`): arguments for reading clips with [`~skill_hf.data.collator.calibration_waveforms`].
 
     Raises:
         `ValueError`: if there is no audio, most of it cannot be read, or the groups do not fit the recipe.
@@ -92,7 +93,7 @@ def calibrate(
 def _similarities(
     teacher: PreTrainedModel, waveforms: Iterable, config: SkillConfig, seed: int, progress: bool
 ) -> list[np.ndarray]:
-    """Of all clips, then of either half."""
+    """Similarity of all clips, then of each half."""
     return layer_similarity(
         teacher,
         waveforms,
@@ -110,7 +111,7 @@ def _tell(calibration: Calibration) -> None:
     logger.info("Groups of hidden states: %s; silhouette by number of groups: %s", calibration.groups, scores)
     if any(groups != calibration.groups for groups in calibration.half_groups):
         logger.warning(
-            "The groups depend on the audio: all of the calibration set gives %s, its halves %s. Raise"
+            "The groups depend on the audio: the whole calibration set gives %s, its halves give %s. Raise"
             " `calibration_samples`, or set `num_clusters` or `layer_groups`.",
             calibration.groups,
             " and ".join(map(str, calibration.half_groups)),
@@ -119,8 +120,8 @@ def _tell(calibration: Calibration) -> None:
 
 def check_eval_clips(eval_dataset, collator, feature_extractor) -> None:
     """
-    Tries some clips of each evaluation set: one that cannot be read should show now, not at the first evaluation. A
-    collator of the user's own reads what it likes, and nothing is tried.
+    Reads some clips of each evaluation set, to find unreadable audio now instead of at the first evaluation. With a
+    user-defined collator, nothing is read.
 
     Raises:
         [`~skill_hf.data.audio.AudioError`]: if most of them cannot be read.

@@ -1,4 +1,4 @@
-"""Groups of layers that are alike: agglomerative clustering of a similarity matrix."""
+"""Groups similar layers by agglomerative clustering of a similarity matrix."""
 
 from collections.abc import Callable
 
@@ -13,23 +13,23 @@ def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> 
     """
     Groups layers by cutting the tree of [`layer_tree`].
 
-    The cut is `skill_config.num_clusters` groups, or at height `skill_config.distance_threshold`, or else the number
-    of groups from 2 to N - 1 of the largest mean [`silhouette`] (the smallest such number, if several tie). Two layers
-    alone, for which no such number exists, stay apart.
+    The tree is cut into `skill_config.num_clusters` groups, or at height `skill_config.distance_threshold`; otherwise
+    into the number of groups, from 2 to N - 1, with the largest mean [`silhouette`] (the smallest number in case of a
+    tie). If there are only two layers, each is its own group.
 
     Args:
         similarity_matrix (`numpy.ndarray` of shape `(N, N)`):
-            Symmetric similarity with ones on its diagonal, as [`layer_similarity`] gives it.
+            Symmetric similarity with ones on its diagonal, as returned by [`layer_similarity`].
         skill_config ([`SkillConfig`]):
             Recipe; `linkage`, `num_clusters`, `distance_threshold`, `contiguous` and `layer_groups` are read, and
             `include_embeddings` to check `layer_groups`.
 
     Returns:
-        `list[list[int]]`: row indices, each group sorted, groups by their first row. Explicit `layer_groups` come back
-        as they are, hidden-state indices in their own order, since `projection_groups` counts them in that order.
+        `list[list[int]]`: row indices, each group sorted, groups by their first row. Explicit `layer_groups` are
+        returned unchanged, as hidden-state indices in their own order, since `projection_groups` refers to that order.
 
     Raises:
-        `ValueError`: if the matrix is no similarity matrix, if `num_clusters` is above N, or if `layer_groups` names a
+        `ValueError`: if the matrix is not a similarity matrix, `num_clusters` is above N, or `layer_groups` contains a
             hidden state that does not exist.
     """
     distance = _distance_matrix(similarity_matrix)
@@ -44,7 +44,7 @@ def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> 
     num_clusters = skill_config.num_clusters
     if num_clusters is not None and num_clusters > num_layers:
         raise ValueError(
-            f"`num_clusters` ({num_clusters}) is above the number of layers to group, {num_layers}; lower it."
+            f"`num_clusters` ({num_clusters}) exceeds the number of layers to group, {num_layers}; lower it."
         )
     tree = layer_tree(similarity_matrix, skill_config)
     if skill_config.distance_threshold is not None:
@@ -68,10 +68,11 @@ def layer_tree(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> np.n
             Recipe; `linkage` and `contiguous` are read. `ward` treats the distances as Euclidean.
 
     Returns:
-        `numpy.ndarray` of shape `(N - 1, 4)`, float64: a linkage matrix as `scipy.cluster.hierarchy` has it.
+        `numpy.ndarray` of shape `(N - 1, 4)`, float64: a linkage matrix in the format of `scipy.cluster.hierarchy`.
 
     Raises:
-        `ValueError`: if the matrix is not square, finite and symmetric with ones on its diagonal and two rows or more.
+        `ValueError`: if the matrix is not square, finite and symmetric with ones on its diagonal and at least two
+            rows.
     """
     distance = _distance_matrix(similarity_matrix)
     if skill_config.contiguous:
@@ -80,20 +81,18 @@ def layer_tree(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> np.n
 
 
 def silhouettes(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> dict[int, float]:
-    """
-    Mean [`silhouette`] of the tree's cut into each number of groups from 2 to N - 1; the arguments are those of
-    [`layer_tree`].
-    """
+    """Mean [`silhouette`] for each number of groups from 2 to N - 1; the arguments are those of [`layer_tree`]."""
     distance, tree = _distance_matrix(similarity_matrix), layer_tree(similarity_matrix, skill_config)
     return {count: silhouette(distance, _cut(tree, count)) for count in range(2, len(distance))}
 
 
 def silhouette(distance: np.ndarray, labels: np.ndarray) -> float:
     """
-    Mean silhouette of a partition, between -1 and 1: how much nearer points are to their own group than to the next.
+    Mean silhouette of a partition, between -1 and 1: how much closer points are to their own group than to the next.
 
-    `s = (b - a) / max(a, b)` with `a` the mean distance to the others of the own group and `b` the least mean distance
-    to another group; 0 for a point alone in its group. Rousseeuw (1987), doi 10.1016/0377-0427(87)90125-7, section 2.
+    `s = (b - a) / max(a, b)` where `a` is a point's mean distance to the others in its group and `b` its smallest mean
+    distance to another group; 0 for a point alone in its group. Rousseeuw (1987), doi 10.1016/0377-0427(87)90125-7,
+    section 2.
 
     Args:
         distance (`numpy.ndarray` of shape `(N, N)`):
@@ -114,8 +113,8 @@ def silhouette(distance: np.ndarray, labels: np.ndarray) -> float:
 
 def _cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
     """
-    Labels `(N,)` of exactly `num_clusters` groups. The order of the merges is the criterion, not their height: heights
-    tie, and then fcluster's `maxclust` gives fewer groups and `cut_tree` wrong ones.
+    Labels `(N,)` of exactly `num_clusters` groups. Uses the order of the merges, not their heights: for tied heights,
+    fcluster's `maxclust` gives fewer groups and `cut_tree` wrong ones.
     """
     order = np.arange(len(tree), dtype=np.float64)
     return fcluster(tree, num_clusters, criterion="maxclust_monocrit", monocrit=order)
@@ -153,7 +152,7 @@ _MERGED_DISTANCE: dict[str, Callable] = dict(
 
 
 def _contiguous_linkage(distance: np.ndarray, method: str) -> np.ndarray:
-    """Linkage matrix `(N - 1, 4)` of merging, again and again, the closest two of neighbouring groups."""
+    """Linkage matrix `(N - 1, 4)` of repeatedly merging the two closest neighbouring groups."""
     distance = distance.copy()
     num_layers = len(distance)
     nodes = np.arange(num_layers)  # in the order of the layers, as are the rows of `distance`
@@ -190,7 +189,7 @@ def _distance_matrix(similarity_matrix: np.ndarray) -> np.ndarray:
     if not np.allclose(similarity, similarity.T, rtol=0, atol=1e-6):
         raise ValueError("The similarity matrix must be symmetric.")
     if not np.allclose(similarity.diagonal(), 1, rtol=0, atol=1e-6):
-        raise ValueError("The similarity matrix must have ones on its diagonal; give similarities, not distances.")
+        raise ValueError("The similarity matrix must have ones on its diagonal; pass similarities, not distances.")
     distance = np.maximum(1 - (similarity + similarity.T) / 2, 0)
     np.fill_diagonal(distance, 0)
     return distance

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher at every hidden state, distilled or not."""
+"""Distance between student and teacher at every hidden state, distilled or not."""
 
 from collections.abc import Iterable, Iterator
 
@@ -26,23 +26,24 @@ def layer_distances(
     Distance between student and teacher at every hidden state, distilled or not, in one pass over `audio`.
 
     - `cka`: `1 - CKA(h_l^T, h_l^S)`, linear CKA over all frames (Kornblith et al., arXiv 1905.00414, table 1; see
-      [`~skill_hf.grouping.similarity.LinearCKA`]). Blind to rotations, thus to what a linear projection could undo.
-    - `cosine`: `1 - mean_t <h_l^T, h_l^S> / (|h_l^T| |h_l^S|)` between the hidden states as they are, without the
+      [`~skill_hf.grouping.similarity.LinearCKA`]). Invariant to rotations, which a linear projection could undo.
+    - `cosine`: `1 - mean_t <h_l^T, h_l^S> / (|h_l^T| |h_l^S|)` between the hidden states themselves, without the
       projections of the distillation loss.
 
-    Sums are in float64. A batch holds only neighbouring waveforms of the same length, so nothing is ever padded.
+    Sums are computed in float64. A batch contains only consecutive waveforms of the same length, so there is no
+    padding.
 
     Args:
         teacher, student ([`~transformers.PreTrainedModel`]):
-            Speech encoders that take `input_values` and have hidden states of the same number and size. They run in
-            eval mode, each on the device where it is.
+            Speech encoders with the input `input_values` and the same number and size of hidden states. Each runs in
+            eval mode on its own device.
         audio (iterable of waveforms):
-            Each a 1-D float `numpy.ndarray`, `torch.Tensor` or list of samples at the models' sampling rate, best held
-            out from training. It is read once and lazily.
+            Each a 1-D float `numpy.ndarray`, `torch.Tensor` or list of samples at the models' sampling rate,
+            preferably not used in training. It is read once and lazily.
         feature_extractor ([`~transformers.SequenceFeatureExtractor`], *optional*):
-            Prepares each waveform; without one, waveforms are the `input_values` as they stand.
+            Prepares each waveform; without one, waveforms are used as `input_values` unchanged.
         batch_size (`int`, *optional*, defaults to 8):
-            Largest number of waveforms in one forward pass.
+            Maximum number of waveforms in one forward pass.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -51,8 +52,8 @@ def layer_distances(
         the input of the first layer.
 
     Raises:
-        `ValueError`: if the two models' hidden states do not match, there is no audio, a waveform is not 1-D float,
-            not finite or too short for one frame, or a hidden state is not finite or does not vary.
+        `ValueError`: if the hidden states of the two models do not match, there is no audio, a waveform is not 1-D
+            float, not finite or too short for one frame, or a hidden state is constant or not finite.
 
     Example:
 
@@ -71,7 +72,9 @@ def layer_distances(
     for name in ("num_hidden_layers", "hidden_size"):
         sizes = [getattr(model.config, name) for model in (teacher, student)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"The teacher has a `{name}` of {sizes[0]}, the student of {sizes[1]}; they must agree.")
+            raise ValueError(
+                f"The teacher has `{name}` {sizes[0]}, but the student has {sizes[1]}; they must be equal."
+            )
     layers = range(teacher.config.num_hidden_layers + 1)
     measures = {"cka": [LinearCKA() for _ in layers], "cosine": [FrameCosine() for _ in layers]}
     waveforms = checked_input_values(audio, feature_extractor, receptive_field(teacher.config))
@@ -91,7 +94,7 @@ def layer_distances(
             num_clips += len(batch)
             bar.update(len(batch))
     if not num_clips:
-        raise ValueError("There is no audio to compare layers on; give at least one waveform.")
+        raise ValueError("There is no audio to compare layers on; pass at least one waveform.")
     return {
         name: np.array([_distance(accumulator, layer) for layer, accumulator in enumerate(accumulators)])
         for name, accumulators in measures.items()
@@ -113,5 +116,5 @@ def _distance(accumulator, layer: int) -> float:
     except ValueError as error:
         # The accumulator counts two rows, teacher and student, and would name the wrong layer.
         raise ValueError(
-            f"Hidden state {layer} of the teacher or of the student does not vary over the audio; give more audio."
+            f"Hidden state {layer} of the teacher or of the student does not vary over the audio; use more audio."
         ) from error

@@ -1,4 +1,4 @@
-"""How alike the layers of a speech encoder are: streaming measures over its hidden states, frame by frame."""
+"""Similarity of the layers of a speech encoder: streaming measures over its hidden states, frame by frame."""
 
 import contextlib
 import copy
@@ -25,12 +25,12 @@ class SimilarityAccumulator(ABC):
     Streaming similarity of N layers: [`~SimilarityAccumulator.update`] for each batch of hidden states, then
     [`~SimilarityAccumulator.compute`]. Memory does not depend on the number of frames.
 
-    Frames are gathered into chunks of fixed size before they are used, so how they were split over calls of `update`
-    changes nothing, not even the rounding. All tensors live on the device of the first hidden state.
+    Frames are collected into chunks of fixed size before they are used, so the result does not depend on how they were
+    split over calls of `update`, not even in rounding. All tensors are on the device of the first hidden state.
 
     Args:
         first_layer (`int`, *optional*, defaults to 0):
-            Index of the hidden state that is given first; only error messages use it.
+            Index of the first hidden state passed; used only in error messages.
     """
 
     # Large enough for efficient matrix products, small enough for memory: 80 MB with the 13 states of a Base model.
@@ -45,18 +45,18 @@ class SimilarityAccumulator(ABC):
     @torch.no_grad()
     def update(self, hidden_states: Sequence[torch.Tensor]) -> None:
         """
-        Takes in frames of every layer.
+        Adds frames of every layer.
 
         Args:
             hidden_states (sequence of N `torch.FloatTensor` of shape `(frames, features)`):
                 The same frames in every layer, without padding.
 
         Raises:
-            `ValueError`: if the shapes differ among layers or from earlier calls, or if a value is not finite.
+            `ValueError`: if the shapes differ between layers or from earlier calls, or a value is not finite.
         """
         shapes = sorted({tuple(state.shape) for state in hidden_states})
         if len(shapes) != 1 or len(shapes[0]) != 2:
-            raise ValueError(f"Hidden states must all have one shape (frames, features), but have {shapes}.")
+            raise ValueError(f"Hidden states must all have the same shape (frames, features), but have {shapes}.")
         frames, features = shapes[0]
         if self._chunk is None:
             # MPS has no float64, which the sums need.
@@ -64,7 +64,7 @@ class SimilarityAccumulator(ABC):
             self._chunk = torch.empty(self.chunk_frames, len(hidden_states), features, device=device)
         elif self._chunk.shape[1:] != (len(hidden_states), features):
             raise ValueError(
-                f"{len(hidden_states)} hidden states with {features} features do not fit the earlier"
+                f"{len(hidden_states)} hidden states with {features} features do not match the earlier"
                 f" {self._chunk.shape[1]} with {self._chunk.shape[2]} features."
             )
         finite = torch.stack([torch.isfinite(state).all() for state in hidden_states]).tolist()
@@ -102,7 +102,7 @@ class SimilarityAccumulator(ABC):
         """
         self._flush()
         if not self.num_frames:
-            raise ValueError("There is no audio to compare layers on; give at least one waveform.")
+            raise ValueError("There is no audio to compare layers on; pass at least one waveform.")
         matrix = self._similarity().cpu().numpy()
         matrix = np.clip((matrix + matrix.T) / 2, -1, 1)  # rounding may leave it
         np.fill_diagonal(matrix, 1)
@@ -110,9 +110,7 @@ class SimilarityAccumulator(ABC):
 
     @torch.no_grad()
     def absorb(self, other: "SimilarityAccumulator") -> None:
-        """
-        Takes in all frames that `other`, of the same kind and layers, has taken in; `other` stays as it is.
-        """
+        """Adds all frames of `other`, an accumulator of the same kind and layers; `other` is not changed."""
         self._flush()
         other._flush()
         if other.num_frames and self.num_frames:
@@ -127,7 +125,7 @@ class SimilarityAccumulator(ABC):
 
     @abstractmethod
     def _accumulate(self, frames: torch.Tensor) -> None:
-        """Takes in `frames` of shape `(frames, N, D)`, float32, which it may overwrite but not keep."""
+        """Adds `frames` of shape `(frames, N, D)`, float32; may overwrite them, but must not keep them."""
 
     @abstractmethod
     def _similarity(self) -> torch.Tensor:
@@ -141,8 +139,8 @@ class LinearCKA(SimilarityAccumulator):
     `CKA(X, Y) = ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F)` with `X` and `Y` of shape `(frames, features)`, centred
     over frames; Kornblith et al. (arXiv 1905.00414), table 1 and equation 4.
 
-    Holds the cross-products of all pairs of layers, `8 D^2 N (N + 1) / 2` bytes: 0.4 GB for a Base model (13 states of
-    768 features), 2.7 GB for a Large one (25 of 1024).
+    Stores the cross-products of all pairs of layers, `8 D^2 N (N + 1) / 2` bytes: 0.4 GB for a Base model (13 states
+    of 768 features), 2.7 GB for a Large one (25 of 1024).
     """
 
     def __init__(self, first_layer: int = 0):
@@ -187,7 +185,7 @@ class LinearCKA(SimilarityAccumulator):
         if not scale.all():
             constant = self.first_layer + int((scale == 0).nonzero()[0])
             raise ValueError(
-                f"Hidden state {constant} does not vary over the {self.num_frames} frame(s), so CKA is undefined; give"
+                f"Hidden state {constant} does not vary over the {self.num_frames} frame(s), so CKA is undefined; use"
                 " more audio."
             )
         norms /= torch.outer(scale, scale)
@@ -214,11 +212,11 @@ class FrameCosine(SimilarityAccumulator):
 
 class DistillationSimilarity(SimilarityAccumulator):
     """
-    One less the distillation distance of two layers, relative to the two layers that are farthest apart.
+    One minus the distillation distance of two layers, relative to the two layers that are farthest apart.
 
     `d_ij = mean_t [l1 mean_d |x - y| + l2 mean_d (x - y)^2 + cosine (1 - cos(x, y))]`, similarity `1 - d_ij / max(d)`:
-    the loss of DPHuBERT (arXiv 2305.17651) between two layers of the teacher, shifted so that equal layers are at
-    distance 0. The farthest pair is at similarity 0; when no two layers differ all are at 1.
+    the loss of DPHuBERT (arXiv 2305.17651) between two layers of the teacher, shifted so that equal layers have
+    distance 0. The farthest pair has similarity 0; if all layers are equal, all similarities are 1.
 
     Args:
         l1_weight (`float`, *optional*, defaults to 1.0):
@@ -228,7 +226,7 @@ class DistillationSimilarity(SimilarityAccumulator):
         cosine_weight (`float`, *optional*, defaults to 1.0):
             Weight of the cosine distance.
         first_layer (`int`, *optional*, defaults to 0):
-            Index of the hidden state that is given first; only error messages use it.
+            Index of the first hidden state passed; used only in error messages.
     """
 
     def __init__(
@@ -239,7 +237,7 @@ class DistillationSimilarity(SimilarityAccumulator):
         self.l2_weight = l2_weight
         self.cosine_weight = cosine_weight
         if not any(term_weights(self).values()):
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
+            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
         self._distances = 0
 
     def _accumulate(self, frames: torch.Tensor) -> None:
@@ -259,21 +257,21 @@ class MutualKNN(SimilarityAccumulator):
     """
     Share of a frame's `k` nearest neighbours that two layers have in common, averaged over a sample of frames.
 
-    `mean_t |S_x(t) & S_y(t)| / k`, where `S(t)` are the `k` other frames of largest cosine to frame t; Huh et al.
-    (arXiv 2405.07987), appendix A, on normalised features.
+    `mean_t |S_x(t) & S_y(t)| / k`, where `S(t)` are the `k` other frames with the largest cosine to frame t; Huh et
+    al. (arXiv 2405.07987), appendix A, on normalised features.
 
-    Each frame draws a random number that depends on `seed` and on its place among all frames; those with the smallest
-    numbers are the sample.
+    Each frame gets a random number that depends on `seed` and on its position among all frames; the frames with the
+    smallest numbers are the sample.
 
     Args:
         k (`int`, *optional*, defaults to 10):
             Number of neighbours.
         max_frames (`int`, *optional*, defaults to 2000):
-            Size of the sample; all frames are used when there are fewer.
+            Size of the sample; if there are fewer frames, all are used.
         seed (`int` or sequence of them, *optional*, defaults to 0):
             Seed of the sample.
         first_layer (`int`, *optional*, defaults to 0):
-            Index of the hidden state that is given first; only error messages use it.
+            Index of the first hidden state passed; used only in error messages.
     """
 
     def __init__(self, k: int = 10, max_frames: int = 2000, seed: int = 0, first_layer: int = 0):
@@ -307,7 +305,7 @@ class MutualKNN(SimilarityAccumulator):
         if count <= self.k:
             raise ValueError(
                 f"mutual_knn compares {self.k} neighbours and needs at least {self.k + 1} frames, but the audio has"
-                f" {count}; give more audio."
+                f" {count}; use more audio."
             )
         neighbours = torch.stack([self._nearest(self._sample[:, i]) for i in range(layers)])  # (N, count, k)
         overlap = torch.ones(layers, layers, dtype=torch.float64, device=neighbours.device)
@@ -348,27 +346,27 @@ def layer_similarity(
     r"""
     Similarity of every pair of a teacher's layers, in one pass over `audio`.
 
-    A batch holds only neighbouring waveforms of the same length. So nothing is ever padded, which models with group
-    norm (the Base sizes) would not survive unchanged, and the result depends on `batch_size` only by rounding.
+    A batch contains only consecutive waveforms of the same length. There is thus no padding, which would change the
+    outputs of models with group norm (the Base sizes), and the result depends on `batch_size` only by rounding.
 
     Args:
         teacher ([`~transformers.PreTrainedModel`], `str` or `os.PathLike`):
-            Speech encoder that takes `input_values`, or the Hub id or local directory of one, which is then loaded in
-            float32 together with its feature extractor. It runs in eval mode, on the device where it is.
+            Speech encoder with the input `input_values`, or the Hub id or local directory of one, which is then loaded
+            in float32 with its feature extractor. It runs in eval mode on its own device.
         audio (iterable of waveforms):
             Each a 1-D float `numpy.ndarray`, `torch.Tensor` or list of samples at the model's sampling rate, or a row
-            with `audio` or `input_values` as [`SkillDistillationTrainer`] takes it. It is read once and lazily, so a
-            generator will do, and so does a dataset.
+            with `audio` or `input_values`, as for [`SkillDistillationTrainer`]. It is read once and lazily, so
+            generators and datasets both work.
         similarity (`str`, *optional*, defaults to `"cka"`):
             Measure: `cka` ([`LinearCKA`]), `cosine` ([`FrameCosine`]), `distillation` ([`DistillationSimilarity`]) or
             `mutual_knn` ([`MutualKNN`]).
         include_embeddings (`bool`, *optional*, defaults to `True`):
             Whether hidden state 0, the input of the first layer, takes part.
         feature_extractor ([`~transformers.SequenceFeatureExtractor`], *optional*):
-            Prepares each waveform (normalises it, where the checkpoint asks for that). Without one, waveforms are the
-            `input_values` as they stand, unless `teacher` is an id or a directory.
+            Prepares each waveform (normalises it, if the checkpoint requires this). Without one, waveforms are used as
+            `input_values` unchanged, unless `teacher` is an id or a directory.
         batch_size (`int`, *optional*, defaults to 8):
-            Largest number of waveforms in one forward pass.
+            Maximum number of waveforms in one forward pass.
         seed (`int`, *optional*, defaults to 0):
             Seed of the sample of frames of `mutual_knn`.
         l1_weight, l2_weight, cosine_weight (`float`, *optional*, default to 1, 0 and 1):
@@ -376,17 +374,17 @@ def layer_similarity(
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
         num_parts (`int`, *optional*, defaults to 0):
-            Divides `audio` into so many parts, which each take every `num_parts`-th clip, and measures them as well,
-            in the same pass. How much they differ shows how far the result depends on the choice of audio. Each part
-            takes the memory of the measure once.
+            Also computes the similarity of each of this many parts of `audio` (every `num_parts`-th clip), in the same
+            pass. Their differences show how much the result depends on the choice of audio. Each part needs the memory
+            of the measure once.
 
     Returns:
         `numpy.ndarray` of shape `(N, N)`, float64: symmetric, with ones on its diagonal. N is the number of layers,
-        plus one with `include_embeddings`. With `num_parts` a list of such: that of all audio, then those of the parts
-        that have enough audio for the measure.
+        plus one with `include_embeddings`. With `num_parts`, a list: the matrix of all audio, then those of the parts
+        with enough audio for the measure.
 
     Raises:
-        `ValueError`: if the measure is unknown, the model cannot be loaded or takes no `input_values`, there is no
+        `ValueError`: if the measure is unknown, the model cannot be loaded or has no input `input_values`, there is no
             audio, a waveform is not 1-D float, not finite or too short for one frame, or hidden states are not finite.
 
     Example:
@@ -422,7 +420,7 @@ def layer_similarity(
     refuse_adapter(teacher.config, "`teacher`")
     if teacher.main_input_name != "input_values":
         raise ValueError(
-            f"`teacher` must be a speech encoder that takes `input_values`, but {type(teacher).__name__} takes"
+            f"`teacher` must be a speech encoder with the input `input_values`, but {type(teacher).__name__} takes"
             f" `{teacher.main_input_name}`."
         )
     if source is not None and feature_extractor is None:

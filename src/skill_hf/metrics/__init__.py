@@ -1,9 +1,9 @@
 """
 The metrics of SUPERB (arXiv 2105.01051) as modules of the `evaluate` library, kept in this package: no download.
 
-All values are shares between 0 and 1 (error rates may exceed 1), not percent; [`~skill_hf.superb.superb_score`] takes
-them times 100, the term-weighted value as it is. Each file stands alone, so `evaluate.load(path_of_the_file)` works
-too.
+All values are shares between 0 and 1 (error rates may exceed 1), not percent; [`~skill_hf.superb.superb_score`]
+expects them times 100, except the term-weighted value. Each file is self-contained, so
+`evaluate.load(path_of_the_file)` works as well.
 """
 
 import importlib
@@ -22,14 +22,14 @@ METRICS = {
 
 def load_metric(name: str):
     """
-    Loads a metric of this package. Unlike `evaluate.load` it copies no code to a cache, and what is to be scored is
-    kept in memory, so processes that run at once have no file in common.
+    Loads a metric of this package. Unlike `evaluate.load`, it copies no code to a cache and keeps predictions in
+    memory, so parallel processes share no files.
 
     Args:
         name (`str`): one of [`METRICS`].
 
     Returns:
-        [`evaluate.Metric`], whose `inputs_description` lists what `compute` takes and returns.
+        [`evaluate.Metric`], whose `inputs_description` lists the arguments and results of `compute`.
 
     Raises:
         `ValueError`: if there is no such metric.

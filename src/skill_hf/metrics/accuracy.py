@@ -1,4 +1,4 @@
-"""Share of right answers: keyword spotting, intents, speakers and emotions of SUPERB (arXiv 2105.01051)."""
+"""Accuracy, for SUPERB's keyword spotting, intents, speakers and emotions (arXiv 2105.01051)."""
 
 import datasets
 import evaluate
@@ -9,8 +9,8 @@ _DESCRIPTION = """
 Accuracy: the share of predictions that equal their reference, between 0 and 1.
 
 SUPERB uses it for keyword spotting (KS), speaker identification (SID), emotion recognition (ER) and intent
-classification (IC). An utterance of IC is right if its action, object and location all are, so give the three as one
-label, such as "activate|lights|kitchen".
+classification (IC). An utterance of IC is correct if its action, object and location are all correct, so pass the
+three as one label, such as "activate|lights|kitchen".
 """
 
 _CITATION = """
@@ -28,9 +28,9 @@ Args:
     predictions (`list[str]` or `list[int]`): predicted classes.
     references (`list[str]` or `list[int]`): true classes, of the same type.
 Returns:
-    accuracy (`float`): share of right predictions, from 0 to 1.
+    accuracy (`float`): share of correct predictions, from 0 to 1.
 Raises:
-    `ValueError`: if there is nothing to score, a class is missing (`None`), or a number is no class but a score.
+    `ValueError`: if there is nothing to score, a class is missing (`None`), or a number is a score instead of a class.
 Examples:
     >>> from skill_hf.metrics import load_metric
     >>> accuracy = load_metric("accuracy")
@@ -65,5 +65,7 @@ class Accuracy(evaluate.Metric):
         for name, classes in (("predictions", predictions), ("references", references)):
             for index, value in enumerate(classes):
                 if value is None or (isinstance(value, float) and not value.is_integer()):
-                    raise ValueError(f"`{name}` must hold classes, strings or integers, but item {index} is {value}.")
+                    raise ValueError(
+                        f"`{name}` must contain classes as strings or integers, but item {index} is {value}."
+                    )
         return {"accuracy": float(accuracy_score(references, predictions))}

@@ -8,17 +8,17 @@ from scipy.optimize import linear_sum_assignment
 
 _DESCRIPTION = """
 Diarization error rate (DER): `(missed + false alarm + confusion) / speech` in speaker time, so a second in which two
-speakers talk is two seconds of speech. Overlaps are scored. All times are summed over the recordings before they are
-divided. It is a share, not percent; false alarms may take it above 1.
+speakers talk counts as two seconds of speech. Overlaps are scored. All times are summed over the recordings before the
+division. It is a fraction, not a percentage, and can exceed 1 because of false alarms.
 
-At a time with N speakers in the reference and M in the prediction, of whom C are right, `max(0, N - M)` are missed,
-`max(0, M - N)` are false alarms and `min(N, M) - C` are confused. Who is right is decided by the one-to-one mapping of
-predicted to true speakers of a recording with the largest total time in common. Times are those of the segments, not
-rounded to frames.
+At a time with N speakers in the reference and M in the prediction, of which C are correct, `max(0, N - M)` are missed,
+`max(0, M - N)` are false alarms and `min(N, M) - C` are confused. Predicted speakers of a recording are matched with
+true speakers by the one-to-one mapping with the largest total time in common. The times of the segments are used as
+they are, not rounded to frames.
 
-SUPERB scores speaker diarization (SD) with collar 0, the default here. The collar is the total width of what is left
-out around each boundary of the reference, half of it on either side, as in pyannote.metrics. NIST's md-eval and dscore
-count it on each side: their collar 0.25 is 0.5 here. What is left out takes no part in the mapping.
+SUPERB scores speaker diarization (SD) with collar 0, the default here. The collar is the total width of the region
+that is excluded around each boundary of the reference, half of it on either side, as in pyannote.metrics. NIST's
+md-eval and dscore count it on each side: their collar of 0.25 is 0.5 here. Excluded regions do not affect the mapping.
 
 Segments of one speaker that touch or overlap count as one.
 """
@@ -43,18 +43,18 @@ _CITATION = """
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[list[dict]]`): for each recording its segments, with the keys `speaker` (`str`), `start` and
-        `end` (`float`, seconds). Names of speakers need not be those of the reference.
+        `end` (`float`, seconds). Speaker names may differ from those of the reference.
     references (`list[list[dict]]`): true segments of the same recordings, in the same order.
-    collar (`float`, *optional*, defaults to 0.0): seconds left out around each boundary of the reference, in total.
+    collar (`float`, *optional*, defaults to 0.0): seconds excluded around each boundary of the reference, in total.
 Returns:
     der (`float`): sum of the next three.
     missed (`float`): share of speech in which too few speakers are predicted.
     false_alarm (`float`): speaker time in which too many are predicted, relative to speech.
-    confusion (`float`): share of speech that is given to another speaker.
-    reference_seconds (`float`): speech of the references, collars left out.
+    confusion (`float`): share of speech that is assigned to the wrong speaker.
+    reference_seconds (`float`): speech of the references, without collars.
 Raises:
     `ValueError`: if a segment ends before it starts or has a time that is not finite, the collar is negative, or the
-        references hold no speech.
+        references contain no speech.
 Examples:
     >>> from skill_hf.metrics import load_metric
     >>> der = load_metric("diarization_error_rate")
@@ -89,7 +89,7 @@ class DiarizationErrorRate(evaluate.Metric):
             times += _times(prediction, reference, collar)
         missed, false_alarm, confusion, speech = (float(time) for time in times)
         if not speech:
-            raise ValueError("The diarization error rate is undefined: `references` hold no speech to score.")
+            raise ValueError("The diarization error rate is undefined: `references` contain no speech to score.")
         return {
             "der": (missed + false_alarm + confusion) / speech,
             "missed": missed / speech,
@@ -103,11 +103,11 @@ def _check(segments, place):
     for segment in segments:
         start, end = np.array([segment["start"], segment["end"]], dtype=float)
         if segment["speaker"] is None or not np.isfinite([start, end]).all() or end < start:
-            raise ValueError(f"{place} holds {segment}, but each segment needs a speaker and finite start <= end.")
+            raise ValueError(f"{place} contains {segment}, but each segment needs a speaker and finite start <= end.")
 
 
 def _times(prediction, reference, collar):
-    """Missed, false alarm, confusion and speech of a recording, in seconds."""
+    """Missed speech, false alarm, confusion and total speech of a recording, in seconds."""
     edges = np.array([time for segment in reference for time in (segment["start"], segment["end"])])
     others = [time for segment in prediction for time in (segment["start"], segment["end"])]
     # Between two neighbours of the grid nothing changes.
@@ -125,7 +125,7 @@ def _times(prediction, reference, collar):
 
 
 def _activity(segments, times):
-    """Whether each speaker talks at each time, `(speakers, times)`."""
+    """Whether each speaker is speaking at each time, `(speakers, times)`."""
     rows = {speaker: row for row, speaker in enumerate(sorted({segment["speaker"] for segment in segments}))}
     activity = np.zeros((len(rows), len(times)), dtype=bool)
     for segment in segments:

@@ -11,10 +11,10 @@ Equal error rate (EER): the rate at which false acceptances, FP / (FP + TN), and
 equal, between 0 and 1. SUPERB uses it for automatic speaker verification (ASV) on the VoxCeleb1 test trials, with
 cosine similarities as scores.
 
-A trial is accepted if its score is at least the threshold. The two rates are followed along scikit-learn's `roc_curve`
-as the threshold falls; between the last point with more false rejections and the next one both are taken as linear,
-and the EER is where they cross. Trials of equal score are accepted together. The threshold is interpolated likewise,
-from the largest score on, since none above it has a meaning.
+A trial is accepted if its score is at least the threshold. The two rates follow scikit-learn's `roc_curve` as the
+threshold falls; they are interpolated linearly between the last point with more false rejections and the next one, and
+the EER is the value where they cross. Trials with equal scores are accepted together. The threshold is interpolated in
+the same way, starting from the largest score, since a higher threshold has no meaning.
 """
 
 _CITATION = """
@@ -29,11 +29,11 @@ _CITATION = """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[float]`): scores of the trials, larger for the same speaker.
+    predictions (`list[float]`): scores of the trials, higher for the same speaker.
     references (`list[int]`): 1 for trials of the same speaker, 0 for those of different speakers.
 Returns:
     equal_error_rate (`float`): from 0 to 1; 0.5 is chance.
-    threshold (`float`): score from which on trials are accepted.
+    threshold (`float`): lowest score of an accepted trial.
 Raises:
     `ValueError`: if a score is not finite, a label is not 0 or 1, or all labels are equal.
 Examples:
@@ -63,7 +63,7 @@ class EqualErrorRate(evaluate.Metric):
             raise ValueError(f"Scores (`predictions`) must be finite, but item {index} is {scores[index]}.")
         if set(labels) != {0, 1}:
             raise ValueError(
-                "Labels (`references`) must be 0 and 1, with at least one trial of each, but hold"
+                "Labels (`references`) must be 0 and 1, with at least one trial of each, but contain"
                 f" {sorted(set(labels)) or 'nothing'}."
             )
         false_acceptance, true_acceptance, thresholds = roc_curve(labels, scores, drop_intermediate=False)

@@ -7,19 +7,18 @@ import jiwer
 
 _DESCRIPTION = """
 Error rate of transcripts: the fewest substitutions, deletions and insertions that turn the reference into the
-prediction, summed over the set and divided by the summed length of the references. 0 is perfect; insertions may take
-it above 1. It is a share, not percent, and not the mean of the utterances' own rates.
+prediction, summed over the set and divided by the summed length of the references. 0 is perfect; insertions can raise
+it above 1. It is a fraction, not a percentage, and not the mean of the rates of single utterances.
 
 SUPERB reports
 - WER of speech recognition (ASR, LibriSpeech test-clean, without a language model): unit "word";
-- PER of phoneme recognition (PR): unit "word" too, on phonemes separated by spaces, such as "HH AH L OW";
-- CER of the values of slots (SF), for which there is the metric slot_filling; unit "character" is the CER of whole
-  transcripts.
+- PER of phoneme recognition (PR): unit "word" as well, on phonemes separated by spaces, such as "HH AH L OW";
+- CER of the values of slots (SF), see the metric slot_filling; unit "character" is the CER of whole transcripts.
 
-A run of whitespace is one space, at either end of a transcript none; in unit "character" a space is a character like
-others. Case and punctuation count: normalise both sides alike before.
+A run of whitespace counts as one space and is ignored at either end of a transcript; with unit "character" a space is
+a character like any other. Case and punctuation count: normalise both sides in the same way first.
 
-With an empty reference all that is predicted counts as insertions, and nothing is added to the length of the
+If a reference is empty, everything predicted for it counts as insertions, and it adds nothing to the length of the
 references.
 """
 
@@ -37,7 +36,7 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): transcripts to score.
     references (`list[str]`): true transcripts.
-    unit (`str`, *optional*, defaults to `"word"`): what is counted, `"word"` (phonemes too) or `"character"`.
+    unit (`str`, *optional*, defaults to `"word"`): unit to count, `"word"` (also for phonemes) or `"character"`.
 Returns:
     error_rate (`float`): edits per unit of the references, 0 or larger.
 Raises:
@@ -69,10 +68,10 @@ class ErrorRate(evaluate.Metric):
             raise ValueError(f"`unit` must be one of {', '.join(processes)}, but is {unit!r}.")
         for name, texts in (("predictions", predictions), ("references", references)):
             if None in texts:
-                raise ValueError(f"`{name}` must hold strings, but item {texts.index(None)} is None.")
+                raise ValueError(f"`{name}` must contain strings, but item {texts.index(None)} is None.")
         # jiwer would return the number of insertions.
         if not any(text.strip() for text in references):
-            raise ValueError("The error rate is undefined: there is no reference that is not empty.")
+            raise ValueError("The error rate is undefined: all references are empty.")
         true, predicted = ([" ".join(text.split()) for text in texts] for texts in (references, predictions))
         counts = processes[unit](true, predicted)
         edits = counts.substitutions + counts.deletions + counts.insertions

@@ -8,23 +8,23 @@ import jiwer
 
 
 _DESCRIPTION = """
-Slot filling (SF of SUPERB, on Audio SNIPS): are the slots of an utterance found, and are their values transcribed?
+Slot filling (SF of SUPERB, on Audio SNIPS): whether the slots of an utterance are found and their values transcribed.
 
-Transcripts hold each slot between two marks, `B-type` and `E-type`, as in
-"PLAY B-artist NINA SIMONE E-artist NOW". The first `E-type` after a `B-type` ends it; a `B-type` without one is no
-slot. Marks of other slots within a value are dropped. As in s3prl, words that are glued to the outer side of a mark
-("PLAYB-artist", "E-artistNOW") do not spoil it.
+Transcripts contain each slot between two marks, `B-type` and `E-type`, as in "PLAY B-artist NINA SIMONE E-artist NOW".
+The first `E-type` after a `B-type` ends it; a `B-type` without one is not a slot. Marks of other slots within a value
+are removed. As in s3prl, a mark is also recognised if a word is attached to its outer side ("PLAYB-artist",
+"E-artistNOW").
 
 - Slot-type F1: `2 |R & P| / (|R| + |P|)` of the sets of types in reference and prediction, 1 if both are empty,
-  averaged over utterances. Values play no part.
-- Slot-value CER: each slot of a reference is compared with the predicted slot of the same type, of the same utterance,
-  that is nearest to it in edits, or with nothing if there is none. All edits of the set are divided by all characters
-  of the references' values. A predicted slot may serve more than one slot of the reference, and superfluous ones cost
-  nothing: the F1 is there for them.
+  averaged over utterances. Values are ignored.
+- Slot-value CER: each slot of a reference is compared with the predicted slot of the same type in the same utterance
+  that has the smallest edit distance, or with an empty value if there is none. All edits of the set are divided by all
+  characters of the references' values. A predicted slot may be matched with several slots of the reference, and
+  superfluous ones are not penalised: the F1 covers them.
 
-Both are shares, not percent: the F1 lies between 0 and 1, the CER may exceed 1. Case and punctuation count. This is
-how s3prl defines its slot_type_f1 and slot_value_cer; here marks are dropped from the values of references too, and
-values may hold colons and semicolons.
+Both are fractions, not percentages: the F1 lies between 0 and 1, the CER can exceed 1. Case and punctuation count. The
+definitions are those of s3prl's slot_type_f1 and slot_value_cer, but marks are also removed from the values of
+references, and values may contain colons and semicolons.
 """
 
 _CITATION = """
@@ -45,7 +45,7 @@ Returns:
     slot_type_f1 (`float`): from 0 to 1.
     slot_value_cer (`float`): edits per character of the references' values, 0 or larger.
 Raises:
-    `ValueError`: if there is nothing to score, or no reference holds a slot.
+    `ValueError`: if there is nothing to score, or no reference contains a slot.
 Examples:
     >>> from skill_hf.metrics import load_metric
     >>> slot_filling = load_metric("slot_filling")
@@ -74,7 +74,7 @@ class SlotFilling(evaluate.Metric):
     def _compute(self, predictions, references):
         for name, texts in (("predictions", predictions), ("references", references)):
             if None in texts:
-                raise ValueError(f"`{name}` must hold strings, but item {texts.index(None)} is None.")
+                raise ValueError(f"`{name}` must contain strings, but item {texts.index(None)} is None.")
         f1 = edits = characters = 0
         for prediction, reference in zip(predictions, references, strict=True):
             predicted, true = _slots(prediction), _slots(reference)
@@ -85,7 +85,8 @@ class SlotFilling(evaluate.Metric):
                     characters += len(value)
         if not characters:
             raise ValueError(
-                "The slot-value CER is undefined: no reference holds a slot, which is written `B-type value E-type`."
+                "The slot-value CER is undefined: no reference contains a slot, which is written `B-type value"
+                " E-type`."
             )
         return {"slot_type_f1": f1 / len(references), "slot_value_cer": edits / characters}
 

@@ -10,19 +10,20 @@ Term-weighted value (TWV) of query by example, with one threshold for all querie
 
 `TWV(t) = 1 - mean over queries of (P_miss(t) + beta * P_fa(t))`, `beta = (C_fa / C_miss) * (1 / P - 1)`.
 
-A document is accepted for a query if its score is at least t. `P_miss` is the share of the documents with the query
-that are not accepted, `P_fa` the share of those without it that are; if every document holds the query, `P_fa` is 0.
-The mean is over queries with at least one such document; others are left out, as MediaEval's scorer does.
+A document is accepted for a query if its score is at least t. `P_miss` is the share of documents with the query that
+are not accepted, `P_fa` the share of documents without it that are accepted; if every document contains the query,
+`P_fa` is 0. The mean is over queries that occur in at least one document; others are left out, as in MediaEval's
+scorer.
 
-The maximum (MTWV) is over all thresholds, among them one that accepts nothing and gives 0. 1 is perfect; TWV at a
-given threshold may be far below 0. It is no percentage.
+The maximum (MTWV) is over all thresholds, including one that accepts nothing and gives 0. 1 is perfect; TWV at a given
+threshold can be far below 0. It is not a percentage.
 
 Defaults are those of QUESST 2014, which SUPERB uses (QbE): prior P = 0.0008, C_fa = 1, C_miss = 100, so beta = 12.49.
 SUPERB reports the MTWV of the test queries, for the layer with the largest MTWV of the development queries.
 
-List every trial, that is each document for each query. s3prl scores English queries on English documents and leaves it
-to the scorer to take every other trial of the ground truth at -10. To compare with published values, list those trials
-too, at a score below all others: their queries count as missed.
+List every trial, that is, each document for each query. s3prl scores English queries on English documents and lets the
+scorer set every other trial of the ground truth to -10. To compare with published values, list those trials as well,
+with a score below all others: their queries count as missed.
 """
 
 _CITATION = """
@@ -43,17 +44,17 @@ _CITATION = """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[float]`): score of each trial, larger where the query is more likely in the document.
-    references (`list[int]`): 1 if the document holds the query, 0 if not.
+    predictions (`list[float]`): score of each trial, higher if the query is more likely in the document.
+    references (`list[int]`): 1 if the document contains the query, 0 if not.
     queries (`list[str]`): the query of each trial.
-    prior (`float`, *optional*, defaults to 0.0008): prior probability P that a document holds a query.
+    prior (`float`, *optional*, defaults to 0.0008): prior probability P that a document contains a query.
     cost_false_alarm (`float`, *optional*, defaults to 1.0): C_fa.
     cost_miss (`float`, *optional*, defaults to 100.0): C_miss.
-    actual_threshold (`float`, *optional*): a threshold whose TWV is to be returned too.
+    actual_threshold (`float`, *optional*): a threshold whose TWV is returned as well.
 Returns:
     mtwv (`float`): maximum term-weighted value, from 0 to 1.
-    threshold (`float`): largest threshold that reaches it; infinity if it is best to accept nothing.
-    atwv (`float`): term-weighted value at `actual_threshold`, 1 or smaller. Only if that was given.
+    threshold (`float`): largest threshold that reaches it; infinity if accepting nothing is best.
+    atwv (`float`): term-weighted value at `actual_threshold`, at most 1; only if `actual_threshold` was passed.
 Raises:
     `ValueError`: if a score is NaN, a label is not 0 or 1, no query has a true document, or a cost or the prior is out
         of range.
@@ -107,9 +108,9 @@ class TermWeightedValue(evaluate.Metric):
         if np.isnan(scores).any():
             raise ValueError(f"Scores (`predictions`) must be numbers, but item {np.isnan(scores).argmax()} is NaN.")
         if not set(labels) <= {0, 1}:
-            raise ValueError(f"Labels (`references`) must be 0 or 1, but hold {sorted(set(labels) - {0, 1})[:5]}.")
+            raise ValueError(f"Labels (`references`) must be 0 or 1, but contain {sorted(set(labels) - {0, 1})[:5]}.")
         if not labels.any():
-            raise ValueError("The term-weighted value is undefined: no query has a document that holds it.")
+            raise ValueError("The term-weighted value is undefined: no query has a document that contains it.")
         beta = cost_false_alarm / cost_miss * (1 / prior - 1)
 
         _, query = np.unique(queries, return_inverse=True)

@@ -1,1 +1,1 @@
-"""What a student is, and the encoders that it comes from."""
+"""Student models, and loading of encoders."""

@@ -1,7 +1,7 @@
 # Copyright 2026 The skill-hf authors. Licensed under the Apache License, Version 2.0.
 """
 Configuration of the pruned models of all families, and the checks of its fields. This file is published with every
-student, beside the one of its family, and imports no family's code.
+student, next to that of its family, and imports no code of a family.
 """
 
 import os
@@ -133,36 +133,36 @@ _ARGUMENTS = (
 
 class SkillStudentConfig:
     r"""
-    Everything of the stock configuration of a family, the next base class, and what is left of each layer.
-    `num_attention_heads` and `intermediate_size` keep the teacher's values; `conv_dim` holds the channels that are
-    left.
+    The fields of the stock configuration of a family, the next base class, and the remaining units of each layer.
+    `num_attention_heads` and `intermediate_size` keep the teacher's values; `conv_dim` contains the remaining
+    channels.
 
     The configuration of a family has this class as its first base, and sets `model_type` and `tasks`.
 
-    Fields that neither class has are left out: what a student publishes is none of what a teacher's file may hold.
+    Fields that neither class has are left out, so unknown content of a teacher's file is never published.
 
     Args:
         remaining_heads (`list[list[int]]`, *optional*):
-            For each layer the indices of the teacher's attention heads that are left, in ascending order; a list may
+            For each layer, the indices of the remaining attention heads in the teacher, in ascending order; a list may
             be empty. All heads by default.
         intermediate_sizes (`list[int]`, *optional*):
-            For each layer the number of feed-forward units that are left, which may be 0. All by default.
+            For each layer, the number of remaining feed-forward units, which may be 0. All by default.
         removed_attention_blocks (`list[int]`, *optional*):
-            Layers whose attention adds nothing at all. (A layer with no heads that is not listed here still adds the
-            bias of its output projection.)
+            Layers without attention. (A layer without heads that is not listed here still adds the bias of its output
+            projection.)
         removed_ffn_blocks (`list[int]`, *optional*):
-            Layers whose feed-forward block adds nothing at all, not even its output bias.
+            Layers without a feed-forward block, not even its output bias.
         masked_group_norm (`bool`, *optional*, defaults to `False`):
-            With `feat_extract_norm="group"`: take the statistics of the group norm over the valid samples that
-            `attention_mask` names (padding must be on the right), so that a clip has the same hidden states alone and
-            padded in a batch. Off by default because the teacher was trained with statistics over the padding, too.
+            With `feat_extract_norm="group"`: compute the statistics of the group norm only over the valid samples in
+            `attention_mask` (padding must be on the right), so that a clip has the same hidden states alone and padded
+            in a batch. Off by default, since the teacher was trained with statistics that include padding.
         base_model (`str`, *optional*):
             Hub id of the teacher.
         format_version (`int`, *optional*, defaults to 1):
-            Version of these fields. A config of a later one is refused.
+            Version of these fields. Later versions are rejected.
 
     Raises:
-        `ValueError`: if a field is of a wrong type, out of its range or does not fit the others; the message names the
+        `ValueError`: if a field has a wrong type, is out of range or does not fit the others; the message names the
             field.
     """
 
@@ -238,7 +238,7 @@ class SkillStudentConfig:
 
     @classmethod
     def student_classes(cls):
-        """Auto class -> file and name of the student's class that it loads, by the names that all families follow."""
+        """Auto class -> file and name of the student class that it loads, by the naming scheme of all families."""
         family = cls.stock_class().__name__.removesuffix("Config")
         configuration, modeling = f"configuration_{cls.model_type}", f"modeling_{cls.model_type}"
         return {
@@ -258,8 +258,8 @@ class SkillStudentConfig:
                 config_dict["base_model"] = str(pretrained_model_name_or_path)
         elif family != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a model of type `{family}`; {cls.model_type} takes a student"
-                f" of its own type or a stock `{stock_family}` checkpoint."
+                f"{pretrained_model_name_or_path} contains a model of type `{family}`; {cls.model_type} needs a"
+                f" student of its own type or a stock `{stock_family}` checkpoint."
             )
         return config_dict, kwargs
 
@@ -269,13 +269,13 @@ class SkillStudentConfig:
             missing = [name for name in _REQUIRED if name not in config_dict]
             if missing:
                 raise ValueError(
-                    f"The config of this student lacks `{'`, `'.join(missing)}`: config.json is damaged or of another"
-                    " model. Download the file again, or save the student again."
+                    f"The config of this student lacks `{'`, `'.join(missing)}`: config.json is damaged or belongs to"
+                    " a different model. Download the file again, or save the student again."
                 )
         return super().from_dict(config_dict, **kwargs)
 
     def _validate_stock_shapes(self):
-        """Raises a `ValueError` if fields of the stock model don't fit each other; a family may add its own."""
+        """Raises a `ValueError` if fields of the stock model don't fit each other; a family may add checks."""
         for name in ("num_attention_heads", "num_conv_pos_embedding_groups"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(
@@ -311,11 +311,13 @@ class SkillStudentConfig:
                 raise ValueError(f"`{name}` must be a list of layers, but is {_short(removed)}.")
             for layer in removed:
                 if not _is_index(layer, layers):
-                    raise ValueError(f"`{name}` must hold layers below {layers}, but holds {_short(layer)}.")
+                    raise ValueError(f"`{name}` must contain layers below {layers}, but contains {_short(layer)}.")
                 if left[layer]:
                     raise ValueError(f"`{name}` names layer {layer}, but `{field}[{layer}]` is {_short(left[layer])}.")
             if list(removed) != sorted(set(removed)):
-                raise ValueError(f"`{name}` must be ascending layers, each once, but is {_short(removed)}.")
+                raise ValueError(
+                    f"`{name}` must be a sorted list of layers without duplicates, but is {_short(removed)}."
+                )
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ValueError(f"`base_model` must be a Hub id, but is {_short(self.base_model)}.")
 
@@ -326,7 +328,7 @@ def _fields_of(stock_class):
 
 
 def _check_field(name, value):
-    """Raises a `ValueError` if the stock field `name` cannot have this value, whatever the others are."""
+    """Raises a `ValueError` if this value of the stock field `name` is never valid."""
     if name in _COUNTS:
         least = _COUNTS[name]
         most = _MOST.get(name, MAX_SIZE)
@@ -373,7 +375,7 @@ def _check_field(name, value):
         wanted = "text"
     elif name == "architectures":
         right = value is None or isinstance(value, list) and all(isinstance(one, str) for one in value)
-        wanted = "a list of names of classes"
+        wanted = "a list of class names"
     else:
         return
     if not right:
@@ -381,12 +383,12 @@ def _check_field(name, value):
 
 
 def _is_number(value):
-    """Not a bool, which Python takes for one."""
+    """Whether it is a number; a bool is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
 
 
 def _short(value):
-    """A broken file may hold anything, of any length and on any number of lines."""
+    """Short form of a value, since a broken file may contain anything, of any length."""
     try:
         return " ".join(reprlib.repr(value).split())
     except ValueError:  # a number of more digits than Python prints
@@ -398,7 +400,7 @@ def _is_index(value, end=float("inf")):
 
 
 def refuse_training_checkpoint(directory=None):
-    """Raises a `ValueError` if a directory holds what a trainer resumes from: gates, projections and multipliers."""
+    """Raises a `ValueError` if a directory is a checkpoint of a trainer, with gates, projections and multipliers."""
     if directory is not None and os.path.isfile(os.path.join(directory, "skill_state.json")):
         raise ValueError(
             f"`{directory}` is a training checkpoint, not a student: resume its run with"

@@ -8,13 +8,13 @@ from .configuration_skill_student import SkillStudentConfig
 
 class WavLMSkillStudentConfig(SkillStudentConfig, WavLMConfig):
     """
-    Everything of [`~transformers.WavLMConfig`] and what is left of each layer.
+    The fields of [`~transformers.WavLMConfig`] and the remaining units of each layer.
 
     Args:
         kwargs: fields of [`SkillStudentConfig`], such as `remaining_heads`, and of [`~transformers.WavLMConfig`].
 
     Raises:
-        `ValueError`: if a field is of a wrong type, out of its range or does not fit the others; the message names the
+        `ValueError`: if a field has a wrong type, is out of range or does not fit the others; the message names the
             field.
     """
 
@@ -28,12 +28,12 @@ class WavLMSkillStudentConfig(SkillStudentConfig, WavLMConfig):
             raise ValueError(
                 f"`do_stable_layer_norm` is {self.do_stable_layer_norm} and `feat_extract_norm`"
                 f" {self.feat_extract_norm!r}, but WavLM has True with 'layer' and False with 'group'. One of the two"
-                " is of another model."
+                " belongs to a different model."
             )
         if not self.max_bucket_distance > self.num_buckets // 4 > 0:
             raise ValueError(
-                f"`max_bucket_distance` must be above a quarter of `num_buckets`, and that at least 1, but they are"
-                f" {self.max_bucket_distance!r} and {self.num_buckets!r}."
+                "`max_bucket_distance` must be above a quarter of `num_buckets`, which must be at least 1, but they"
+                f" are {self.max_bucket_distance!r} and {self.num_buckets!r}."
             )
 
 

@@ -1,4 +1,4 @@
-"""The families of teachers: what a student of each is, and how a teacher becomes one."""
+"""The families of teachers: their student classes, and how to build a student from a teacher."""
 
 import os
 import re
@@ -9,25 +9,27 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_skill_student import TASKS
 from .loading import load_config, load_model, one_error
-from .students import STUDENT_CLASSES
+from .students import STUDENT_CLASSES, STUDENTS
 
 
 def check_student_config(config: PreTrainedConfig, name) -> None:
     """Raises a `ValueError` unless a student can be made of a teacher, `name` in errors, with `config`."""
-    with one_error(f"Of `{name}` no student can be made."):
+    with one_error(f"No student can be created from `{name}`."):
         student_config(config)
 
 
 def check_family(model_type: str, name) -> None:
-    """Raises a `ValueError` unless the family of a model, `name` in errors, has a student class."""
+    """Raises a `ValueError` unless the family of a model has a student class; errors call the model `name`."""
     if model_type not in STUDENT_CLASSES:
-        known = ", ".join(sorted(STUDENT_CLASSES))
-        raise ValueError(f"`{name}` is of the family `{model_type}`; teachers and students can be of: {known}.")
+        families = ", ".join(sorted(student.config_class.stock_class().model_type for student in STUDENTS))
+        raise ValueError(
+            f"`{name}` is a `{model_type}`; teachers and students must be of one of the families {families}."
+        )
 
 
 def student_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """
-    The configuration of an unpruned copy of a teacher with `config`, as its family's student.
+    The configuration of an unpruned student of a teacher with `config`.
 
     Raises:
         `ValueError`: if the family has no student class.
@@ -66,13 +68,13 @@ def student_class(model_type: str, head: str | None = None) -> type[PreTrainedMo
 
 
 def empty_student(config: PreTrainedConfig, head: str | None = None) -> PreTrainedModel:
-    """An unpruned copy of a teacher with `config`, as its family's student, with shapes alone (on the meta device)."""
+    """An unpruned student of a teacher with `config`, without values (on the meta device)."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return student_class(config.model_type, head)(student_config(config))
 
 
 def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
-    """An exact, unpruned copy of `teacher`, with its head if it has one, as its family's student, in train mode."""
+    """An unpruned student with the same outputs as `teacher`, with its head if it has one, in train mode."""
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     student = empty_student(teacher.config, head_of(teacher))
     weights = {name: tensor.detach().clone() for name, tensor in weights_for_student(student, teacher).items()}
@@ -81,7 +83,7 @@ def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
 
 
 def weights_for_student(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The teacher's, without the embedding of a masking that was switched off after it was loaded."""
+    """The teacher's weights, without the mask embedding if masking was switched off after loading."""
     weights, expected = teacher.state_dict(), student.state_dict()
     spare = [name for name in weights if name.endswith("masked_spec_embed") and name not in expected]
     return {name: tensor for name, tensor in weights.items() if name not in spare}
@@ -89,7 +91,7 @@ def weights_for_student(student: PreTrainedModel, teacher: PreTrainedModel) -> d
 
 def load_student(source: str | os.PathLike, head: str | None = None) -> PreTrainedModel:
     """
-    A student to start from, in float32 and in train mode: one that was pruned before, or a copy of a stock model.
+    Loads an initial student, in float32 and train mode: a pruned student, or a copy of a stock model.
 
     Args:
         source (`str` or `PathLike`): Hub id or local directory.

@@ -1,12 +1,12 @@
 # Copyright 2026 The skill-hf authors. Licensed under the Apache License, Version 2.0.
 """
-Layers that compute what those of PyTorch and of the stock models compute, faster. This file is published with every
-student and stands alone; it knows no configuration and no family of models.
+Faster versions of layers of PyTorch and of the stock models, with the same outputs. This file is published with every
+student and is self-contained; it does not depend on a configuration or a family of models.
 
 - Convolutions over time run channels-last on a CPU, with gradients that are plain matrix products.
 - The first convolution and its group norm are one linear map.
-- The positional convolution runs by the fast Fourier transform once it is fused.
-- Dropout draws 16 bits for each value, and attention has a kernel that makes no tensor of the size of its weights.
+- The positional convolution uses the fast Fourier transform once it is fused.
+- Dropout draws 16 bits per value, and attention has a kernel without tensors of the size of its weights.
 """
 
 import math
@@ -20,39 +20,39 @@ from transformers.activations import GELUActivation
 
 
 def _is_transformed():
-    """Whether this runs under a transformation of `torch.func`, which knows the kernels of PyTorch alone."""
+    """Whether this runs under a transformation of `torch.func`, which supports only PyTorch's own kernels."""
     return getattr(torch._C, "_are_functorch_transforms_active", bool)()
 
 
 def is_traced():
-    """Whether a graph is being made of this, which must not depend on the values of tensors."""
+    """Whether a graph is being traced, which must not depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
 
 
 def _is_plain():
-    """Whether layers are to be computed as the stock model does it: for an export or a transformation."""
+    """Whether to compute layers as in the stock model: for an export or a transformation."""
     # torch 2.6 cannot tell an export from a compilation.
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     return exporting or torch.jit.is_tracing() or _is_transformed()
 
 
 def _runs_channels_last(hidden_states):
-    """Whether convolutions of these have the layout that is faster on a CPU."""
+    """Whether convolutions of these tensors use the layout that is faster on a CPU."""
     # torch's compiler (2.13) cannot order the strides of its gradients where the length is a symbol.
     compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
     return hidden_states.device.type == "cpu" and not compiled and not _is_plain()
 
 
 def is_bare(*modules):
-    """Whether nobody looks at what goes into these modules and comes out of them."""
+    """Whether these modules have no hooks that see their inputs and outputs."""
     return not any(module._forward_hooks or module._forward_pre_hooks for module in modules if module is not None)
 
 
 class _StridedConv(torch.autograd.Function):
     """
-    1-D convolution of features that are `(batch, channels, frames)` and channels-last in memory, whose gradients are
-    plain matrix products: `stride` neighbouring frames are one row of a matrix that lies in memory already, so the
-    taps of a kernel are taken `stride` at a time, and nothing is copied. Kernels are no narrower than the stride.
+    1-D convolution of features of shape `(batch, channels, frames)`, channels-last in memory, whose gradients are
+    plain matrix products: `stride` neighbouring frames in memory are one row of a matrix, so the taps of a kernel are
+    processed `stride` at a time without copies. Kernels must be at least as wide as the stride.
     """
 
     @staticmethod
@@ -113,7 +113,7 @@ def frozen(tensor):
 
 
 def fold_weight_norm(module):
-    """Gives `module` its weight instead of the norm and the direction that training needs, in place."""
+    """Replaces norm and direction of the weight of `module`, which training needs, by the weight itself, in place."""
     if parametrize.is_parametrized(module, "weight"):
         weight = module.weight
         # `remove_parametrizations` would strip the class, which copies of the module share.
@@ -123,7 +123,7 @@ def fold_weight_norm(module):
 
 
 def lay_out(conv):
-    """Puts the weight of a convolution in the order that `_channels_last_conv` reads, which a GPU has no use for."""
+    """Reorders the weight of a convolution for `_channels_last_conv`; not useful on a GPU."""
     if isinstance(conv, nn.Conv1d) and conv.weight.is_cpu:
         conv.weight = frozen(conv.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2))
 
@@ -142,8 +142,8 @@ def _channels_last_conv(hidden_states, weight, bias, stride, padding=0, groups=1
 
 class FastConv1d(nn.Conv1d):
     """
-    [`~torch.nn.Conv1d`], on the CPU by the kernel for channels-last memory: it is faster, and leaves features in the
-    order that norms and linear maps after it read. Shapes are those of the stock layer.
+    [`~torch.nn.Conv1d`] that uses the channels-last kernel on the CPU: it is faster, and its output has the memory
+    order that following norms and linear maps need. Shapes are those of the stock layer.
     """
 
     def _conv_forward(self, hidden_states, weight, bias):
@@ -166,8 +166,8 @@ class FastConvLayer(nn.Module):
     Args:
         conv ([`FastConv1d`]): without padding.
         layer_norm ([`~torch.nn.GroupNorm`], [`~torch.nn.LayerNorm`] or `None`):
-            A group norm, of which each channel is a group, needs a convolution of one input channel.
-        activation (`Callable`): of features.
+            A group norm must have one group per channel and a convolution with one input channel.
+        activation (`Callable`): the activation function.
     """
 
     def __init__(self, conv, layer_norm, activation):
@@ -181,7 +181,7 @@ class FastConvLayer(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, channels, frames)`): one channel of samples for layer 0.
             num_samples (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                Valid samples of each clip, for a group norm to take its statistics over; all by default.
+                Valid samples of each clip, for the statistics of a group norm; all by default.
 
         Returns:
             `torch.Tensor` of shape `(batch, channels, frames)`.
@@ -215,14 +215,17 @@ class FastConvLayer(nn.Module):
         return self.activation(hidden_states)
 
     def _can_fold(self):
-        """Not where somebody else has the weight or looks at what the norm reads, nor without float64."""
+        """
+        Whether the norm can be folded: not if the weight is shared, the norm's input is observed, or there is no
+        float64.
+        """
         if _is_plain() or type(self.conv) is not FastConv1d or not is_bare(self.conv, self.layer_norm):
             return False
         weight = self.conv.weight  # of which DeepSpeed (`ds_id`) may hold a part
         return weight.device.type in ("cpu", "cuda") and not hasattr(weight, "ds_id") and self.conv.bias is None
 
     def _valid_frames(self, features, num_samples):
-        """Which frames are no padding, `(batch, 1, frames)`, and how many, `(batch, 1, 1)`."""
+        """Mask of frames that are not padding, `(batch, 1, frames)`, and their number, `(batch, 1, 1)`."""
         num_frames = (num_samples - self.conv_kernel) // self.conv_stride + 1
         frames = torch.arange(features.shape[-1], device=features.device)
         return (frames < num_frames[:, None])[:, None], num_frames.clamp(min=1)[:, None, None]
@@ -239,9 +242,9 @@ class FastConvLayer(nn.Module):
 
     def _convolve_and_normalise(self, samples, num_samples):
         """
-        Convolution and group norm as one linear map. Each channel is a group of its own and reads a window of
-        `kernel_size` samples, so its mean and variance follow from those of the windows: `w . mean` and `w' Cov w`.
-        The norm then only scales the kernel, and neither its input nor its statistics are ever formed.
+        Convolution and group norm as one linear map. Each channel is its own group and reads windows of `kernel_size`
+        samples, so its mean and variance follow from those of the windows: `w . mean` and `w' Cov w`. The norm then
+        only scales the kernel, and its input is never formed.
         """
         windows = samples.unfold(-1, self.conv_kernel, self.conv_stride).mT  # (B, K, T)
         with torch.autocast(samples.device.type, enabled=False):
@@ -268,9 +271,8 @@ class FastConvLayer(nn.Module):
 
 class FastFeatureEncoder:
     """
-    What makes the convolutions of a stock model, the next base class, faster, once its `conv_layers` are
-    [`FastConvLayer`]: where nothing is kept for a gradient (there is none, or checkpoints are made), a batch goes
-    through them a few clips at a time.
+    Mixin that makes the convolutions of a stock model, the next base class, faster, if its `conv_layers` are
+    [`FastConvLayer`]: without gradients or with gradient checkpointing, a batch is processed a few clips at a time.
     """
 
     # Values that the widest activation may have at once: on a CPU what stays in the caches, and in memory that the
@@ -279,8 +281,8 @@ class FastFeatureEncoder:
 
     def forward(self, input_values, num_samples=None):
         """
-        `(batch, samples)` -> `(batch, channels, frames)`. Features, `(batch, channels, frames)`, stay as they are: so
-        that the stock model, which knows no `num_samples`, takes features that were made with them.
+        `(batch, samples)` -> `(batch, channels, frames)`. Features, `(batch, channels, frames)`, are returned
+        unchanged: the stock model, which has no `num_samples`, can then be called with features computed with it.
         """
         if input_values.dim() == 3:
             return input_values
@@ -308,11 +310,11 @@ class FastFeatureEncoder:
 
 class FourierConv1d(nn.Module):
     """
-    What a grouped convolution of stride 1 computes, by the fast Fourier transform (overlap-save): its kernel is
-    applied to blocks of twice its length, where it is one complex product for each frequency.
+    A grouped convolution of stride 1, computed with the fast Fourier transform (overlap-save): the kernel is applied
+    to blocks of twice its length, as one complex product per frequency.
 
     Args:
-        conv ([`~torch.nn.Conv1d`]): whose weight, in float32, is transformed here, once.
+        conv ([`~torch.nn.Conv1d`]): the convolution; its weight, in float32, is transformed here once.
     """
 
     def __init__(self, conv):
@@ -345,8 +347,8 @@ class FourierConv1d(nn.Module):
 
 class FastPositionalConv:
     """
-    What makes the positional convolution of a stock model, the next base class, faster: on the CPU it runs by the
-    kernel for channels-last memory, or by the Fourier transform once it is fused.
+    Mixin that makes the positional convolution of a stock model, the next base class, faster: on the CPU it uses the
+    channels-last kernel, or the Fourier transform once it is fused.
     """
 
     def __init__(self, *args, **kwargs):
@@ -381,7 +383,7 @@ class FastPositionalConv:
         return self.activation(self.padding(hidden_states)).mT
 
     def fuse(self):
-        """The weight itself instead of its norm and direction, and on a CPU its Fourier transform."""
+        """Replaces norm and direction by the weight itself, on a CPU by its Fourier transform."""
         fold_weight_norm(self.conv)
         if type(self.conv) is nn.Conv1d and self.conv.weight.is_cpu and self.conv.weight.dtype == torch.float32:
             self.fourier = FourierConv1d(self.conv)
@@ -390,9 +392,9 @@ class FastPositionalConv:
 
 def fast_dropout(hidden_states, p, training):
     """
-    As [`~torch.nn.functional.dropout`], but on the CPU a random number has 16 bits: torch draws a long one for each
-    value, which takes 7 to 10 % of a training step. The probability is rounded to a multiple of 2^-16, and what is
-    left scaled by the rounded one, so that the expected value stays.
+    Like [`~torch.nn.functional.dropout`], but with 16-bit random numbers on the CPU: torch draws a longer one for each
+    value, which takes 7 to 10 % of a training step. The probability is rounded to a multiple of 2^-16, and remaining
+    values are scaled by the rounded one, which preserves the expected value.
     """
     kept = round((1 - p) * 2**16)
     plain = type(hidden_states) is torch.Tensor and hidden_states.is_cpu and not is_traced()
@@ -405,7 +407,7 @@ def fast_dropout(hidden_states, p, training):
 
 
 class FastDropout(nn.Dropout):
-    """[`~torch.nn.Dropout`] by [`fast_dropout`]."""
+    """[`~torch.nn.Dropout`] with [`fast_dropout`]."""
 
     def forward(self, hidden_states):
         return fast_dropout(hidden_states, self.p, self.training)
@@ -422,15 +424,15 @@ def eager_attention_forward(module, query, key, value, attention_mask, dropout=0
 
 def flex_attention_forward(query, key, value, gate, values, attention_mask=None, scaling=1.0):
     """
-    Attention by a kernel that takes the position bias of each pair of frames from `gate` and `values` where it is
-    needed, so that no tensor of the size of the attention weights is made.
+    Attention with a kernel that computes the position bias of each pair of frames from `gate` and `values` where it is
+    needed, without tensors of the size of the attention weights.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`).
-        gate (`torch.Tensor` of shape `(batch, heads, frames)`): of each query frame.
+        gate (`torch.Tensor` of shape `(batch, heads, frames)`): gate of each query frame.
         values (`torch.Tensor` of shape `(heads, 2 * frames - 1)`): bias of each distance, from `1 - frames` on.
         attention_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True where a frame is valid.
-        scaling (`float`): of the scores.
+        scaling (`float`): factor of the scores.
 
     Returns:
         `torch.Tensor` of shape `(batch, frames, heads, head_dim)`.

@@ -1,9 +1,9 @@
 """
-Speech encoders by name: the one way in which the trainer, `layer_similarity` and the examples load them.
+Loads speech encoders by name, for the trainer, `layer_similarity` and the examples.
 
-Of a directory or repository three files are read: config.json, the weights, and the feature extractor's. Nothing in
-them is run, nothing but fields of the classes that transformers and this package define is used, and sizes are checked
-before memory is asked for. Whatever goes wrong is a `ValueError` of one line.
+Three files of a directory or repository are read: config.json, the weights, and the feature extractor's. No code in
+them is run, only fields of classes defined by transformers and this package are used, and sizes are checked before
+memory is allocated. All errors are a `ValueError` of one line.
 """
 
 import logging
@@ -56,8 +56,8 @@ EXTRACTOR_FIELDS += ("do_normalize",)
 @contextmanager
 def one_error(what: str):
     """
-    Makes a `ValueError` of one line of whatever loading raises: `what`, and the reason. transformers and what it calls
-    raise some twenty kinds of error for files that are broken in different ways.
+    Turns any error of loading into a `ValueError` of one line: `what`, and the reason. transformers and its
+    dependencies raise some twenty kinds of errors for broken files.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def one_error(what: str):
 
 
 def valid_hub_id(name) -> str | None:
-    """`name` if it could be an id on the Hub."""
+    """`name` if it is a valid id for the Hub."""
     name = str(name or "")
     try:
         validate_repo_id(name)
@@ -79,7 +79,7 @@ def valid_hub_id(name) -> str | None:
 
 
 def hub_id_of(name) -> str | None:
-    """`name` if it is an id on the Hub; a local path tells others nothing and must not be published."""
+    """`name` if it is an id on the Hub; a local path means nothing to others and must not be published."""
     name = valid_hub_id(name)
     return name if name and "/" in name and not Path(name).exists() else None
 
@@ -90,20 +90,20 @@ def load_config(source: str | os.PathLike, what: str = "The model", **settings) 
 
     Args:
         source (`str` or `PathLike`): Hub id or local directory.
-        what (`str`, *optional*, defaults to `"The model"`): what errors call it.
+        what (`str`, *optional*, defaults to `"The model"`): name in errors.
         settings: fields to set.
 
     Raises:
-        `ValueError`: if there is none, it is damaged, of an unknown type or of impossible size, or has an adapter.
+        `ValueError`: if it is missing, damaged, of an unknown type or impossible size, or has an adapter.
     """
     refuse_training_checkpoint(source)
-    with one_error(f"{what} `{source}` cannot be loaded; give a Hub id or a directory with config.json."):
+    with one_error(f"{what} `{source}` cannot be loaded; pass a Hub id or a directory with config.json."):
         fields = _read_json(_find(source, CONFIG_NAME) or _missing(CONFIG_NAME))
         model_type = fields.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(f"`model_type` in {CONFIG_NAME} is {model_type!r}, which transformers does not know")
         if fields.get("quantization_config") is not None:
-            raise ValueError("its weights are quantised, of which no float32 can be made; take the original")
+            raise ValueError("its weights are quantised and cannot be converted to float32; use the original")
         config_class = CONFIG_MAPPING[model_type]
         known = config_class().to_dict().keys() | {"num_labels", "torch_dtype"}
         fields = {name: value for name, value in fields.items() if name in known}
@@ -124,31 +124,32 @@ def load_model(
     new_head: bool = True,
 ) -> PreTrainedModel:
     """
-    A speech encoder, or one with a head, whose encoder is complete: each of its weights comes from the file.
+    Loads a speech encoder, with or without a head, and checks that all weights of the encoder come from the file.
 
     Args:
-        source (`str` or `PathLike`): Hub id or local directory; may have been saved with another head, or with one of
-            pretraining.
-        auto_class (*optional*, defaults to `AutoModel`): auto class of transformers that says which head. A head that
-            the file lacks, or has in other shapes, is drawn at random.
-        config (`PreTrainedConfig`, *optional*): what `load_config` returned, maybe changed.
+        source (`str` or `PathLike`): Hub id or local directory; may have been saved with another head, including a
+            pretraining head.
+        auto_class (*optional*, defaults to `AutoModel`): auto class of transformers, which determines the head. A head
+            that the file lacks, or has in different shapes, is initialised at random.
+        config (`PreTrainedConfig`, *optional*): result of `load_config`, possibly modified.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights.
-        what (`str`, *optional*, defaults to `"The model"`): what errors call it.
-        new_head (`bool`, *optional*, defaults to `True`): whether the head may be drawn at random.
+        what (`str`, *optional*, defaults to `"The model"`): name in errors.
+        new_head (`bool`, *optional*, defaults to `True`): whether the head may be initialised at random.
 
     Returns:
         [`~transformers.PreTrainedModel`], in eval mode.
 
     Raises:
-        `ValueError`: if it cannot be loaded, takes no waveforms, or weights of its encoder are missing, unexpected, of
-            another shape, not floating, not finite or all zeros. Only `masked_spec_embed` may be missing or unused.
+        `ValueError`: if it cannot be loaded, does not take waveforms, or weights of its encoder are missing,
+            unexpected, of the wrong shape, not floating-point, not finite or all zeros. Only `masked_spec_embed` may
+            be missing or unused.
     """
     config = load_config(source, what) if config is None else config
     with one_error(f"{what} `{source}` cannot be loaded as {auto_class.__name__}."):
         model_class = auto_class._model_mapping[type(config)]
         if model_class.main_input_name != "input_values":
-            raise ValueError(f"it takes `{model_class.main_input_name}`, not waveforms")
-    with one_error(f"The weights of {_lower(what)} `{source}` cannot be loaded; get them again."):
+            raise ValueError(f"its input is `{model_class.main_input_name}`, not waveforms")
+    with one_error(f"The weights of {_lower(what)} `{source}` cannot be loaded; download them again."):
         weights = load_weights(source)
         _check_memory(model_class, config, weights)
         weights = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
@@ -171,12 +172,11 @@ def load_model(
 
 def load_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The weights in a directory or repository, by name: those of model.safetensors (or of its parts, which an index
-    lists) or else of pytorch_model.bin, of which only plain tensors are unpickled. They stay on disk until they are
-    used.
+    The weights in a directory or repository, by name: from model.safetensors (or its parts, listed in an index),
+    otherwise from pytorch_model.bin, of which only plain tensors are unpickled. They stay on disk until they are used.
 
     Raises:
-        `ValueError` or whatever reading raises: if there are none or they are no floating tensors.
+        `ValueError`, or any error of reading: if there are none or they are not floating-point tensors.
     """
     weights = {}
     for path in weight_files(source):
@@ -187,7 +187,9 @@ def load_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
             weights |= _read_pickle(path)
     for name, tensor in weights.items():
         if tensor.dtype not in FLOATS and not name.endswith(COUNTERS):
-            raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, but must be floating")
+            raise ValueError(
+                f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, but must be floating point"
+            )
     return weights
 
 
@@ -195,13 +197,13 @@ def load_feature_extractor(
     source: str | os.PathLike, what: str = "The model", token: bool | str | None = None
 ) -> Wav2Vec2FeatureExtractor | None:
     """
-    The feature extractor in a directory or repository, made of the fields that its class knows; `None` if there is
+    The feature extractor in a directory or repository, built only from fields that its class knows; `None` if there is
     none.
 
     Raises:
-        `ValueError`: if it is of another class, or a field has no possible value.
+        `ValueError`: if its class is not supported, or a field has an invalid value.
     """
-    advice = "get the file again or pass another feature extractor"
+    advice = "download the file again or pass another feature extractor"
     with one_error(f"The feature extractor of {_lower(what)} `{source}` cannot be used."):
         fields = None
         path = _find(source, PROCESSOR_NAME, token)
@@ -213,10 +215,10 @@ def load_feature_extractor(
                 return None
             fields = _read_json(path)
         if not isinstance(fields, dict):
-            raise ValueError(f"{path.name} holds no fields; {advice}")
+            raise ValueError(f"{path.name} contains no fields; {advice}")
         kind = fields.get("feature_extractor_type", Wav2Vec2FeatureExtractor.__name__)
         if kind != Wav2Vec2FeatureExtractor.__name__:
-            raise ValueError(f"{path.name} is of a {kind}; encoders of waveforms have a Wav2Vec2FeatureExtractor")
+            raise ValueError(f"{path.name} is for a {kind}, but waveform encoders need a Wav2Vec2FeatureExtractor")
         extractor = Wav2Vec2FeatureExtractor(**{name: fields[name] for name in EXTRACTOR_FIELDS if name in fields})
         check_feature_extractor(extractor)
         return extractor
@@ -224,27 +226,25 @@ def load_feature_extractor(
 
 def check_feature_extractor(extractor) -> None:
     """
-    Tries a feature extractor, of whatever class, on a tenth of a second.
+    Tests a feature extractor, of any class, on a tenth of a second of noise.
 
     Raises:
-        `ValueError`: if its rate is none, it has fields of impossible values or does not make `input_values`, one for
-            each sample.
+        `ValueError`: if its rate or another field has an invalid value, or it does not return `input_values` with one
+            value per sample.
     """
     name = type(extractor).__name__
     rate = getattr(extractor, "sampling_rate", None)
     low, high = SAMPLING_RATES
     if isinstance(rate, bool) or not isinstance(rate, Integral) or not low <= rate <= high:
-        raise ValueError(
-            f"`sampling_rate` of the {name} is {rate!r}, but must be a whole number from {low} to {high} Hz."
-        )
+        raise ValueError(f"`sampling_rate` of the {name} is {rate!r}, but must be an integer from {low} to {high} Hz.")
     noise = _noise(int(rate))
     with one_error(f"The {name} does not prepare waveforms."):
         made = extractor(noise, sampling_rate=rate)
         if "input_values" not in made:
-            raise ValueError(f"it makes {', '.join(made)} instead of `input_values`")
+            raise ValueError(f"it produces {', '.join(made)} instead of `input_values`")
         shape = np.shape(made["input_values"][0])
         if shape != noise.shape:
-            raise ValueError(f"it makes {shape} of {noise.shape} samples")
+            raise ValueError(f"it produces {shape} from {noise.shape} samples")
     for field in ("do_normalize", "return_attention_mask"):
         if not isinstance(getattr(extractor, field, False), bool):
             raise ValueError(f"`{field}` of the {name} is {getattr(extractor, field)!r}, but must be true or false.")
@@ -259,9 +259,9 @@ def check_feature_extractor(extractor) -> None:
 
 def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
     """
-    What of a feature extractor or processor is published with a student: a `Wav2Vec2FeatureExtractor` of its known
-    fields, without names of code or whatever else it was loaded with. For one of another class, which nobody could
-    load again, a warning says if that one prepares audio differently.
+    The part of a feature extractor or processor that is published with a student: a `Wav2Vec2FeatureExtractor` with
+    its known fields, without references to code or other content. If the original has another class, which others
+    could not load, and prepares audio differently, a warning says so.
     """
     extractor = getattr(extractor, "feature_extractor", extractor)
     fields = {"do_normalize": False}
@@ -273,34 +273,34 @@ def plain_feature_extractor(extractor) -> Wav2Vec2FeatureExtractor:
         )
         if not np.allclose(one["input_values"][0], other["input_values"][0], atol=1e-5):
             logger.warning(
-                "The student is saved with a Wav2Vec2FeatureExtractor, which does not prepare audio as your %s does:"
-                " prepare it with that before you use the student.",
+                "The student is saved with a Wav2Vec2FeatureExtractor, which prepares audio differently from your"
+                " %s: use yours to prepare audio for the student.",
                 type(extractor).__name__,
             )
     return plain
 
 
 def _noise(sampling_rate: int) -> np.ndarray:
-    """A tenth of a second, neither centred nor of unit size."""
+    """A tenth of a second of noise, not normalised."""
     return (0.2 + 0.3 * np.random.default_rng(0).standard_normal(sampling_rate // 10)).astype(np.float32)
 
 
 def check_encoder(model, what: str) -> None:
     """
-    Refuses a loaded model whose encoder cannot be used as it is.
+    Rejects a loaded model whose encoder cannot be used as it is.
 
     Args:
         model (`PreTrainedModel`): with or without a head.
-        what (`str`): what errors call it.
+        what (`str`): name in errors.
 
     Raises:
-        `ValueError`: if it is no model of transformers or is wrapped, quantised or without values, has gates or an
-            adapter, or weights that are not floating, not finite or all zeros.
+        `ValueError`: if it is not a model of transformers, is wrapped, quantised or without values, has gates or an
+            adapter, or has weights that are not floating-point, not finite or all zeros.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{what} is a {type(model).__name__}, but must be a Hub id, a directory or a model of transformers; of one"
-            " that PEFT has wrapped take `merge_and_unload()`."
+            f"{what} is a {type(model).__name__}, but must be a Hub id, a directory or a model of transformers; for a"
+            " PEFT model pass the result of `merge_and_unload()`."
         )
     encoder = model.base_model
     refuse_adapter(encoder.config, what)
@@ -310,23 +310,23 @@ def check_encoder(model, what: str) -> None:
         raise ValueError(f"{what} is a student with gates; call `prune()` first.")
     for name, module in encoder.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
-            raise ValueError(f"{what} has an adapter of PEFT in {name}; merge it first (`merge_and_unload()`).")
+            raise ValueError(f"{what} has a PEFT adapter in {name}; merge it first (`merge_and_unload()`).")
         if ".quantized." in f"{type(module).__module__}.":
-            raise ValueError(f"{what} is quantised ({name} is a {type(module).__name__}); take the original.")
+            raise ValueError(f"{what} is quantised ({name} is a {type(module).__name__}); use the original.")
     matrices = {}
     for name, tensor in encoder.state_dict().items():
         if tensor.is_meta:
-            raise ValueError(f"{what} has no values in {name}, which is on the meta device; load it for real.")
+            raise ValueError(f"{what} has no values in {name}, which is on the meta device; load its weights.")
         if name.endswith(COUNTERS):
             continue
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{what} has weights of type {kind} in {name}; load it in floating point.")
+            raise ValueError(f"{what} has weights of type {kind} in {name}; load it as a floating-point model.")
         if not tensor.numel():
             continue
         low, high = torch.aminmax(tensor.detach())
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError(f"{what} has NaN or infinite weights in {name}; get the weights again.")
+            raise ValueError(f"{what} has NaN or infinite weights in {name}; download the weights again.")
         if tensor.dim() > 1:
             matrices[name] = bool(low == 0) and bool(high == 0)
     # What nothing gets through, and layers that add nothing; a single matrix may be zero where heads were cut.
@@ -336,27 +336,27 @@ def check_encoder(model, what: str) -> None:
     if layers and all(matrices[name] for name in layers):
         dead += layers
     if dead:
-        raise ValueError(f"{what} has weights that are all zeros, such as {dead[0]}; get the weights again.")
+        raise ValueError(f"{what} has weights that are all zeros, such as {dead[0]}; download the weights again.")
 
 
 def refuse_adapter(config: PreTrainedConfig, what: str) -> None:
-    """Raises a `ValueError` if convolutions after the encoder make other frames than those of the hidden states."""
+    """Raises a `ValueError` if convolutions after the encoder change the number of frames."""
     if getattr(config, "add_adapter", False):
-        raise ValueError(f"{what} has `add_adapter`, which makes other frames than the encoder's; set it to false.")
+        raise ValueError(f"{what} has `add_adapter`, which changes the encoder's frames; set it to false.")
 
 
 def _find(source, name: str, token: bool | str | None = None) -> Path | None:
-    """The local path of a file of a directory or repository, or `None` if it has none of this name."""
+    """The local path of a file in a directory or repository, or `None` if it does not exist."""
     if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise ValueError(f"{source!r} is no name")
+        raise ValueError(f"{source!r} is not a valid name")
     if os.path.isfile(source):
-        raise ValueError("it is a file; give its directory")
+        raise ValueError("it is a file; pass its directory")
     if os.path.isdir(source):
         path = Path(source, name)
         if path.is_file():
             return path
         if os.path.lexists(path):
-            raise ValueError(f"{name} in it is no file")  # but a directory, a pipe, or a link to nothing
+            raise ValueError(f"{name} in it is not a file")  # but a directory, a pipe, or a link to nothing
         return None
     path = cached_file(str(source), name, token=token, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
@@ -374,18 +374,18 @@ def _read_json(path: Path) -> dict:
     try:
         fields = parse_json(path)
     except ValueError as error:
-        raise ValueError(f"{path.name} is no JSON file that can be read ({error})") from error
+        raise ValueError(f"{path.name} is not a readable JSON file ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path.name} holds a {type(fields).__name__} where names and values belong")
+        raise ValueError(f"{path.name} contains a {type(fields).__name__} instead of names and values")
     return fields
 
 
 def weight_files(source: str | os.PathLike) -> list[Path]:
     """
-    Local paths of the files that hold the weights of a directory or repository.
+    Local paths of the weight files of a directory or repository.
 
     Raises:
-        `ValueError`: if there are none, or an index names what is no file beside it.
+        `ValueError`: if there are none, or an index lists anything but a file next to it.
     """
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = _find(source, name)
@@ -399,7 +399,7 @@ def weight_files(source: str | os.PathLike) -> list[Path]:
         suffix = Path(name.removesuffix(".index.json")).suffix
         for part in places.values():
             if Path(part).name != part or not part.endswith(suffix):
-                raise ValueError(f"{name} names {part!r}, which is no {suffix} file of the directory itself")
+                raise ValueError(f"{name} names {part!r}, which is not a {suffix} file in the same directory")
         return [_find(source, part) or _missing(part) for part in sorted(set(places.values()))]
     raise ValueError(f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
@@ -408,46 +408,46 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path.name} is no pickle of plain weights, the only one that is read") from error
+        raise ValueError(f"{path.name} is not a pickle of plain weights; no other kind is read") from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in found.items()
     ):
-        raise ValueError(f"{path.name} holds something else than weights by name")
+        raise ValueError(f"{path.name} contains something other than named weights")
     for name, tensor in found.items():
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} in {path.name} is larger than the file says")
+            raise ValueError(f"{name} in {path.name} is larger than its stored data")
     return found
 
 
 def _check_numbers(fields: dict) -> None:
-    """Before a config is made of them: `num_labels` alone makes a name for each label."""
+    """Checks numbers before a config is created: `num_labels` alone creates a name for each label."""
     for name, value in fields.items():
         for number in value if isinstance(value, list) else [value]:
             most = MAX_LABELS if name == "num_labels" else MAX_SIZE
             if isinstance(number, (int, float)) and not -most <= number <= most:  # NaN is not, either
-                raise ValueError(f"`{name}` in {CONFIG_NAME} is {number}, but may be {most:,} at most")
+                raise ValueError(f"`{name}` in {CONFIG_NAME} is {number}, but must be at most {most:,}")
 
 
 def _check_sizes(config: PreTrainedConfig) -> None:
-    """Whether a model of this config is one that could be, before it is made."""
+    """Checks that a model with this config is plausible, before it is created."""
     refuse_adapter(config, CONFIG_NAME)
     _check_numbers(config.to_dict())
     if not 1 <= config.num_hidden_layers <= MAX_LAYERS or not 1 <= len(config.conv_dim) <= MAX_LAYERS:
         raise ValueError(
-            f"{CONFIG_NAME} has {config.num_hidden_layers:,} layers and {len(config.conv_dim):,} convolutions; there"
-            f" must be 1 to {MAX_LAYERS:,}"
+            f"{CONFIG_NAME} has {config.num_hidden_layers:,} layers and {len(config.conv_dim):,} convolutions; both"
+            f" must be from 1 to {MAX_LAYERS:,}"
         )
     for name in ("conv_dim", "conv_stride", "conv_kernel"):
         value = getattr(config, name)
         if len(value) != len(config.conv_dim) or not all(type(size) is int and size > 0 for size in value):
-            raise ValueError(f"`{name}` in {CONFIG_NAME} is {list(value)!r}, but must be whole numbers above 0")
+            raise ValueError(f"`{name}` in {CONFIG_NAME} is {list(value)!r}, but must be integers above 0")
     number = num_parameters(empty_model(AutoModel._model_mapping[type(config)], config))
     if number > MAX_PARAMETERS:
-        raise ValueError(f"{CONFIG_NAME} describes {number:,} parameters; there may be {MAX_PARAMETERS:,}")
+        raise ValueError(f"{CONFIG_NAME} describes {number:,} parameters; the maximum is {MAX_PARAMETERS:,}")
 
 
 def empty_model(model_class, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with shapes alone, on the meta device; it takes no memory and no random numbers."""
+    """A model without values, on the meta device; it needs no memory and draws no random numbers."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return model_class(config)
 
@@ -457,7 +457,7 @@ def num_parameters(model: torch.nn.Module) -> int:
 
 
 def _check_memory(model_class, config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -> None:
-    """transformers makes room for all that a config describes, whatever the weights are."""
+    """Checks memory, since transformers allocates all that a config describes, whatever the weights are."""
     stored = sum(tensor.numel() for tensor in weights.values())
     if config.num_hidden_layers > len(weights):
         raise ValueError(
@@ -473,7 +473,7 @@ def _check_memory(model_class, config: PreTrainedConfig, weights: dict[str, torc
 
 
 def _check_complete(model: PreTrainedModel, info: dict, weights: dict[str, torch.Tensor], new_head: bool) -> None:
-    """Every weight of the encoder is in the file, in its shape, and nothing else that would belong to it."""
+    """Checks that the file has every weight of the encoder, in the right shape, and no others of an encoder."""
     encoder = model.base_model
     prefix = f"{model.base_model_prefix}."
     parts = {name.removeprefix(prefix).partition(".")[0] for name in (encoder if new_head else model).state_dict()}
@@ -484,7 +484,7 @@ def _check_complete(model: PreTrainedModel, info: dict, weights: dict[str, torch
     problems = [(name, problem) for name, problem in problems if name.startswith(of_encoder)]
     # Names without the prefix are those of the head, if the file has a head.
     in_file = prefix if any(name.startswith(prefix) for name in weights) else ""
-    problems += [(name, "is not part of it") for name in info["unexpected_keys"] if name.startswith(in_file)]
+    problems += [(name, "is not part of the model") for name in info["unexpected_keys"] if name.startswith(in_file)]
     found = {name.removeprefix(prefix): problem for name, problem in problems}
     found = {
         name: problem

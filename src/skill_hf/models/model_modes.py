@@ -1,4 +1,4 @@
-"""How a model is run: in eval mode, with clips that do not depend on each other, or once before it is compiled."""
+"""Ways to run a model: in eval mode, with independent clips, or once before it is compiled."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from .properties import receptive_field
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model` is in eval mode within this context; afterwards each of its modules has its mode back."""
+    """Within this context, `model` is in eval mode; afterwards the mode of each of its modules is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -25,8 +25,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def padding_ignored(*models: PreTrainedModel) -> Iterator[None]:
     """
-    Within this context the frames of a clip do not depend on the other clips of its batch, nor on their lengths: group
-    norms of students take their statistics over valid samples.
+    Within this context, the frames of a clip do not depend on the other clips of its batch or their lengths: group
+    norms of students compute their statistics over valid samples.
     """
     configs = [model.config for model in models if hasattr(model.config, "masked_group_norm")]
     settings = [config.masked_group_norm for config in configs]
@@ -42,7 +42,7 @@ def padding_ignored(*models: PreTrainedModel) -> Iterator[None]:
 def trace_hidden_states(model: PreTrainedModel) -> None:
     """
     Runs `model` once, in eval mode, so that it can be compiled: transformers hooks the layers in the first forward
-    that asks for hidden states, for which a compiler would leave its graph and start another one.
+    pass that requests hidden states, which would break the graph of a compiler.
     """
     clip = torch.zeros(1, receptive_field(model.config), device=model.device, dtype=model.dtype)
     with torch.no_grad():

@@ -1,11 +1,11 @@
 # Copyright 2026 The skill-hf authors. Licensed under the Apache License, Version 2.0.
 """
-What the pruned models of all families share: layers of unequal width, otherwise the stock model. This file is
-published with every student, beside the one of its family, and imports no family's code: a student loads as long as
-transformers has its own family.
+Code shared by the pruned models of all families: the stock model with layers of unequal width. This file is published
+with every student, next to that of its family, and imports no code of a family: a student loads as long as
+transformers includes its own family.
 
-- Each layer keeps its own subset of heads, of feed-forward units and of convolution channels. A block may be empty.
-- `masked_group_norm` takes the statistics of the group norm over valid samples only.
+- Each layer keeps its own subset of heads, feed-forward units and convolution channels. A block may be empty.
+- `masked_group_norm` computes the statistics of the group norm only over valid samples.
 
 Parameter names are those of the stock models, so every stock checkpoint of a family loads.
 """
@@ -51,7 +51,7 @@ def _act(action, student, *args, **kwargs):
 
 
 class SkillStudent:
-    """What encoders and task models of all families share: how they are loaded and published."""
+    """Base of the encoders and task models of all families: loading and publishing."""
 
     _supports_sdpa = True
     _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = False
@@ -65,8 +65,8 @@ class SkillStudent:
     @classmethod
     def from_pretrained(cls, *args, ignore_mismatched_sizes=False, output_loading_info=False, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], but weights of the encoder that do not fit its config are
-        an error, where the stock method would start from random ones.
+        Like [`~transformers.PreTrainedModel.from_pretrained`], but encoder weights that do not fit the config are an
+        error; the stock method would start from random weights.
 
         Raises:
             `ValueError`: if weights and config disagree; the message names the field.
@@ -82,7 +82,7 @@ class SkillStudent:
         if mismatched and not ignore_mismatched_sizes:
             raise ValueError(
                 f"{'; '.join(f'{name} {problem}' for name, (problem, _) in sorted(mismatched.items()))}. Pass"
-                " `ignore_mismatched_sizes=True` to initialise these weights again."
+                " `ignore_mismatched_sizes=True` to reinitialise these weights."
             )
         return (model, info) if output_loading_info else model
 
@@ -96,13 +96,15 @@ class SkillStudent:
 
     def save_pretrained(self, *args, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.save_pretrained`].
+        Like [`~transformers.PreTrainedModel.save_pretrained`].
 
         Raises:
             `ValueError`: if the student has gates or is fused.
         """
         if self.base_model.gating is not None:
-            raise ValueError("This student has gates, which no other program reads; call `prune()` before saving it.")
+            raise ValueError(
+                "This student has gates, which other programs cannot read; call `prune()` before saving it."
+            )
         self.base_model.refuse_fused("saved")
         for name in _PRUNED_FIELDS:  # a head may have been given another encoder since it was made
             setattr(self.config, name, copy.deepcopy(getattr(self.base_model.config, name)))
@@ -112,12 +114,12 @@ class SkillStudent:
     def fuse(self):
         """
         Prepares the student for inference, in place, and sets it to eval mode: folds the weight norm of the positional
-        convolution and makes one linear map of query, key and value; on a CPU it puts the weights of convolutions in
-        the order that kernels read and computes the positional one by the Fourier transform. Outputs stay the same
-        (1e-5). The Fourier transform of its weight takes memory: 38 MB for Base models.
+        convolution and merges query, key and value into one linear map. On a CPU it also reorders the weights of
+        convolutions for their kernels and computes the positional one with a Fourier transform. Outputs stay the same
+        (1e-5). The transformed weight needs additional memory: 38 MB for Base models.
 
-        Call it where the student is to run, after `.to(device)`. It can be neither saved nor trained any more;
-        `from_pretrained` gives one that can.
+        Call it on the device where the student will run, after `.to(device)`. A fused student can be neither saved nor
+        trained; use `from_pretrained` to get one that can.
 
         Returns:
             The model itself.
@@ -138,27 +140,27 @@ class SkillStudent:
 
     def push_to_hub(self, repo_id, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.push_to_hub`]. After `import skill_hf` a model card that tells what is left
-        of each layer goes along.
+        Like [`~transformers.PreTrainedModel.push_to_hub`]. After `import skill_hf`, a model card that lists what is
+        left of each layer is uploaded as well.
         """
         if "push_to_hub" in ACTIONS:
             return _act("push_to_hub", self, repo_id, **kwargs)
         if importlib.util.find_spec("skill_hf") is not None:
             logger.warning(
-                "This student runs the code of its own repository, which may be of another version than the skill-hf"
-                " package that is installed: it is pushed as transformers does it, without the package's model card."
-                " To have the card, `import skill_hf`, load the student again and push that."
+                "This student runs the code of its own repository, which may differ from the installed skill-hf"
+                " package: it is pushed without the package's model card. To include the card, `import skill_hf`,"
+                " load the student again and push it."
             )
         return super().push_to_hub(repo_id, **kwargs)
 
 
 class SkillStudentModel(SkillStudent):
     """
-    What makes the stock encoder of a family, the next base class, one of unequal layer widths; same inputs and
-    outputs. A family sets `config_class` and the classes of its layers.
+    Mixin that gives the stock encoder of a family, the next base class, unequal layer widths; same inputs and outputs.
+    A family sets `config_class` and the classes of its layers.
 
-    `from_pretrained` takes a published student or any stock checkpoint of the family, of which it makes an unpruned
-    student with the same hidden states.
+    `from_pretrained` loads a published student, or any stock checkpoint of the family as an unpruned student with the
+    same hidden states.
     """
 
     attention_class = None  # a subclass of `SkillStudentAttention`
@@ -203,8 +205,8 @@ class SkillStudentModel(SkillStudent):
 
     def forward(self, input_values, attention_mask=None, mask_time_indices=None, *args, **kwargs):
         """
-        As the stock model's, with `config.masked_group_norm`, for which padding must be on the right, where
-        feature extractors put it.
+        Like the stock model's, with support for `config.masked_group_norm`, which requires padding on the right, as
+        feature extractors produce it.
         """
         # To look at values costs nothing on the CPU alone. Subclasses of tensors may have none.
         readable = type(attention_mask) is torch.Tensor and attention_mask.is_cpu and not is_traced()
@@ -218,17 +220,16 @@ class SkillStudentModel(SkillStudent):
     @torch.no_grad()
     def to_stock(self):
         """
-        A stock model of the family, such as [`~transformers.WavLMModel`], with the same outputs. Convolutions stay as
-        narrow as they are; heads and feed-forward units that were cut come back as zeros, so it loads anywhere and
-        saves little.
+        A stock model of the family, such as [`~transformers.WavLMModel`], with the same outputs. Convolutions stay
+        narrow; removed heads and feed-forward units are restored as zeros, so it loads anywhere but saves little.
 
         Raises:
             `ValueError`: if the student is fused.
         """
-        self.refuse_fused("made a stock model")
+        self.refuse_fused("converted to a stock model")
         if self.config.masked_group_norm and self.config.feat_extract_norm == "group":
             logger.warning(
-                "The stock model has no `masked_group_norm`: it gives the same outputs for clips without padding only."
+                "The stock model has no `masked_group_norm`: it gives the same outputs only for clips without padding."
             )
         stock_class = self.stock_class()
         config_class, student_fields = stock_class.config_class, self.config_class().to_dict()
@@ -263,7 +264,7 @@ class SkillStudentModel(SkillStudent):
         return stock.to(device=self.device, dtype=self.dtype).train(self.training)
 
     def refuse_fused(self, use):
-        """Raises a `ValueError`, of `use` such as "saved", if the student is fused."""
+        """Raises a `ValueError` if the student is fused; `use` is the rejected action, such as "saved"."""
         if getattr(self, "_is_fused", False):
             raise ValueError(f"This student is fused and cannot be {use}. Load it again with `from_pretrained`.")
 
@@ -276,13 +277,13 @@ class SkillStudentModel(SkillStudent):
 
         Args:
             units (`Iterable[str]`, *optional*, defaults to `("conv_channels", "attention_heads", "ffn_dims")`):
-                Kinds of units; `attention_blocks` and `ffn_blocks` as well.
+                Kinds of units; `attention_blocks` and `ffn_blocks` are possible as well.
             width_multiple (`int`, *optional*, defaults to 1):
-                What the cut rounds widths of convolutions and feed-forward blocks to a multiple of.
+                The cut rounds widths of convolutions and feed-forward blocks to a multiple of this.
 
         Raises:
             `ImportError`: without the skill-hf package.
-            `ValueError`: if the student is fused or has gates already, or a kind of unit is unknown.
+            `ValueError`: if the student is fused or already has gates, or a kind of unit is unknown.
         """
         self.refuse_fused("pruned")
         _act("add_gates", self, units, width_multiple)
@@ -297,7 +298,7 @@ class SkillStudentModel(SkillStudent):
 
     def prune(self):
         """
-        Cuts what the gates close, in place, and removes the gates.
+        Removes the units that the gates close, and the gates, in place.
 
         Raises:
             `ImportError`: without the skill-hf package.
@@ -307,7 +308,7 @@ class SkillStudentModel(SkillStudent):
 
 
 class SkillStudentHead(SkillStudent):
-    """What makes a stock task model of a family, the next base class, one over a student of `encoder_class`."""
+    """Mixin for a stock task model of a family, the next base class, with a student of `encoder_class` as encoder."""
 
     encoder_class = None
 

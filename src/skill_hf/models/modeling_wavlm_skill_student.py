@@ -3,10 +3,10 @@
 A pruned WavLM: its attention, its classes and its names. This file is published with every student of the family.
 
 - The gated relative position bias (WavLM, arXiv 2110.13900, section 3.1) of head h reads the h-th slice of the layer's
-  *input*, so the teacher's head indices stay in the config.
-- The bias goes into `scaled_dot_product_attention` as the attention bias, so that fused kernels run where they are
-  available. Relative positions are looked up once per forward.
-- The embedding of relative positions is used by all layers; layer 0 only stores it, whatever is left of its heads.
+  *input*, so the config keeps the teacher's head indices.
+- The bias is passed to `scaled_dot_product_attention` as the attention bias, so that fused kernels are used where
+  available. Relative positions are looked up once per forward pass.
+- The embedding of relative positions is used by all layers; layer 0 stores it, even without heads.
 """
 
 import math
@@ -41,11 +41,11 @@ class WavLMSkillStudentPositionalConvEmbedding(FastPositionalConv, WavLMPosition
 
 class WavLMSkillStudentAttention(SkillStudentAttention):
     """
-    Self-attention over the heads that are left, with WavLM's gated relative position bias.
+    Self-attention over the remaining heads, with WavLM's gated relative position bias.
 
     Args:
         config (`WavLMSkillStudentConfig`): `remaining_heads[layer_index]` may be empty.
-        layer_index (`int`): layer 0 also stores the embedding of relative positions, whatever is left of its heads.
+        layer_index (`int`): layer 0 also stores the embedding of relative positions, even without heads.
     """
 
     def __init__(self, config, layer_index):
@@ -62,8 +62,8 @@ class WavLMSkillStudentAttention(SkillStudentAttention):
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, frames, hidden_size)`): input of the layer.
             attention_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True where a frame is valid.
-            position_bias (`torch.Tensor` of shape `(teacher_heads, frames, frames)`, *optional*): as layer 0 returned
-            it; `(teacher_heads, 2 * frames - 1)`, that of all distances, if all layers are to use flex attention.
+            position_bias (`torch.Tensor` of shape `(teacher_heads, frames, frames)`, *optional*): as returned by
+                layer 0; `(teacher_heads, 2 * frames - 1)`, for all distances, if all layers use flex attention.
 
         Returns:
             `tuple`: output `(batch, frames, hidden_size)`; attention weights `(batch, heads, frames, frames)`, or
@@ -93,12 +93,14 @@ class WavLMSkillStudentAttention(SkillStudentAttention):
         return *self.attend(query, key, value, bias, implementation), position_bias
 
     def _uses_flex(self, hidden_states):
-        """Whether its kernel is available: for inference on a GPU. Elsewhere the fused attention is used instead."""
+        """Whether the flex attention kernel is used: for inference on a GPU. Otherwise fused attention is used."""
         on_gpu = hidden_states.device.type == "cuda"
         return self.config._attn_implementation == "flex_attention" and on_gpu and not self.training
 
     def gate(self, hidden_states):
-        """Gate of each query frame's position bias, `(batch, heads, frames, 1)`; it reads the head's input slice."""
+        """
+        Gate of each query frame's position bias, `(batch, heads, frames, 1)`, computed from the head's input slice.
+        """
         slices = hidden_states.unflatten(-1, (self.num_heads, self.head_dim))  # (B, T, H, head_dim)
         projected = self.gru_rel_pos_linear(self._select(slices, dim=2).transpose(1, 2))
         reset, update = projected.unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, dim=-1)  # each (B, H, T, 1)
@@ -110,7 +112,9 @@ class WavLMSkillStudentAttention(SkillStudentAttention):
         return self.compute_distance_bias(frames)[:, position[None, :] - position[:, None] + frames - 1]
 
     def compute_distance_bias(self, frames):
-        """The same for each of the distances, from `1 - frames` to `frames - 1`, `(teacher_heads, 2 * frames - 1)`."""
+        """
+        Ungated bias for each of the distances, from `1 - frames` to `frames - 1`, `(teacher_heads, 2 * frames - 1)`.
+        """
         distance = torch.arange(1 - frames, frames, device=self.rel_attn_embed.weight.device)
         return self.rel_attn_embed(self._bucket(distance)).transpose(0, 1)
 
@@ -133,10 +137,10 @@ class WavLMSkillStudentAttention(SkillStudentAttention):
 
 class WavLMForSkillStudent(SkillStudentModel, WavLMModel):
     """
-    WavLM encoder of unequal layer widths; same inputs and outputs as [`~transformers.WavLMModel`].
+    WavLM encoder with unequal layer widths; same inputs and outputs as [`~transformers.WavLMModel`].
 
-    `WavLMForSkillStudent.from_pretrained` takes a published student or any stock WavLM checkpoint, of which it makes
-    an unpruned student with the same hidden states.
+    `WavLMForSkillStudent.from_pretrained` loads a published student, or any stock WavLM checkpoint as an unpruned
+    student with the same hidden states.
 
     Example:
 
@@ -164,7 +168,7 @@ class WavLMForSkillStudent(SkillStudentModel, WavLMModel):
             nn.init.ones_(module.gru_rel_pos_const)
 
     def to_wavlm(self):
-        """As [`~WavLMForSkillStudent.to_stock`], by the name that it had when WavLM was the only family."""
+        """Alias of [`~WavLMForSkillStudent.to_stock`], from the time when WavLM was the only family."""
         return self.to_stock()
 
 

@@ -1,11 +1,11 @@
-"""What the configuration or the parts of a speech encoder tell of it."""
+"""Properties of a speech encoder, from its configuration or its parts."""
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 
 def receptive_field(config: PreTrainedConfig) -> int:
-    """Least number of samples from which the convolutions make one frame (400 in all published models)."""
+    """Minimum number of samples for one frame of the convolutions (400 in all published models)."""
     samples = 1
     kernels = getattr(config, "conv_kernel", ())
     strides = getattr(config, "conv_stride", ())
@@ -15,5 +15,5 @@ def receptive_field(config: PreTrainedConfig) -> int:
 
 
 def has_gates(model: nn.Module) -> bool:
-    """Whether `model`, with or without a head, is a student with gates. Any other model has none."""
+    """Whether `model`, with or without a head, is a student with gates. Other models never have gates."""
     return getattr(getattr(model, "base_model", model), "gating", None) is not None

@@ -18,7 +18,7 @@ _SPARE_OUTPUTS = (None,) if int(transformers.__version__.split(".")[0]) < 5 else
 
 
 def conv_layers(config):
-    """The stock convolutions, of `conv_dim` channels. In Base models the first one has a norm, in Large models all."""
+    """The stock convolutions with `conv_dim` channels. Base models have a norm in the first, Large models in all."""
     inputs = 1
     for index, channels in enumerate(config.conv_dim):
         conv = FastConv1d(
@@ -35,8 +35,8 @@ def conv_layers(config):
 
 class OutputBias(nn.Module):
     """
-    What is left of an output projection without inputs: its bias, expanded to the shape of the layer's input. Its name
-    is not that of a projection, which LoRA would try to adapt.
+    The remaining part of an output projection without inputs: its bias, expanded to the shape of the layer's input. It
+    does not have the name of a projection, which LoRA would try to adapt.
     """
 
     def __init__(self, hidden_size):
@@ -49,12 +49,12 @@ class OutputBias(nn.Module):
 
 class SkillStudentAttention(nn.Module):
     """
-    Self-attention over the heads that are left. Its `forward` is that of wav2vec 2.0 and its descendants; WavLM has
-    its own, of the same steps.
+    Self-attention over the remaining heads. Its `forward` is that of wav2vec 2.0 and the models derived from it; WavLM
+    has its own, with the same steps.
 
     Args:
         config ([`SkillStudentConfig`]): `remaining_heads[layer_index]` may be empty.
-        layer_index (`int`): which layer this is.
+        layer_index (`int`): index of the layer.
     """
 
     def __init__(self, config, layer_index):
@@ -81,8 +81,8 @@ class SkillStudentAttention(nn.Module):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, frames, hidden_size)`): input of the layer.
-            attention_mask (`torch.Tensor` of shape `(batch, 1, frames, frames)`, *optional*): as transformers makes it
-                for the attention implementation: True where a frame is valid, or what is added to the scores.
+            attention_mask (`torch.Tensor` of shape `(batch, 1, frames, frames)`, *optional*): made by transformers for
+                the attention implementation: True where a frame is valid, or added to the scores.
 
         Returns:
             `tuple`: output `(batch, frames, hidden_size)`; attention weights `(batch, heads, frames, frames)`, or
@@ -95,7 +95,7 @@ class SkillStudentAttention(nn.Module):
         return *outputs, *_SPARE_OUTPUTS
 
     def without_heads(self, hidden_states):
-        """Output and attention weights, as those of `attend`, where no heads are left."""
+        """Output and attention weights, like those of `attend`, if no heads are left."""
         batch, frames, _ = hidden_states.shape
         output = torch.zeros_like(hidden_states) if self.output_bias is None else self.output_bias(hidden_states)
         eager = self.config._attn_implementation == "eager"
@@ -111,9 +111,9 @@ class SkillStudentAttention(nn.Module):
     def attend(self, query, key, value, mask, implementation):
         """
         Args:
-            query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`): as of `project`.
+            query, key, value (`torch.Tensor` of shape `(batch, heads, frames, head_dim)`): results of `project`.
             mask (`torch.Tensor` of shape `(batch, heads or 1, frames or 1, frames)`, *optional*): added to the scores;
-                or, of booleans, True where a score counts.
+                if boolean, True where a score counts.
             implementation (`str`): `"eager"` or the name of an attention function of transformers.
 
         Returns:
@@ -149,7 +149,7 @@ class SkillStudentAttention(nn.Module):
         return self.qkv_proj(hidden_states).chunk(3, dim=-1)
 
     def fuse(self):
-        """One linear map for query, key and value, unless theirs are something else or somebody looks at them."""
+        """Merges query, key and value into one linear map, unless they are not plain linear maps or have hooks."""
         if not self.heads or self.qkv_proj is not None:
             return
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -162,7 +162,7 @@ class SkillStudentAttention(nn.Module):
 
     @property
     def output(self):
-        """The module that writes the block's output: `out_proj`, the bias that is left of it, or `None`."""
+        """The module that computes the block's output: `out_proj`, its remaining bias, or `None`."""
         return self.output_bias if self.out_proj is None else self.out_proj
 
 
@@ -171,8 +171,8 @@ class SkillStudentFeedForward(nn.Module):
     Feed-forward block with `intermediate_sizes[layer_index]` units, possibly none.
 
     Args:
-        config ([`SkillStudentConfig`]): names widths and removed blocks.
-        layer_index (`int`): which layer this is.
+        config ([`SkillStudentConfig`]): specifies widths and removed blocks.
+        layer_index (`int`): index of the layer.
     """
 
     def __init__(self, config, layer_index):
@@ -203,5 +203,5 @@ class SkillStudentFeedForward(nn.Module):
 
     @property
     def output(self):
-        """The module that writes the block's output: `output_dense`, the bias that is left of it, or `None`."""
+        """The module that computes the block's output: `output_dense`, its remaining bias, or `None`."""
         return self.output_bias if self.output_dense is None else self.output_dense

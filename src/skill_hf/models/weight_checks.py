@@ -1,7 +1,7 @@
 # Copyright 2026 The skill-hf authors. Licensed under the Apache License, Version 2.0.
 """
-Checks of a student's weights against its config, before memory is taken and after they are loaded. This file is
-published with every student and stands alone.
+Checks a student's weights against its config, before memory is allocated and after loading. This file is published
+with every student and is self-contained.
 """
 
 import os
@@ -24,16 +24,17 @@ _HEAD_FIELDS = {
 
 def check_declared(model, declared):
     """
-    Raises a `ValueError` if the model does not have the shapes that its weights declare, by name, or if they are
-    not floating or much fewer than the model's.
+    Raises a `ValueError` if the shapes of the model differ from the declared ones (name -> weight), or if weights are
+    not floating-point or far fewer than the model's.
     """
     prefix = f"{model.base_model_prefix}."
     for name, tensor in declared.items():
-        if not tensor.is_floating_point():
+        # A batch norm counts its batches.
+        if not tensor.is_floating_point() and not name.endswith(".num_batches_tracked"):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{name} of this student is of type {kind}, but weights must be floating: the file is damaged or"
-                " of another model. Get it again."
+                f"{name} of this student is of type {kind}, but weights must be floating point: the file is damaged or"
+                " belongs to a different model. Download it again."
             )
     declared = {name.removeprefix(prefix): tensor.shape for name, tensor in declared.items()}
     wanted = {name.removeprefix(prefix): tensor.shape for name, tensor in model.state_dict().items()}
@@ -45,15 +46,15 @@ def check_declared(model, declared):
         name = max(absent, key=absent.get)
         field = _field_of(name, model.config.num_hidden_layers) or _HEAD_FIELDS.get(name.partition(".")[0], name)
         raise ValueError(
-            f"The config of this student describes far more than its weights hold, {stored:,} numbers: {name} of"
+            f"The config of this student describes far more than its weights contain ({stored:,} numbers): {name} of"
             f" shape {tuple(wanted[name])}. Check `{field}`."
         )
 
 
 def check_weights(model, found, fewer_layers=False):
     """
-    Raises a `ValueError` of the first weight of the encoder in `found`, which holds what is wrong with each, and
-    for a wrong shape the shapes of the file and the model.
+    Raises a `ValueError` for the first weight of the encoder in `found`, which contains the problem of each weight
+    and, for a wrong shape, the shapes in the file and in the model.
     """
     found = {name.removeprefix(f"{model.base_model_prefix}."): problem for name, problem in found.items()}
     order = {name: index for index, name in enumerate(model.base_model.state_dict())}
@@ -64,14 +65,14 @@ def check_weights(model, found, fewer_layers=False):
         field = _field_of(name, model.config.num_hidden_layers, shapes)
         if field is not None and not (fewer_layers and field == "num_hidden_layers"):
             raise ValueError(
-                f"Weights and config of this student disagree about `{field}`: {name} {problem}. One of them"
-                " is damaged or of another model: get both again, or leave out the argument that has changed the"
-                " config."
+                f"Weights and config of this student disagree about `{field}`: {name} {problem}. One of them is"
+                " damaged or belongs to a different model: download both again, or leave out the argument that"
+                " changed the config."
             )
 
 
 def declared_weights(model, state_dict, checkpoint_files):
-    """The weights by name, as tensors without memory, and of local files only those in the model's own directory."""
+    """The weights by name, as tensors without memory; of local files, only those in the model's own directory."""
     if state_dict is not None:
         return {name: tensor for name, tensor in state_dict.items() if isinstance(tensor, torch.Tensor)}
     directory = os.path.abspath(model.config.name_or_path or "")
@@ -84,10 +85,10 @@ def declared_weights(model, state_dict, checkpoint_files):
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ValueError(
-                f"{os.path.basename(path)} of this student cannot be read: get it again. ({reason})"
+                f"{os.path.basename(path)} of this student cannot be read: download it again. ({reason})"
             ) from error
         if sum(tensor.nbytes for tensor in weights.values()) > 2 * os.path.getsize(path):
-            raise ValueError(f"{os.path.basename(path)} of this student declares more weights than it holds.")
+            raise ValueError(f"{os.path.basename(path)} of this student declares more weights than it contains.")
         declared |= weights
     return declared
 
@@ -108,7 +109,9 @@ def check_finite(model, but):
         if name in but or tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
             continue
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-            raise ValueError(f"{name} of this student has NaN or infinite weights: the file is damaged. Get it again.")
+            raise ValueError(
+                f"{name} of this student has NaN or infinite weights: the file is damaged. Download it again."
+            )
 
 
 def _mismatch(there, here):
@@ -116,18 +119,18 @@ def _mismatch(there, here):
 
 
 def mismatched_weights(info):
-    """Names of the weights whose shape is not the model's, and what is wrong with each."""
+    """Names of weights with a wrong shape, and the problem of each."""
     found = {}
     for entry in info["mismatched_keys"]:
         name, *shapes = [entry] if isinstance(entry, str) else entry  # transformers 4 gives the name alone
-        found[name] = _mismatch(*shapes) if shapes else ("has another shape", None)
+        found[name] = _mismatch(*shapes) if shapes else ("has a different shape", None)
     return found
 
 
 def _field_of(name, num_hidden_layers, shapes=None):
     """
-    The field of the config that shapes the weight of this name, or `None` if no field of a pruned shape does.
-    `shapes` are those of the file and the model, if both have it.
+    The field of the config that determines the shape of this weight, or `None` if it is not one of the pruned shapes.
+    `shapes` are those in the file and in the model, if both have it.
     """
     parts = name.split(".")
     differing = [there != here for there, here in zip(*shapes, strict=False)] if shapes else []

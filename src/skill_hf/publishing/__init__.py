@@ -1,1 +1,1 @@
-"""What a run leaves to read: record, model card, figures, and the way to the Hub."""
+"""Publishes a run: record, model card, figures, upload to the Hub."""

@@ -1,4 +1,4 @@
-"""What a model card tells of the data of a run: names, numbers of clips, hours; no path of this machine."""
+"""Describes the data of a run for its model card: names, numbers of clips, hours; no local paths."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ..models.loading import hub_id_of
 
 @dataclass
 class DatasetContent:
-    """A set of clips: what for, its name, its id on the Hub, how many clips and hours."""
+    """A set of clips: purpose, name, id on the Hub, numbers of clips and hours."""
 
     use: str
     name: str | None
@@ -62,5 +62,5 @@ def _describe(use: str, dataset) -> DatasetContent:
 
 
 def code_text(text: str) -> str:
-    """`text` for a code span in a table: without the characters that would end one or the other."""
+    """`text` for a code span in a table, without characters that would end the span or the cell."""
     return re.sub(r"[\s`|]+", " ", text).strip()

@@ -1,4 +1,4 @@
-"""What goes to the Hub: the files of a student, and nothing else, in one commit."""
+"""Uploads the files of a student, and nothing else, to the Hub in one commit."""
 
 import filecmp
 import json
@@ -51,25 +51,25 @@ def push_model(
     tags: str | list[str] | None = None,
 ) -> CommitInfo:
     """
-    What `push_to_hub` of a student does: uploads the model and a model card, in one commit.
+    Implements `push_to_hub` of a student: uploads the model and a model card, in one commit.
 
-    A card that the repository has keeps its text and its metadata; only what is missing is added. Otherwise a model
-    whose weights are still those of a directory that the trainer wrote takes its card and figures along; any other
-    gets a short card. The feature extractor of what the model was loaded from goes up, too, unless the repository has
-    one, and so does the tokenizer with a model that writes text.
+    A card that is already in the repository keeps its text and metadata; only missing metadata is added. Otherwise, if
+    the weights are still those of a directory written by the trainer, the card and figures from there are uploaded;
+    any other model gets a short card. The feature extractor from the model's source is uploaded as well, and the
+    tokenizer of a CTC model, unless the repository has one.
 
     Args:
         model (`PreTrainedModel`):
             A student, with or without a head.
         repo_id (`str`):
-            Id on the Hub, `name` or `namespace/name`. Made if it does not exist.
+            Id on the Hub, `name` or `namespace/name`. Created if it does not exist.
         revision (`str`, *optional*):
-            The branch to push to, made if it does not exist.
+            The branch to push to, created if it does not exist.
         commit_message, commit_description, private, token, create_pr, max_shard_size, tags (*optional*):
             As in [`~transformers.PreTrainedModel.push_to_hub`].
 
     Raises:
-        `ValueError`: if the student still has its gates.
+        `ValueError`: if the student still has gates.
     """
     if has_gates(model):
         raise ValueError(
@@ -115,11 +115,11 @@ def push_model(
 @dataclass(frozen=True)
 class Destination:
     """
-    Where a run is published.
+    The repository that a run is published to.
 
     Args:
-        repo_id (`str`): whole id on the Hub, `namespace/name`.
-        output_dir (`Path`): the directory of the run, which has card and figures, and which errors name.
+        repo_id (`str`): full id on the Hub, `namespace/name`.
+        output_dir (`Path`): the directory of the run, with card and figures; used in error messages.
         token, revision: as in [`SkillDistillationTrainer.push_to_hub`].
     """
 
@@ -139,12 +139,12 @@ def open_repository(
     private: bool | None,
 ) -> Destination:
     """
-    Makes what is missing of a repository and its branch.
+    Creates a repository and its branch if they do not exist.
 
     Args:
         repo_id (`str`): id on the Hub, `name` or `namespace/name`.
-        output_dir (`str` or `Path`): of the run.
-        exists (`bool`): whether the repository is known to exist.
+        output_dir (`str` or `Path`): directory of the run.
+        exists (`bool`): whether the repository already exists.
         token, revision, private: as in [`SkillDistillationTrainer.push_to_hub`].
 
     Raises:
@@ -161,13 +161,13 @@ def push_run(
     folder: TemporaryDirectory, destination: Destination, commit_message: str, blocking: bool
 ) -> CommitInfo | Future:
     """
-    Uploads a student, with the card, the figures and the results of its run, in one commit.
+    Uploads a student with the card, the figures and the results of its run, in one commit.
 
     Args:
-        folder (`TemporaryDirectory`): holds the student's files; it is removed after the upload.
-        destination ([`Destination`]): what `open_repository` returned.
-        commit_message (`str`): of the commit.
-        blocking (`bool`): whether to wait for the upload; it reads nothing but `folder` then or later.
+        folder (`TemporaryDirectory`): contains the student's files; removed after the upload.
+        destination ([`Destination`]): the result of `open_repository`.
+        commit_message (`str`): message of the commit.
+        blocking (`bool`): whether to wait for the upload; in both cases it reads only `folder`.
 
     Raises:
         `OSError`: if the Hub cannot be reached or refuses.
@@ -193,7 +193,7 @@ def push_run(
 
 @contextmanager
 def explain_refusal(repo_id: str):
-    """Before training: whatever the Hub, or the way to it, answers is an `OSError` of one line."""
+    """Used before training: turns any error of the Hub or of the connection into an `OSError` of one line."""
     try:
         yield
     except (HFValidationError, HTTPError, OSError, RuntimeError) as error:
@@ -210,8 +210,8 @@ def _explain_failure(output_dir: Path, repo_id: str):
         yield
     except HFValidationError as error:
         raise OSError(
-            f"The student is saved in `{output_dir}`, but `{repo_id}` is no name for a repository: set `hub_model_id`"
-            f" and call `trainer.push_to_hub()` again. ({error})"
+            f"The student is saved in `{output_dir}`, but `{repo_id}` is not a valid repository name: set"
+            f" `hub_model_id` and call `trainer.push_to_hub()` again. ({error})"
         ) from error
     except (HTTPError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -223,7 +223,7 @@ def _explain_failure(output_dir: Path, repo_id: str):
 
 
 def edit_metadata(directory: str | Path, metadata: dict, tags: str | list[str] | None) -> None:
-    """Writes what is not `None` of `metadata` into that of the card in `directory`, and adds tags to it."""
+    """Writes entries of `metadata` that are not `None` into the metadata of the card in `directory`, and adds tags."""
     path = Path(directory) / REPOCARD_NAME
     card = ModelCard.load(path)
     for name, value in metadata.items():
@@ -234,12 +234,12 @@ def edit_metadata(directory: str | Path, metadata: dict, tags: str | list[str] |
 
 
 def create_repository(repo_id: str, private: bool | None, token: bool | str | None) -> str:
-    """Makes the repository if it does not exist; returns its whole id, `namespace/name`."""
+    """Creates the repository if it does not exist; returns its full id, `namespace/name`."""
     return api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
 
 
 def create_branch(repo_id: str, revision: str | None, token: bool | str | None) -> None:
-    """Makes the branch `revision` of `main`, if it is one and does not exist."""
+    """Creates the branch `revision` from `main`, if it is a branch name and does not exist."""
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
 
@@ -254,16 +254,16 @@ def upload(
     **kwargs,
 ) -> CommitInfo:
     """
-    Uploads all files of `folder` in one commit, so that nobody ever loads half of an old and half of a new student. If
-    `folder` has weights, those in the repository that it lacks are deleted.
+    Uploads all files of `folder` in one commit, so that nobody can load a mixture of an old and a new student. If
+    `folder` contains weights, other weight files in the repository are deleted.
 
     Args:
         folder (`Path`):
-            What to upload.
+            The files to upload.
         repo_id (`str`):
-            Where to; the repository exists.
+            An existing repository.
         replaced (`tuple[str, ...]`, *optional*):
-            Names of more files to delete if they are not in `folder`.
+            Names of other files to delete if they are not in `folder`.
         token, revision, kwargs (*optional*):
             As in [`~huggingface_hub.HfApi.create_commit`].
     """
@@ -282,7 +282,7 @@ def upload(
 
 
 def add_metadata(data: ModelCardData, more: ModelCardData) -> None:
-    """Fills in, in place, what `data` does not say; tags that it lacks are appended."""
+    """Adds missing entries to `data`, in place, and appends missing tags."""
     add_tags(data, more.tags)
     for name, value in vars(more).items():
         if data.get(name) is None:
@@ -290,7 +290,7 @@ def add_metadata(data: ModelCardData, more: ModelCardData) -> None:
 
 
 def add_tags(data: ModelCardData, tags: str | list[str] | None) -> None:
-    """Appends, in place, those of `tags` that `data` lacks."""
+    """Appends missing `tags` to `data`, in place."""
     tags = [tags] if isinstance(tags, str) else tags or []
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
 
@@ -306,10 +306,7 @@ def _published_card(repo_id: str, revision: str | None, token: bool | str | None
 
 
 def _copy_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
-    """
-    That of what the model was loaded from, and the tokenizer of one that writes text. One that was loaded from nowhere
-    has none.
-    """
+    """Copies the feature extractor, and the tokenizer of a CTC model, from its source, if it was loaded from one."""
     source = model.config.name_or_path
     if not source:
         return
@@ -325,8 +322,8 @@ def _copy_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | 
 
 def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:
     """
-    The local directory that `model` was loaded from, if the trainer wrote it and config and weights are still the same
-    in `folder`, where `model` was saved.
+    The local directory that `model` was loaded from, if the trainer wrote it, and config and weights are unchanged in
+    `folder`, where `model` was saved.
     """
     source = Path(model.config.name_or_path)
     files = (CONFIG_NAME, SKILL_CONFIG_NAME, REPOCARD_NAME)

@@ -1,4 +1,4 @@
-"""The model card, `README.md`, of every saved student: what it is, what it was made from, how."""
+"""The model card, `README.md`, of every saved student: what it is, and how it was made."""
 
 import functools
 import importlib.metadata
@@ -43,7 +43,7 @@ HUB_TIMEOUT = 5.0  # seconds; a card does not wait longer for the licence of the
 
 
 class Task(NamedTuple):
-    """A task on the Hub, which has none of its own for frames and for speakers; and the last lines of the snippet."""
+    """A task on the Hub, which has none for frames or speakers, and the last lines of the code example."""
 
     pipeline_tag: str
     last_lines: str
@@ -59,7 +59,7 @@ TASKS = {
     "AutoModelForCTC": Task(
         "automatic-speech-recognition",
         "    tokens = model(**inputs).logits.argmax(-1)\n"
-        "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` makes text of them",
+        "print(tokens.shape)  # the tokenizer's `batch_decode(tokens)` turns them into text",
     ),
     "AutoModelForAudioClassification": Task(
         "audio-classification",
@@ -73,7 +73,7 @@ TASKS = {
     "AutoModelForAudioXVector": Task(
         "feature-extraction",
         "    embeddings = torch.nn.functional.normalize(model(**inputs).embeddings, dim=-1)\n"
-        "print(embeddings.shape)  # two clips are as alike as the dot product of their embeddings is large",
+        "print(embeddings.shape)  # the dot product of two clips' embeddings is their similarity",
     ),
 }
 
@@ -86,7 +86,7 @@ name = {name}
 feature_extractor = AutoFeatureExtractor.from_pretrained(name)
 model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
 
-audio = np.random.default_rng(0).standard_normal({rate})  # one second, mono, {rate} Hz: yours goes here
+audio = np.random.default_rng(0).standard_normal({rate})  # one second, mono, {rate} Hz: replace it with yours
 inputs = feature_extractor(audio, sampling_rate={rate}, return_tensors="pt").to(model.device, model.dtype)
 with torch.no_grad():
 {last_lines}"""
@@ -94,7 +94,7 @@ with torch.no_grad():
 
 @dataclass
 class UnitsContent:
-    """Units of one kind: what they are called, and how many there are in each convolution or layer."""
+    """Units of one kind: their name, and their number in each convolution or layer."""
 
     label: str
     places: str  # `convolution` or `layer`
@@ -109,8 +109,8 @@ class UnitsContent:
 @dataclass
 class StudentContent:
     """
-    What the template shows of every student, as plain numbers and strings, one field for each blank. What is `None`,
-    or empty, is not known and leaves its paragraph out.
+    Values for the template for every student, as plain numbers and strings, one field for each placeholder. `None` or
+    empty means unknown; the paragraph is then left out.
     """
 
     student_class: str
@@ -126,7 +126,7 @@ class StudentContent:
 
 @dataclass
 class TrainingContent:
-    """What the template shows in addition of a student of this run, on the same terms."""
+    """Additional values for the template for a student of this run, in the same form."""
 
     teacher_type: str
     num_teacher_parameters: int
@@ -164,19 +164,19 @@ class TrainingContent:
 
 def write_model_card(directory: str | Path, report: RunReport) -> None:
     """
-    Writes `README.md` and, if matplotlib is installed, its figures (`FIGURES`) into `directory`. No path of this
-    machine is in it.
+    Writes `README.md` and, if matplotlib is installed, its figures (`FIGURES`) into `directory`. The card contains no
+    local paths.
 
-    If a student was saved in `directory`, the card's snippet is run on it, and the card shows what it prints.
+    If a student was saved in `directory`, the card's code example is run on it, and the card shows the output.
 
     Args:
         directory (`str` or `Path`):
-            Where the student is saved.
+            Directory of the saved student.
         report ([`~skill_hf.publishing.run_report.RunReport`]):
-            The run. What is not known of it yet is left out.
+            The run. Unknown values are left out.
 
     Raises:
-        `RuntimeError`: if the snippet fails. The student stays as it was saved, and no card is written.
+        `RuntimeError`: if the code example fails. The saved student is unchanged, and no card is written.
     """
     student, rate = report.student, report.sampling_rate
     described = describe_datasets(report.train_dataset, report.eval_dataset)
@@ -188,7 +188,7 @@ def write_model_card(directory: str | Path, report: RunReport) -> None:
             printed = _run(_snippet(student, str(directory), rate))
         except Exception as error:
             raise RuntimeError(
-                f"The student was saved in `{directory}`, but the snippet of its model card fails there, so that no"
+                f"The student was saved in `{directory}`, but the snippet of its model card fails, so no"
                 f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
             ) from error
     training = _training_content(report, described, printed, save_figures(directory, report))
@@ -197,14 +197,14 @@ def write_model_card(directory: str | Path, report: RunReport) -> None:
 
 def student_card(model: PreTrainedModel, repo_id: str | None = None) -> ModelCard:
     """
-    A shorter card for a student without a trainer: size, what is left of each layer, how to use it, citations.
+    A shorter card for a student without a trainer: size, remaining units of each layer, usage, citations.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a student of any class.
         repo_id (`str`, *optional*): its id on the Hub.
 
     Raises:
-        `ValueError`: if `model` is no student.
+        `ValueError`: if `model` is not a student.
     """
     data = card_data(model)
     return _render(data, _student_content(model, data, repo_id), None)
@@ -214,19 +214,19 @@ def card_data(
     model: PreTrainedModel, teacher: str | Path | None = None, datasets: Sequence[str] = ()
 ) -> ModelCardData:
     """
-    Metadata of a student's card. Fields of which nothing is known are left out.
+    Metadata of a student's card. Unknown fields are left out.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A student of any class; its task follows from the class, its tags are `model.model_tags`.
+            A student of any class; the task is that of its class, the tags are `model.model_tags`.
         teacher (`str` or `Path`, *optional*):
             Hub id or local directory of the teacher, `model.config.base_model` by default. Only an id on the Hub
-            becomes `base_model`; the licence is read in a directory, too.
+            becomes `base_model`; the licence is also read from a directory.
         datasets (`Sequence[str]`, *optional*):
             Hub ids of the training data.
 
     Raises:
-        `ValueError`: if `model` is no student.
+        `ValueError`: if `model` is not a student.
     """
     base_model = getattr(model.config, "base_model", None)
     return ModelCardData(
@@ -241,8 +241,8 @@ def card_data(
 
 def teacher_license(name: str | Path | None) -> str | None:
     """
-    Licence that the card of a model names, such as `"mit"`, or `None`: if there is no card or no licence in it, the
-    Hub cannot be reached within some seconds or is not to be asked (`HF_HUB_OFFLINE`).
+    Licence in the card of a model, such as `"mit"`, or `None`: if there is no card or no licence in it, or the Hub
+    cannot be reached within a few seconds or must not be contacted (`HF_HUB_OFFLINE`).
 
     Args:
         name (`str` or `Path`, *optional*): local directory or Hub id of the model.
@@ -272,15 +272,15 @@ def _card_on_hub(repo_id: str) -> str | None:
 
 def save_figures(directory: str | Path, report: RunReport) -> list[str]:
     """
-    Draws what is left of each layer, the teacher's layers with the tree of their clustering, the distance between
-    student and teacher at every layer, and the course of the training, as far as they are known.
+    Draws the remaining units of each layer, the similarity of the teacher's layers with the tree of their clustering,
+    the distance between student and teacher at every layer, and the training curves, as far as they are known.
 
     Args:
-        directory (`str` or `Path`): where the figures (`FIGURES`) go.
+        directory (`str` or `Path`): directory for the figures (`FIGURES`).
         report ([`~skill_hf.publishing.run_report.RunReport`]): the run.
 
     Returns:
-        `list[str]`: names of the files that were written; none without matplotlib.
+        `list[str]`: names of the written files; empty without matplotlib.
     """
     history, config, record = report.log_history, report.skill_config, report.record
     figures = {}
@@ -301,7 +301,7 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
             cut = report.steps and report.steps.joint
             figures["training.png"] = plot_training(history, terms, cut, report.head_losses)
     except ImportError as error:
-        logger.info("The model card has tables in place of figures. %s", error)
+        logger.info("The model card has tables instead of figures. %s", error)
     for name in FIGURES:
         (Path(directory) / name).unlink(missing_ok=True)  # that of an earlier run would be published with this one
     for name, figure in figures.items():
@@ -402,17 +402,19 @@ def _training_content(
 
 
 def _classes(model: PreTrainedModel) -> tuple[str, str]:
-    """Name of the student's class and of the auto class that loads it, by the map that every student's config has."""
+    """
+    Names of the student's class and of the auto class that loads it, from the `auto_map` of the student's config.
+    """
     auto_map = getattr(model.config, "auto_map", None) or {}
     auto_class_of = {path.rpartition(".")[2]: auto_class for auto_class, path in auto_map.items()}
     for name in [cls.__name__ for cls in type(model).__mro__]:
         if auto_class_of.get(name) in TASKS:
             return name, auto_class_of[name]
-    raise ValueError(f"A model card of this package is for its students, but the model is a {type(model).__name__}.")
+    raise ValueError(f"The model card of skill-hf is for students, but the model is a {type(model).__name__}.")
 
 
 def _snippet(model: PreTrainedModel, name: str | None, rate: int) -> str:
-    """Code that uses the student `name`, a Hub id or directory; by default the directory that it is run in."""
+    """Code that uses the student `name`, a Hub id or directory; by default the working directory."""
     if name is None:
         literal = '"."  # the directory of this file, or its id on the Hub'
     else:
@@ -423,13 +425,13 @@ def _snippet(model: PreTrainedModel, name: str | None, rate: int) -> str:
 
 
 def rename_in_snippets(text: str, repo_id: str) -> str:
-    """The text of a card whose snippets load from `repo_id` in place of what they name."""
+    """The text of a card with code examples changed to load from `repo_id`."""
     text = re.sub(r"^name = .*$", f'name = "{repo_id}"', text, flags=re.MULTILINE)
     return re.sub(r"""\.from_pretrained\((?:"[^"\n]*"|'[^'\n]*')\)""", f'.from_pretrained("{repo_id}")', text)
 
 
 def _run(snippet: str) -> str:
-    """What `snippet` prints. Nothing that the caller uses is changed by it, nor by what is loaded in it."""
+    """Output of `snippet`. Neither the code nor what it loads changes anything that the caller uses."""
     printed = io.StringIO()
     with torch.random.fork_rng(devices=[]):
         exec(compile(snippet, REPOCARD_NAME, "exec"), {"print": functools.partial(print, file=printed)})
@@ -456,7 +458,7 @@ def _clustering(config) -> str:
 
 
 def _merges(tree, first_layer: int) -> list[tuple[list[int], list[int], float]]:
-    """Which hidden states are joined with which, and at which distance, in the order of scipy's linkage matrix."""
+    """The hidden states that are joined and their distance, in the order of scipy's linkage matrix."""
     if tree is None:
         return []
     nodes = [[layer] for layer in range(first_layer, first_layer + len(tree) + 1)]
@@ -469,7 +471,7 @@ def _merges(tree, first_layer: int) -> list[tuple[list[int], list[int], float]]:
 
 
 def _losses(log_history: list[dict], names: list[str]) -> list[tuple[str, int, list[str]]]:
-    """The last logged line of each stage, and of each evaluation."""
+    """The last log line of each stage and of each evaluation."""
     last = {}
     for line in log_history:
         if "distillation_loss" in line:
@@ -486,7 +488,7 @@ def _losses(log_history: list[dict], names: list[str]) -> list[tuple[str, int, l
 
 
 def _curve(log_history: list[dict]) -> list[tuple[int, float, float]]:
-    """Some of the logged lines of sparsity, evenly spaced, the first and the last among them."""
+    """Some of the log lines of sparsity, evenly spaced, including the first and the last."""
     lines = [(line["step"], line["sparsity"], line["target_sparsity"]) for line in log_history if "sparsity" in line]
     if len(lines) <= CURVE_ROWS:
         return lines

@@ -1,6 +1,6 @@
 """
-Figures of a compression. Each function returns a `matplotlib.figure.Figure`, made without pyplot: no window opens, no
-setting changes. Without matplotlib it raises an `ImportError` that names the extra to install.
+Figures of a compression. Each function returns a `matplotlib.figure.Figure`, created without pyplot: no window is
+opened and no settings are changed. Without matplotlib it raises an `ImportError` that names the extra to install.
 """
 
 import math
@@ -29,17 +29,17 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
     """
     Similarity of the teacher's layers as a heat map, with the dendrogram of their clustering on its left.
 
-    Rows and columns stand in the order of the dendrogram's leaves, which is that of the layers unless some group is no
-    run of neighbours.
+    Rows and columns are in the order of the dendrogram's leaves. This is the order of the layers, unless a group
+    contains layers that are not neighbours.
 
     Args:
         similarity (`numpy.ndarray` of shape `(N, N)`): symmetric, with ones on its diagonal.
-        tree (`numpy.ndarray` of shape `(N - 1, 4)`): linkage matrix, from [`layer_tree`].
+        tree (`numpy.ndarray` of shape `(N - 1, 4)`): linkage matrix of [`layer_tree`].
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
         first_layer (`int`, *optional*, defaults to 0): hidden-state index of the first row.
 
     Raises:
-        `ValueError`: if the tree is not of as many layers as the matrix.
+        `ValueError`: if the tree and the matrix have different numbers of layers.
     """
     figure = new_figure(8, 5.6)
     similarity, num_rows = np.asarray(similarity), len(tree) + 1
@@ -97,13 +97,13 @@ def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups
 
 def plot_architecture(config, teacher_config):
     """
-    What is left of each layer, before the teacher's sizes in grey: a panel for each kind of unit, such as channels of
-    the convolutions, attention heads (how many, and which) and units of the feed-forward blocks. Layers count from 1,
-    as hidden states do.
+    Remaining units of each layer, in front of the teacher's sizes in grey: one panel for each kind of unit, such as
+    channels of the convolutions, attention heads (number and indices) and units of the feed-forward blocks. Layers are
+    counted from 1, like hidden states.
 
     Args:
-        config (`PreTrainedConfig`): the student's.
-        teacher_config (`PreTrainedConfig`): the teacher's; of a stock model or of a student.
+        config (`PreTrainedConfig`): config of the student.
+        teacher_config (`PreTrainedConfig`): config of the teacher, a stock model or a student.
     """
     bars = {"convolution": [], "layer": []}
     grids = []
@@ -136,11 +136,11 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
     Distance between student and teacher at every hidden state, one line for each method.
 
     Args:
-        distances (`dict[str, numpy.ndarray]`): name of a method -> distances of shape `(num_hidden_layers + 1,)`, from
-            the input of the first layer on.
+        distances (`dict[str, numpy.ndarray]`): name of a method -> distances of shape `(num_hidden_layers + 1,)`,
+            starting with the input of the first layer.
         ylabel (`str`, *optional*, defaults to `"distance to the teacher"`): measure and unit of the distances.
         groups (`dict[str, list[list[int]]]`, *optional*): name of a method -> hidden-state indices of the groups that
-            it distils: filled marks on its line, and letters below it.
+            it distils, shown as filled marks on its line and letters below it.
     """
     figure = new_figure(8, 4 if groups is None else 4 + 0.25 * len(distances))
     axes = figure.subplots()
@@ -175,20 +175,19 @@ def plot_training(
     head_losses: Sequence[str] = (),
 ):
     """
-    Terms of the loss, losses of a head if there is one, penalty of the constraint on the size, and sparsity against
-    its target, over the optimizer steps of both stages, with the cut between them marked.
+    Loss terms, losses of a head, penalty of the size constraint, and sparsity with its target, over the optimizer
+    steps of both stages, with the cut between them marked.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`. Lines without `distillation_loss` or
-            `eval_distillation_loss` are passed over.
-        loss_terms (`Sequence[str]`, *optional*, defaults to `("l1_loss", "cosine_loss")`): terms to draw beside their
-            sum; `l2_loss` as well if it has a weight.
-        cut (`int`, *optional*): the last step of stage 1; by default the last one that was logged.
-        head_losses (`Sequence[str]`, *optional*): losses of a head, each in a panel of its own, since their scales
-            have nothing in common.
+            `eval_distillation_loss` are ignored.
+        loss_terms (`Sequence[str]`, *optional*, defaults to `("l1_loss", "cosine_loss")`): terms to draw in addition
+            to their sum; `l2_loss` as well if its weight is not 0.
+        cut (`int`, *optional*): the last step of stage 1; by default the last logged one.
+        head_losses (`Sequence[str]`, *optional*): losses of a head, each in its own panel, since their scales differ.
 
     Raises:
-        `ValueError`: if there is no line of training.
+        `ValueError`: if there are no lines from training.
     """
     figure = new_figure(8, 6 + 1.3 * len(head_losses))
     lines = [line for line in log_history if "distillation_loss" in line]
@@ -284,7 +283,7 @@ def label_axes(axes, title="", xlabel="", ylabel="", spines=("left", "bottom")) 
 
 
 def index_runs(indices) -> list[tuple[int, int]]:
-    """First and last of each stretch of consecutive `indices`."""
+    """First and last index of each run of consecutive `indices`."""
     indices = sorted(indices)
     starts, ends = ([i for i in indices if i + step not in indices] for step in (-1, 1))
     return list(zip(starts, ends, strict=True))

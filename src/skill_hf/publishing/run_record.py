@@ -1,4 +1,4 @@
-"""`RunRecord`: what a run measures, for the log, the model card, the figures and all_results.json."""
+"""`RunRecord`: the measurements of a run, for the log, the model card, the figures and all_results.json."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -20,16 +20,16 @@ MIN_COSINE_SIMILARITY = 0.8
 @dataclass
 class RunRecord:
     """
-    Plain numbers, lists and strings, so that checkpoints hold it as JSON. What is empty or `None` is not known.
+    Plain numbers, lists and strings, so that checkpoints can store it as JSON. Empty or `None` means unknown.
 
     Args:
         silhouettes (`dict[int, float]`): mean silhouette of each number of groups of the teacher's layers.
-        half_groups (`list[list[list[int]]]`): groups that either half of the calibration set gives by itself.
-        cut (`dict`, *optional*): `left`, the cost that the gates of stage 1 left by themselves; `wanted`, the target;
-            `shift`, what was added to all `log_alpha` to choose units, 0 if that was not needed.
-        measured_on (`str`): what `losses` were measured on, such as "32 held-out clips".
-        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`; of a
-            student with a head `logits_loss` and, of rows with labels, `task_loss` too.
+        half_groups (`list[list[list[int]]]`): groups computed from each half of the calibration set.
+        cut (`dict`, *optional*): `left`, the cost left by the gates at the end of stage 1; `wanted`, the target;
+            `shift`, the value added to all `log_alpha` to choose units, 0 if not needed.
+        measured_on (`str`): data of `losses`, such as "32 held-out clips".
+        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`;
+            with a head also `logits_loss`, and `task_loss` if there are labels.
         layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state.
     """
 
@@ -45,7 +45,7 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunRecord":
-        """What `to_dict` gave, also after it was JSON, whose keys are text."""
+        """Inverse of `to_dict`, also after a round trip through JSON, whose keys are strings."""
         record = cls(**values)
         record.silhouettes = {int(count): score for count, score in record.silhouettes.items()}
         return record
@@ -59,26 +59,26 @@ class RunRecord:
         ]
 
     def loss_rise(self) -> float | None:
-        """How much the loss rose over the cut, where both sides of it were measured."""
+        """Rise of the loss at the cut, if it was measured before and after."""
         if not {"before_cut", "after_cut"} <= self.losses.keys():
             return None
         return self.losses["after_cut"]["distillation_loss"] - self.losses["before_cut"]["distillation_loss"]
 
     def summary(self) -> list[str]:
-        """Lines for the end of a run: the losses, the cut, and what to change if something went wrong."""
+        """Lines for the end of a run: losses, cut, and advice if something went wrong."""
         lines = []
         if self.losses:
             lines.append(f"Distillation loss and cosine similarity on {self.measured_on} (the teacher: -1 and 1)")
             lines += [f"  {name:<32}{loss:>8.3f}{cosine:>8.3f}" for name, loss, cosine in self.loss_rows()]
         if self.cut is not None and self.cut["shift"]:
             lines.append(
-                f"The gates of stage 1 left {self.cut['left']:,} where {self.cut['wanted']:,} were asked for; a shift"
-                f" of {self.cut['shift']:+.3f} chose the units to cut."
+                f"The gates of stage 1 left {self.cut['left']:,}, but the target was {self.cut['wanted']:,}; they were"
+                f" shifted by {self.cut['shift']:+.3f} to choose the units to cut."
             )
         return lines + self.advice()
 
     def advice(self) -> list[str]:
-        """What to change in the next run, one sentence each; nothing if all went well."""
+        """Advice for the next run, one sentence each; empty if all went well."""
         return self.advice_on_cut() + self.advice_on_student()
 
     def advice_on_cut(self) -> list[str]:
@@ -95,7 +95,7 @@ class RunRecord:
         if end is None or end["cosine_similarity"] >= MIN_COSINE_SIMILARITY:
             return []
         return [
-            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the"
-            f" teacher's (below {MIN_COSINE_SIMILARITY} it is of little use): train for more steps or lower"
+            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the teacher's"
+            f" (below {MIN_COSINE_SIMILARITY} the student is of little use): train for more steps or lower"
             " `target_sparsity`."
         ]

@@ -1,4 +1,4 @@
-"""`RunReport`: all that the model card, the figures and all_results.json tell of a run."""
+"""`RunReport`: everything that the model card, the figures and all_results.json show of a run."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,27 +15,26 @@ from .run_record import RunRecord
 @dataclass
 class RunReport:
     """
-    A run as it stands. What is `None`, or empty, is not known yet, and is left out wherever it would be told.
+    The current state of a run. `None` or empty means not known yet; such values are left out everywhere.
 
     Args:
         student, teacher (`PreTrainedModel`): the encoders, or both with their heads.
         teacher_name (`str` or `PathLike`, *optional*): Hub id or local directory of the teacher.
         skill_config ([`SkillConfig`]): the recipe.
-        record ([`~skill_hf.publishing.run_record.RunRecord`]): what the run has measured.
+        record ([`~skill_hf.publishing.run_record.RunRecord`]): measurements of the run.
         head_losses (`tuple[str, ...]`): names of the losses of the head, if there is one.
-        hub_model_id (`str`, *optional*): of the student's repository on the Hub.
+        hub_model_id (`str`, *optional*): id of the student's repository on the Hub.
         layer_groups (`list[list[int]]`, *optional*): hidden-state indices of each group.
-        layer_similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): what was clustered.
-        layer_tree (`numpy.ndarray` of shape `(N - 1, 4)`, *optional*): the tree of the clustering, scipy's linkage
-            matrix.
-        steps ([`~skill_hf.recipe.skill_config.StageSteps`], *optional*): of both stages.
+        layer_similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): the clustered similarity.
+        layer_tree (`numpy.ndarray` of shape `(N - 1, 4)`, *optional*): the clustering tree as scipy's linkage matrix.
+        steps ([`~skill_hf.recipe.skill_config.StageSteps`], *optional*): steps of both stages.
         num_steps_done (`int`): optimizer steps so far.
-        log_history (`list[dict]`): logged lines.
-        learning_rate (`float`): peak of the first stage.
-        clips_per_step (`int`): in all processes together.
-        precision (`str`): of training, as accelerate calls it: `no`, `bf16` or `fp16`.
-        seed (`int`): of the run.
-        sampling_rate (`int`): of the audio, in Hz.
+        log_history (`list[dict]`): log lines.
+        learning_rate (`float`): peak learning rate of the first stage.
+        clips_per_step (`int`): clips per optimizer step in all processes together.
+        precision (`str`): of training, in accelerate's terms: `no`, `bf16` or `fp16`.
+        seed (`int`): seed of the run.
+        sampling_rate (`int`): sampling rate in Hz.
         train_dataset, eval_dataset (*optional*): the data; `eval_dataset` may be a dict of several.
     """
 
@@ -62,7 +61,7 @@ class RunReport:
 
     @property
     def budget(self) -> Budget:
-        """What the recipe's target is a share of."""
+        """The budget of the recipe."""
         return make_budget(self.skill_config, self.sampling_rate)
 
     @property
@@ -75,11 +74,11 @@ class RunReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of the teacher's cost that the student does without."""
+        """Removed share of the teacher's cost."""
         return 1 - self.budget.total(self.student) / self.teacher_cost
 
     def results(self) -> dict:
-        """What all_results.json holds of the run: plain values, and no path of this machine."""
+        """Values of the run for all_results.json: plain values, no local paths."""
         name, budget = self.teacher_name, self.skill_config.budget
         return {
             "teacher": Path(name).name if name and Path(name).exists() else name,

@@ -1,1 +1,1 @@
-"""What the user decides, with the type and the range of each setting."""
+"""The user's settings, with the type and range of each."""

@@ -1,6 +1,6 @@
 """
-Which of transformers' arguments a run honours, checked before it starts: of what type and in what range each is, and
-which ones are refused since both stages could not keep their promise.
+Checks before a run which of transformers' arguments it can honour: the type and range of each, and the ones rejected
+because a two-stage run cannot honour them.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 
 
 class Number(NamedTuple):
-    """A range; both ends belong to it unless `above` or `below` says otherwise."""
+    """A range that includes its ends, except those given by `above` or `below`."""
 
     whole: bool
     least: float
@@ -34,7 +34,7 @@ class Number(NamedTuple):
     optional: bool = False
 
     def __str__(self):
-        kind = "a whole number" if self.whole else "a finite number"
+        kind = "an integer" if self.whole else "a finite number"
         least = f"above {self.least}" if self.above else f"of at least {self.least}"
         most = "" if self.most == math.inf else f" {'below' if self.below else 'up to'} {self.most}"
         return f"{kind} {least}{' and' if most else ''}{most}{' or None' if self.optional else ''}"
@@ -128,7 +128,7 @@ CHOICES = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
 }
 
-_WHOLE_TENSORS = "the cut between the stages needs whole tensors on each device; use data parallelism"
+_WHOLE_TENSORS = "the cut between the stages needs unsharded tensors on each device; use data parallelism"
 
 # Field -> the only value that it may have (`None` and what is empty stand for one another), and why.
 REFUSED = {
@@ -140,21 +140,21 @@ REFUSED = {
     "use_cache": (False, "an encoder has no cache; leave it out"),
     "auto_find_batch_size": (
         False,
-        "a run whose batch size changes on its way can't be resumed; find `per_device_train_batch_size` in a run of a"
-        " few steps",
+        "a run whose batch size changes cannot be resumed; find `per_device_train_batch_size` with a run of a few"
+        " steps",
     ),
-    "optim_target_modules": (None, "optimizers that use it are refused; leave it out"),
+    "optim_target_modules": (None, "optimizers that use it are not supported; leave it out"),
     "average_tokens_across_devices": (True, "the loss is always a mean over the frames of all devices; leave it out"),
     "bf16_full_eval": (False, "it would leave the student in half precision; use `bf16`"),
     "fp16_full_eval": (False, "it would leave the student in half precision; use `fp16` on a GPU"),
-    "batch_eval_metrics": (False, "evaluation keeps losses, no predictions to compute metrics from; leave it out"),
-    "include_for_metrics": (None, "evaluation keeps losses, no predictions to compute metrics from; leave it out"),
+    "batch_eval_metrics": (False, "evaluation keeps losses, but no predictions for metrics; leave it out"),
+    "include_for_metrics": (None, "evaluation keeps losses, but no predictions for metrics; leave it out"),
     "save_only_model": (
         False,
-        "checkpoints without the state of the optimizer can't be resumed; limit their number by `save_total_limit`",
+        "checkpoints without the state of the optimizer cannot be resumed; limit their number with `save_total_limit`",
     ),
-    "dataloader_in_order": (True, "a run that takes batches as they come can't be resumed; leave it out"),
-    "hub_always_push": (False, "only the finished student is published, by `save_model` or `push_to_hub`"),
+    "dataloader_in_order": (True, "a run with batches in arbitrary order cannot be resumed; leave it out"),
+    "hub_always_push": (False, "only the finished student is published, with `save_model` or `push_to_hub`"),
     "fsdp": (None, _WHOLE_TENSORS),
     "fsdp_config": (None, "FSDP is not supported; use data parallelism"),
     "deepspeed": (None, _WHOLE_TENSORS),
@@ -163,17 +163,17 @@ REFUSED = {
 
 # Arguments of `Trainer` itself.
 REFUSED_OF_TRAINER = {
-    "model_init": "each stage makes its own; use `model`",
-    "optimizers": "each stage makes its own; use `optimizer_cls_and_kwargs`",
-    "compute_loss_func": "the loss is that of the recipe; subclass and override `compute_loss`",
-    "compute_metrics": "evaluation keeps losses, no predictions; subclass and override `evaluate`",
-    "preprocess_logits_for_metrics": "evaluation keeps losses, no predictions; leave it out",
+    "model_init": "each stage creates its own; use `model`",
+    "optimizers": "each stage creates its own; use `optimizer_cls_and_kwargs`",
+    "compute_loss_func": "the recipe defines the loss; subclass and override `compute_loss`",
+    "compute_metrics": "evaluation keeps losses, but no predictions; subclass and override `evaluate`",
+    "preprocess_logits_for_metrics": "evaluation keeps losses, but no predictions; leave it out",
 }
 
 # Field of `accelerator_config` -> the values that it may have, and why.
 _ACCELERATOR_CONFIG = {
-    "split_batches": ((False,), "give the batch size of one device by `per_device_train_batch_size`"),
-    "even_batches": ((True,), "processes with unequal numbers of batches would wait for one another"),
+    "split_batches": ((False,), "set the batch size per device with `per_device_train_batch_size`"),
+    "even_batches": ((True,), "processes with unequal numbers of batches would wait for each other"),
     "use_seedable_sampler": ((True, None), "a run whose order comes from a global generator can't be resumed"),
 }
 
@@ -183,13 +183,13 @@ _CHECKPOINT_SETTINGS = ("use_reentrant", "preserve_rng_state", "determinism_chec
 
 def check_arguments(args: TrainingArguments) -> None:
     """
-    Types, ranges and refused values of training arguments, by themselves. Numbers of numpy become Python's.
+    Checks types, ranges and rejected values of single training arguments. NumPy numbers become Python numbers.
 
     Args:
         args ([`~transformers.TrainingArguments`]): before or after its `__post_init__`.
 
     Raises:
-        `ValueError`: that names one argument, its value, and what it may be.
+        `ValueError`: states one argument, its value, and the valid values.
     """
     if not isinstance(args, TrainingArguments):
         raise ValueError(f"`args` must be TrainingArguments, but is a {type(args).__name__}.")
@@ -218,7 +218,7 @@ def check_arguments(args: TrainingArguments) -> None:
 def check_trainer_arguments(arguments: dict[str, Any]) -> None:
     """
     Raises:
-        `ValueError`: if `arguments`, those of `Trainer.__init__` by name, have one that a run cannot honour.
+        `ValueError`: if `arguments`, those of `Trainer.__init__` by name, contain one that a run cannot honour.
     """
     for name, why in REFUSED_OF_TRAINER.items():
         if arguments.get(name) not in (None, (None, None)):
@@ -229,25 +229,27 @@ def check_trainer_arguments(arguments: dict[str, Any]) -> None:
     for callback in callbacks:
         is_class = isinstance(callback, type) and issubclass(callback, TrainerCallback)
         if not is_class and not isinstance(callback, TrainerCallback):
-            raise ValueError(f"`callbacks` holds {reprlib.repr(callback)}, which is no TrainerCallback; leave it out.")
+            raise ValueError(
+                f"`callbacks` contains {reprlib.repr(callback)}, which is not a TrainerCallback; leave it out."
+            )
 
 
 def check_devices(args: TrainingArguments) -> None:
     """
     Raises:
-        `ValueError`: if one process would train on several devices, or another handler of SIGTERM is asked for.
+        `ValueError`: if one process would train on several devices, or another SIGTERM handler is requested.
     """
     if args.n_gpu > 1:
         raise ValueError(
-            f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or name one device"
-            " in CUDA_VISIBLE_DEVICES."
+            f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or select one"
+            " device with CUDA_VISIBLE_DEVICES."
         )
     if args.enable_jit_checkpoint:
         raise ValueError("`enable_jit_checkpoint` must be False: SIGTERM writes a checkpoint without it.")
 
 
 def refuse(name: str, value, why: str):
-    """Raises the one error of this module: argument, value, and why it is refused or what to do."""
+    """Raises the error of this module: argument, value, and why it is rejected or what to do."""
     value = getattr(value, "value", value)
     shown = "***" if name == "hub_token" else reprlib.repr(value)
     raise ValueError(f"`{name}` is {shown}, but {why}.")
@@ -278,7 +280,11 @@ def _check_number(args, name: str, number: Number) -> None:
     if not is_number or (isinstance(value, int) and abs(value) >= 2**63) or not number.holds(value):
         refuse(name, value, f"it must be {number}")
     if name in SHARES and value > 1 and value != int(value):
-        refuse(name, value, "from 1 on it is a number of steps and must be whole; below 1 it is a share of all steps")
+        refuse(
+            name,
+            value,
+            "values from 1 up are a number of steps and must be integers; below 1 they are a share of all steps",
+        )
 
 
 def _check_choice(args, name: str, choices) -> None:
@@ -291,7 +297,7 @@ def _check_choice(args, name: str, choices) -> None:
 
 def _check_combinations(args: TrainingArguments) -> None:
     if args.max_steps == 0:
-        refuse("max_steps", 0, "it must be above 0, or -1 to go by `num_train_epochs`")
+        refuse("max_steps", 0, "it must be above 0, or -1 to use `num_train_epochs`")
     if args.max_steps < 0 and args.num_train_epochs <= 0:
         refuse("num_train_epochs", args.num_train_epochs, "it must be above 0 without `max_steps`")
     if args.dataloader_num_workers == 0:
@@ -304,7 +310,7 @@ def _check_combinations(args: TrainingArguments) -> None:
     if args.use_cpu or not torch.accelerator.is_available():
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
         if args.fp16 or (launched and not args.bf16):
-            refuse("fp16" if args.fp16 else "mixed_precision", args.fp16 or "fp16", "CPUs don't have it; use bf16")
+            refuse("fp16" if args.fp16 else "mixed_precision", args.fp16 or "fp16", "CPUs don't support it; use bf16")
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "fp16", "bf16"):
         refuse("mixed_precision", os.environ["ACCELERATE_MIXED_PRECISION"], "it must be no, bf16 or fp16")
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -323,13 +329,17 @@ def _check_combinations(args: TrainingArguments) -> None:
 def _check_reports(args) -> None:
     names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     if not isinstance(names, (list, tuple)):
-        refuse("report_to", names, f"it must be none, all, or of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        refuse(
+            "report_to",
+            names,
+            f"it must be none, all, or one or more of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
+        )
     installed = get_available_reporting_integrations()
     for name in names:
         if name in ("none", "all"):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
-            refuse("report_to", name, f"it must be none, all, or of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+            refuse("report_to", name, f"it must be none, all, or one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         if name not in installed and name != "flyte":
             refuse("report_to", name, "that is not installed; install it or set `report_to` to none")
 
@@ -350,9 +360,9 @@ def _check_checkpointing(args) -> None:
         if hasattr(args, "activation_checkpointing"):  # transformers 5.24
             known |= {"every_n_layers", "offload"}
         if settings.keys() - known:
-            refuse(name, settings, f"it must hold none but {', '.join(sorted(known))}")
+            refuse(name, settings, f"its keys must be among {', '.join(sorted(known))}")
         if settings.get("use_reentrant"):
-            refuse(name, settings, "gates need checkpoints that are not reentrant; leave `use_reentrant` out")
+            refuse(name, settings, "gates need non-reentrant checkpointing; leave out `use_reentrant`")
 
 
 def _check_compiler(args) -> None:
@@ -385,24 +395,24 @@ def _check_accelerator_config(args) -> None:
         refuse(
             "accelerator_config.gradient_accumulation_kwargs",
             settings,
-            "the number of steps is given by `gradient_accumulation_steps`",
+            "the number of steps is set with `gradient_accumulation_steps`",
         )
     if config.get("dispatch_batches") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse(
             "accelerator_config.dispatch_batches",
             True,
-            "one process that reads for all would have to join crops of different lengths; leave it out",
+            "a process that reads for all would have to concatenate crops of different lengths; leave it out",
         )
 
 
 def _dict_of(args, name: str) -> dict | None:
-    """Value of a field that may be a dict or its JSON; a file's name is left to transformers."""
+    """Value of a field that may be a dict or its JSON; file names are left to transformers."""
     value = getattr(args, name, None)
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
         except ValueError as error:
-            refuse(name, value, f"it is no JSON: {one_line(error)}")
+            refuse(name, value, f"it is not valid JSON: {one_line(error)}")
     if value is not None and not isinstance(value, (dict, str)):
         refuse(name, value, "it must be a dict or JSON")
     return value if isinstance(value, dict) else None

@@ -1,6 +1,6 @@
 """
-Types and ranges of settings, each checked in one place. A kind is a function of a setting's name and value: it returns
-the value as Python's own type, or raises a `ValueError` that names setting, value and range.
+Types and ranges of settings. A kind is a function of a setting's name and value: it returns the value as a plain
+Python type, or raises a `ValueError` that states setting, value and range.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Kind = Callable[[str, Any], Any]
 
 
 def optional(kind: Kind) -> Kind:
-    """`None`, or what `kind` takes."""
+    """`None`, or a value of `kind`."""
     return lambda name, value: None if value is None else kind(name, value)
 
 
@@ -34,12 +34,12 @@ def one_of(allowed: Sequence[str]) -> Kind:
 
 
 def some_of(allowed: Collection[str]) -> Kind:
-    """A list or tuple that is not empty, each entry once."""
+    """A list or tuple that is not empty and has no repeated entries."""
 
     def check(name: str, value: Any) -> list[str]:
         listed = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
         if not listed or not value or not set(value) <= set(allowed) or len(set(value)) < len(value):
-            refuse(name, f"a list of at least one of {', '.join(allowed)}, each once", value)
+            refuse(name, f"a list of one or more of {', '.join(allowed)}, without duplicates", value)
         return list(map(str, value))
 
     return check
@@ -53,11 +53,11 @@ def true_or_false(name: str, value: Any) -> bool:
 
 
 def whole(least: int) -> Kind:
-    """A whole number of at least `least`; a float is none, even if its digits after the point are 0."""
+    """A whole number of at least `least`; floats are rejected, even those like 2.0."""
 
     def check(name: str, value: Any) -> int:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-            refuse(name, f"a whole number of at least {least}", value)
+            refuse(name, f"an integer of at least {least}", value)
         return int(value)
 
     return check
@@ -88,7 +88,7 @@ def number(least: float = -math.inf, above: float = -math.inf, below: float = ma
 
 def index_groups(name: str, value: Any) -> list[list[int]]:
     """Lists of indices; a string is read as JSON, since a command line has no lists of lists."""
-    wanted = "a list of lists of indices such as [[0],[1,2]], each index once in a list"
+    wanted = "a list of lists of indices such as [[0],[1,2]], without duplicates within a list"
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -109,14 +109,14 @@ def index_groups(name: str, value: Any) -> list[list[int]]:
 
 
 def refuse(name: str, wanted: str, value: Any) -> None:
-    """Raises the `ValueError` of all kinds. A value may be of any length."""
+    """Raises the `ValueError` of all kinds; the value may have any length."""
     raise ValueError(f"`{name}` must be {wanted}, but is {reprlib.repr(value)}.")
 
 
 def help_from_docstring(cls: type) -> type:
     """
-    Decorates a dataclass whose docstring describes its fields, as `name (type): text`: the text becomes the `help` of
-    each field, which [`~transformers.HfArgumentParser`] shows, so that both are written once.
+    Decorator for a dataclass whose docstring describes its fields as `name (type): text`: the text becomes the `help`
+    of each field, shown by [`~transformers.HfArgumentParser`], and is thus written only once.
     """
     texts = dict(re.findall(r"^ {4,8}(\w+) \(`.*\):\s+(.+(?:\n {9,}.+)*)", cls.__doc__ or "", re.MULTILINE))
     for entry in dataclasses.fields(cls):

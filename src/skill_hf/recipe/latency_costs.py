@@ -1,4 +1,4 @@
-"""The format of `latency_costs`, which `fit_latency` measures, and which models they are valid for."""
+"""The format of `latency_costs`, measured by `fit_latency`, and the models that they are valid for."""
 
 import json
 import math
@@ -34,26 +34,26 @@ ARCHITECTURE = (
 
 
 def architecture_of(config: PreTrainedConfig, sampling_rate: int = 16_000) -> dict:
-    """What a teacher must have in common with the one whose latency was measured, for audio of `sampling_rate`."""
+    """The properties in which a teacher must equal the measured one, for audio of `sampling_rate`."""
     values = {name: getattr(config, name) for name in ARCHITECTURE} | {"sampling_rate": sampling_rate}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def check_latency_costs(name: str, value) -> dict:
-    """Checks what `fit_latency` returns; a string is the path of a JSON file with it."""
+    """Checks a result of `fit_latency`, or the path of a JSON file that contains one."""
     try:
         # As it will be read back from skill_config.json: a tuple is a list.
         value = parse_json(value) if isinstance(value, str) else json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or what it holds"
+            "`latency_costs` must be a JSON file that examples/calibrate_latency.py has written, or its content"
             f" ({reprlib.repr(value)}: {textwrap.shorten(str(error), 150, placeholder=' ...')})."
         ) from None
 
     def refuse(name: str, what: str, found):
         raise ValueError(
-            f"`{name}` in `latency_costs` must be {what}, but is {reprlib.repr(found)}. Take what"
-            " examples/calibrate_latency.py has written, as it is."
+            f"`{name}` in `latency_costs` must be {what}, but is {reprlib.repr(found)}. Use the output of"
+            " examples/calibrate_latency.py unchanged."
         )
 
     for group, entries in LATENCY_ENTRIES.items():
@@ -72,9 +72,9 @@ def check_latency_costs(name: str, value) -> dict:
         of_convolutions = name in COSTS_OF_CONVOLUTIONS
         listed = costs if of_convolutions else [costs]
         if not isinstance(listed, list) or (of_convolutions and len(listed) != len(convolutions)):
-            refuse(name, f"a list with a cost of each of {len(convolutions)} convolutions", costs)
+            refuse(name, f"a list with one cost for each of {len(convolutions)} convolutions", costs)
         if not all(type(cost) is int and cost >= 0 for cost in listed):
-            refuse(name, "whole and at least 0", costs)
+            refuse(name, "integers of at least 0", costs)
     if not any(cost if type(cost) is int else any(cost) for cost in value["picoseconds"].values()):
-        refuse("picoseconds", "above 0 somewhere", value["picoseconds"])
+        refuse("picoseconds", "above 0 for at least one unit", value["picoseconds"])
     return value

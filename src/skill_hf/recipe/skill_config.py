@@ -1,4 +1,4 @@
-"""`SkillConfig`: the recipe of one compression, every number of it."""
+"""`SkillConfig`: the complete recipe of one compression."""
 
 import dataclasses
 import json
@@ -30,40 +30,41 @@ GATE_TRAVEL = 12.0
 @dataclass
 class SkillConfig:
     r"""
-    Recipe of one compression: how layers are grouped, what may be pruned, how far, and what the losses weigh.
+    Recipe of one compression: grouping of layers, units to prune, target sparsity, and weights of the losses.
 
-    The defaults are DPHuBERT's (arXiv 2305.17651) for pruning and distillation and this project's own for similarity
-    and clustering, which the SKILL paper (arXiv 2402.16830) does not state. Usable with
-    [`~transformers.HfArgumentParser`]; saved as `skill_config.json` beside every student.
+    The defaults are DPHuBERT's (arXiv 2305.17651) for pruning and distillation, and this project's own for similarity
+    and clustering, which the SKILL paper (arXiv 2402.16830) does not state. It can be used with
+    [`~transformers.HfArgumentParser`] and is saved as `skill_config.json` with every student.
 
     > Parameters that group the layers
 
     Args:
         similarity (`str`, *optional*, defaults to `"cka"`):
-            Measure of how alike two teacher layers are: `cka`, `cosine`, `distillation` or `mutual_knn`.
+            Similarity measure of two teacher layers: `cka`, `cosine`, `distillation` or `mutual_knn`.
         linkage (`str`, *optional*, defaults to `"average"`):
-            Distance between two groups: `average`, `single`, `complete`, `weighted` or `ward`.
+            Linkage method of the clustering: `average`, `single`, `complete`, `weighted` or `ward`.
         num_clusters (`int`, *optional*):
             Number of groups to cut the tree into.
         distance_threshold (`float`, *optional*):
-            Height (1 - similarity) to cut the tree at; without this and `num_clusters` the largest silhouette decides.
+            Height (1 - similarity) to cut the tree at. Without this and `num_clusters`, the number of groups with the
+            largest silhouette is used.
         contiguous (`bool`, *optional*, defaults to `False`):
-            Whether groups must be runs of neighbouring layers.
+            Whether groups may only contain consecutive layers.
         include_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether hidden state 0, the input of the first layer, is grouped too.
+            Whether to include hidden state 0, the input of the first layer, in the grouping.
         layer_groups (`list[list[int]]`, *optional*):
-            Groups of hidden-state indices set by hand (on a command line as JSON), which switches clustering off.
-            `[[0],[4],[8],[12]]` are DPHuBERT's layers of a Base model, except that its layer 0 is taken before the
+            Groups of hidden-state indices set by hand (as JSON on a command line), which disables clustering.
+            `[[0],[4],[8],[12]]` are DPHuBERT's layers of a Base model, except that DPHuBERT uses layer 0 before the
             positional convolution.
         projection_groups (`list[list[int]]`, *optional*):
-            Indices of groups that share one projection; by default each group has its own. DPHuBERT's recipe is
+            Indices of groups that share a projection; each group has its own by default. DPHuBERT's recipe is
             `layer_groups=[[0],[4],[8],[12]]` with `projection_groups=[[0],[1,2,3]]`.
         student_layers (`str`, *optional*, defaults to `"group"`):
-            What predicts a group: `group`, the mean of the student's same layers, or `last`, its last layer.
+            What predicts a group: `group`, the mean of the same layers of the student, or `last`, its last layer.
         calibration_samples (`int`, *optional*, defaults to 256):
-            Number of training clips from which similarity is computed.
+            Number of training clips to compute the similarity on.
         calibration_seconds (`float`, *optional*, defaults to 10.0):
-            Length in seconds that a calibration clip is cropped to.
+            Length in seconds to crop calibration clips to.
 
     > Parameters of the loss
 
@@ -87,43 +88,43 @@ class SkillConfig:
 
     Args:
         target_sparsity (`float`, *optional*, defaults to 0.75):
-            Share of the teacher's parameters, or of what `budget` names, to remove, between 0 and 1, both excluded.
+            Share of the teacher's parameters, or of the quantity set by `budget`, to remove; above 0 and below 1.
         budget (`str`, *optional*, defaults to `"parameters"`):
-            What the target is a share of: `parameters`; `macs`, the multiply-accumulates of one clip; or `latency`,
-            the time of one forward where `latency_costs` were measured. Convolutions run at a high frame rate, so they
-            have few of the first and many of the others.
+            Quantity that the target refers to: `parameters`; `macs`, the multiply-accumulates of one clip; or
+            `latency`, the time of one forward pass on the machine where `latency_costs` were measured. Convolutions
+            run at a high frame rate, so they have few parameters, but many MACs and a high latency.
         budget_seconds (`float`, *optional*, defaults to 10.0):
-            Length in seconds of the clip that `macs` are counted for; attention grows with its square. `latency` is
-            that of clips of the length that was measured.
+            Length in seconds of the clip that `macs` are counted for; the cost of attention grows with its square.
+            `latency` always refers to the clip length that was measured.
         latency_costs (`dict` or `str`, *optional*):
-            What each unit costs in time, as [`~skill_hf.latency.fit_latency`] returns it, or the JSON file that
-            `examples/calibrate_latency.py` has written, whose content becomes part of the recipe. Goes with
-            `budget="latency"` and with no other.
+            Time that each unit costs, as returned by [`~skill_hf.latency.fit_latency`], or the JSON file that
+            `examples/calibrate_latency.py` has written, whose content becomes part of the recipe. Required for
+            `budget="latency"`, and only allowed with it.
         sparsity_warmup_steps (`int`, *optional*):
-            Steps over which the target rises from 0; by default a tenth of the first stage, at most 5000.
+            Steps over which the target rises from 0; a tenth of the first stage by default, at most 5000.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
-            What may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks` and
+            Units that may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks` and
             `ffn_blocks`.
         width_multiple (`int`, *optional*, defaults to 1):
-            What the cut rounds the channels of convolutions and the units of feed-forward blocks to a multiple of;
-            with 8 or 16 matrix products of half precision run on the tensor cores of GPUs.
+            The cut rounds the numbers of convolution channels and feed-forward units to multiples of this. With 8 or
+            16, matrix products in half precision run on the tensor cores of GPUs.
         gate_learning_rate (`float`, *optional*):
-            Peak learning rate of the gates and of the Lagrange multipliers; by default DPHuBERT's 0.02, and more in
-            short runs, where a gate would not get from open to closed with it (see [`gate_travel`]).
+            Peak learning rate of the gates and of the Lagrange multipliers. By default DPHuBERT's 0.02, and more in
+            short runs, where it would be too small to close a gate (see [`gate_travel`]).
         shared_gate_noise (`bool`, *optional*, defaults to `False`):
-            Whether all micro-batches and processes of a step draw the same noise of the gates. An update is then that
-            of one large batch, to rounding; noise of their own has less variance and gives better students.
+            Whether all micro-batches and processes of a step use the same gate noise. An update then equals that of
+            one large batch, up to rounding; independent noise has less variance and gives better students.
         shrink_steps (`int`, *optional*, defaults to 0):
-            Every so many optimizer steps the first stage cuts the units that are closed for good and continues with a
-            smaller student, which takes less time and memory; 0 for never. Needs an optimizer whose state has the
-            shapes of the parameters, such as AdamW, and no FSDP or DeepSpeed.
+            Interval in optimizer steps at which the first stage cuts permanently closed units and continues with a
+            smaller student, which saves time and memory; 0 for never. Needs an optimizer whose state has the shapes of
+            the parameters, such as AdamW, and no FSDP or DeepSpeed.
         final_steps (`int`, *optional*):
-            Steps of the second stage, after the cut; a third of all steps by default.
+            Optimizer steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*, defaults to 1e-4):
             Peak learning rate of the second stage.
         final_warmup_steps (`int`, *optional*):
-            Learning-rate warm-up of the second stage; by default a fifth of it, at most 5000. Each stage starts with a
-            learning rate of 0, as transformers' schedules do.
+            Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
+            stage starts at a learning rate of 0, like the schedules of transformers.
 
     Example:
 
@@ -172,18 +173,18 @@ class SkillConfig:
 
     def validate(self) -> None:
         """
-        Checks every field and gives it its own type: numpy's numbers become Python's, tuples become lists.
+        Checks every field and converts it to its type: NumPy numbers become Python numbers, tuples become lists.
 
         Raises:
-            `ValueError`: if a field has a value of another type or outside its range; the message names both.
+            `ValueError`: if a field's value has the wrong type or is out of range; the message states field and value.
         """
         for name, kind in FIELD_KINDS.items():
             setattr(self, name, kind(name, getattr(self, name)))
         if (self.budget == "latency") != (self.latency_costs is not None):
             missing = "no " if self.latency_costs is None else ""
             raise ValueError(
-                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they go with `latency` and with"
-                " no other budget. examples/calibrate_latency.py measures them."
+                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they are required for `latency`"
+                " and not allowed for other budgets. examples/calibrate_latency.py measures them."
             )
         if self.num_clusters is not None and self.distance_threshold is not None:
             raise ValueError(
@@ -191,12 +192,12 @@ class SkillConfig:
                 " the tree; set one of them or neither."
             )
         if self.l1_weight + self.l2_weight + self.cosine_weight == 0:
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one term must count.")
+            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
 
     def validate_projection_groups(self, num_groups: int) -> None:
-        """Raises a `ValueError` unless `projection_groups` names each of `num_groups` groups exactly once."""
+        """Raises a `ValueError` unless `projection_groups` contains each of `num_groups` groups exactly once."""
         if self.projection_groups is None:
             return
         named = sorted(index for group in self.projection_groups for index in group)
@@ -208,8 +209,8 @@ class SkillConfig:
 
     def resolve_steps(self, max_steps: int) -> "StageSteps":
         """
-        The steps of both stages for a run of `max_steps` optimizer steps in all. Defaults shrink in proportion to the
-        full recipe; what was set by hand is kept.
+        The steps of both stages for a run of `max_steps` optimizer steps in total. Defaults are scaled in proportion
+        to the full recipe; values set by hand are kept.
 
         Raises:
             `ValueError`: if a stage or its warm-up does not fit.
@@ -220,7 +221,7 @@ class SkillConfig:
             final = round(max_steps * FULL_FINAL_STEPS / FULL_STEPS)
         if final > max_steps:
             raise ValueError(
-                f"`final_steps` ({final}) must not be above the steps of the run, `max_steps` ({max_steps})."
+                f"`final_steps` ({final}) must not exceed the steps of the run, `max_steps` ({max_steps})."
             )
         joint = max_steps - final
         full_joint = FULL_STEPS - FULL_FINAL_STEPS
@@ -233,8 +234,8 @@ class SkillConfig:
 
     def resolve_gate_learning_rate(self, joint_steps: int) -> float:
         """
-        The learning rate of the gates for a first stage of `joint_steps`: what was set by hand, or else 0.02, or more
-        where [`gate_travel`] would be below `GATE_TRAVEL` with it.
+        The learning rate of the gates for a first stage of `joint_steps`: the value set by hand; otherwise 0.02, or
+        more if [`gate_travel`] would be below `GATE_TRAVEL` with it.
         """
         if self.gate_learning_rate is not None:
             return self.gate_learning_rate
@@ -251,21 +252,21 @@ class SkillConfig:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "SkillConfig":
         """
-        Reads `skill_config.json` of `directory`; fields that this version does not know are left out.
+        Reads `skill_config.json` from `directory`; fields unknown to this version are ignored.
 
         Raises:
-            `ValueError`: if the file is missing, is not such a file, or a field has an impossible value.
+            `ValueError`: if the file is missing or invalid, or a field has an invalid value.
         """
         try:
             path = Path(directory) / SKILL_CONFIG_NAME
         except TypeError:
-            raise ValueError(f"A recipe is read from a directory, but {directory!r} is none.") from None
+            raise ValueError(f"A recipe is read from a directory, but {directory!r} is not a path.") from None
         try:
             values = parse_json(path)
             if not isinstance(values, dict):
-                raise ValueError(f"it holds a {type(values).__name__}, not names and values")
+                raise ValueError(f"it contains a {type(values).__name__}, not names and values")
             if isinstance(values.get("latency_costs"), str):  # somebody else's file may name any of this machine
-                raise ValueError("`latency_costs` must be what was measured, but is the name of a file")
+                raise ValueError("`latency_costs` must be the measured costs, but is the name of a file")
             return cls(**{name: value for name, value in values.items() if name in FIELD_KINDS})
         except ValueError as error:
             raise ValueError(f"{path} is not a recipe of skill-hf: {' '.join(str(error).split())}") from error
@@ -273,7 +274,10 @@ class SkillConfig:
 
 @dataclass(frozen=True)
 class StageSteps:
-    """Optimizer steps: `joint` distils and prunes, `final` distils after the cut; both warm-ups lie inside them."""
+    """
+    Optimizer steps: `joint` for distilling and pruning, `final` for distilling after the cut; each includes its
+    warm-up.
+    """
 
     joint: int
     final: int
@@ -287,18 +291,18 @@ class StageSteps:
 
 def gate_travel(learning_rate: float, joint_steps: int) -> float:
     """
-    How far `log_alpha` can go in a first stage of `joint_steps`, all of them in one direction: an adaptive optimizer
-    moves it by about the learning rate in each, which is half of its peak on average.
+    How far `log_alpha` can move in a first stage of `joint_steps` if all steps have the same direction: an adaptive
+    optimizer moves it by about the learning rate per step, which on average is half of its peak.
     """
     return learning_rate * joint_steps / 2
 
 
 def _fit_warmup(name: str, steps: int | None, stage: int, full_stage: int) -> int:
-    """The default shrinks in proportion to the full recipe; a number set by hand must fit as it is."""
+    """The default is scaled in proportion to the full recipe; a number set by hand must fit unchanged."""
     if steps is None:
         return min(FULL_WARMUP_STEPS, round(stage * FULL_WARMUP_STEPS / full_stage))
     if stage and steps > stage:
-        raise ValueError(f"`{name}` ({steps}) must not be above the steps of its stage ({stage}).")
+        raise ValueError(f"`{name}` ({steps}) must not exceed the steps of its stage ({stage}).")
     return steps
 
 

@@ -15,48 +15,51 @@ LOG_LINES = 20  # that even a short run has, so that there is something to see
 @dataclass
 class SkillTrainingArguments(TrainingArguments):
     r"""
-    [`~transformers.TrainingArguments`] whose defaults are those of DPHuBERT's recipe (arXiv 2305.17651, section 3.1).
-    Steps, warm-up and learning rate of the second stage are fields of [`SkillConfig`].
+    [`~transformers.TrainingArguments`] with the defaults of DPHuBERT's recipe (arXiv 2305.17651, section 3.1). Steps,
+    warm-up and learning rate of the second stage are fields of [`SkillConfig`].
 
     > Changed defaults
 
     Args:
-        max_steps (`int`, *optional*): optimizer steps of both stages; -1 to go by epochs. By default 75000, or epochs
-            if `num_train_epochs` is given.
+        max_steps (`int`, *optional*): optimizer steps of both stages; -1 to use `num_train_epochs`. By default 75000,
+            or epochs if `num_train_epochs` is set.
         num_train_epochs (`float`, *optional*): passes over the data in both stages together, if `max_steps` is not
-            given; 3 with a `max_steps` of -1.
-        learning_rate (`float`, *optional*, defaults to 2e-4): peak of the first stage.
+            set; 3 with a `max_steps` of -1.
+        learning_rate (`float`, *optional*, defaults to 2e-4): peak learning rate of the first stage.
         warmup_steps (`float`, *optional*, defaults to 0.3): share of the first stage's steps, or a number of steps.
-        max_grad_norm (`float`, *optional*, defaults to 10.0): norm that gradients are clipped to.
-        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, and fewer where a
-            run would have less than `LOG_LINES` lines.
+        max_grad_norm (`float`, *optional*, defaults to 10.0): maximum gradient norm.
+        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, or fewer if a run
+            would have less than `LOG_LINES` lines.
         per_device_train_batch_size (`int`, *optional*, defaults to 10): clips per step and device. The published
-            recipe sees 640 s of audio per step in all: reach it with `gradient_accumulation_steps` and devices.
+            recipe uses 640 s of audio per step in total: set `gradient_accumulation_steps` and the number of devices
+            accordingly.
 
     > Of skill_hf
 
     Args:
-        overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may begin in an `output_dir`
-            that holds another one, whose checkpoints are removed.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may start in an `output_dir`
+            that contains another run, whose checkpoints are then removed.
 
     Raises:
-        `ValueError`: if an argument is out of its range, or a run of two stages cannot honour it.
+        `ValueError`: if an argument is out of range, or a two-stage run cannot honour it.
     """
 
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps of both stages, 75000 by default; -1 to go by num_train_epochs."},
+        metadata={"help": "Optimizer steps of both stages, 75000 by default; -1 to use num_train_epochs."},
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the data in both stages together, if max_steps is not given."}
+        default=None, metadata={"help": "Passes over the data in both stages together, if max_steps is not set."}
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the first stage."})
     warmup_steps: float = field(
         default=0.3, metadata={"help": "Share of the first stage's steps (below 1) or a number of steps."}
     )
-    max_grad_norm: float = field(default=10.0, metadata={"help": "Norm that gradients are clipped to."})
+    max_grad_norm: float = field(
+        default=10.0, metadata={"help": "Maximum norm of the gradient; larger gradients are clipped."}
+    )
     logging_steps: float | None = field(
-        default=None, metadata={"help": "Optimizer steps between two log lines, 50 by default; fewer in short runs."}
+        default=None, metadata={"help": "Optimizer steps between log lines, 50 by default; fewer in short runs."}
     )
     per_device_train_batch_size: int = field(default=10, metadata={"help": "Clips per step and device."})
     overwrite_output_dir: bool = field(

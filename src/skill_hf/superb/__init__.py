@@ -1,8 +1,8 @@
 """
-The SUPERB benchmark (arXiv 2105.01051): what a frozen speech encoder knows, task by task.
+The SUPERB benchmark (arXiv 2105.01051): evaluates a frozen speech encoder on ten tasks.
 
-Audio -> hidden states on disk (`features`) -> weighted sum and a small head (`heads`), as each task defines it
-(`tasks`) -> metrics of the best learning rate (`evaluation`) -> a score beside published ones (`scores`).
+Audio -> hidden states on disk (`features`) -> weighted sum and a small head (`heads`), defined by each task (`tasks`)
+-> metrics of the best learning rate (`evaluation`) -> a score compared with published ones (`scores`).
 """
 
 from .scores import (

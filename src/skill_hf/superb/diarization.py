@@ -1,4 +1,4 @@
-"""Speaker diarization, as in SUPERB (arXiv 2105.01051): who speaks when, more than one at a time."""
+"""Speaker diarization, as in SUPERB (arXiv 2105.01051): who speaks when; speech may overlap."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,26 @@ from .tasks import Splits, Task, check_column
 
 class Diarization(Task):
     """
-    Whether each speaker of a recording speaks, frame by frame; the order of the speakers doesn't count.
+    Whether each speaker of a recording is speaking, frame by frame; the order of the speakers does not matter.
 
-    The column has a list of `speaker_id`, `start` and `end` for each recording, in the form of SUPERB on the Hub, from
-    the beginning of the clip; an empty list where nobody speaks. There, `start` and `end` are frames of 10 ms
-    (`time_unit=0.01`), and a recording of more than 20 s has several rows, each with all of its audio and segments.
+    For each recording, the column has a list of `speaker_id`, `start` and `end`, in the format of SUPERB on the Hub,
+    relative to the beginning of the clip; the list is empty if nobody speaks. On the Hub, `start` and `end` are frames
+    of 10 ms (`time_unit=0.01`), and a recording of more than 20 s has several rows, each with all of its audio and
+    segments.
 
-    Frames are those of the encoder. The head trains on chunks of recordings, and hears whole ones in tests. What it
-    finds is smoothed by a median filter, and scored in seconds with collar 0, overlaps included, as dscore does. The
-    error rate chooses the head on the validation set, where s3prl takes the accuracy of frames; s3prl prints the test
-    set's error rate for five thresholds with and without filter, here it is that of 0.5 with filter.
+    Frames are those of the encoder. The head is trained on chunks and tested on whole recordings. Its output is
+    smoothed with a median filter and scored in seconds with collar 0, overlaps included, like dscore. The head is
+    selected by the error rate on the validation set (s3prl uses frame accuracy). The test error rate is for a
+    threshold of 0.5 with filter; s3prl prints it for five thresholds, with and without filter.
 
     Args:
         column (`str`): column with the segments.
         frame_seconds (`float`): time from one frame of the encoder to the next.
-        time_unit (`float`, *optional*, defaults to 1.0): seconds of one unit of `start` and `end`; 1/16000 if they are
-            samples at 16 kHz.
-        max_seconds (`float`, *optional*): length that clips were cropped to.
+        time_unit (`float`, *optional*, defaults to 1.0): seconds per unit of `start` and `end`; 1/16000 for samples at
+            16 kHz.
+        max_seconds (`float`, *optional*): length in seconds that clips were cropped to.
         lstm_size (`int`, *optional*, defaults to 512): width of the LSTM.
-        chunk_seconds (`float`, *optional*, defaults to 20): length of chunks in training; SUPERB's.
+        chunk_seconds (`float`, *optional*, defaults to 20): length of chunks in training, as in SUPERB.
         median_frames (`int`, *optional*, defaults to 11): width of the median filter, odd.
     """
 
@@ -71,15 +72,13 @@ class Diarization(Task):
         return targets
 
     def _segments(self, value: Any, place: str) -> list[dict[str, Any]]:
-        """Segments in seconds, within what is heard of the clip."""
+        """Segments in seconds, within the cropped clip."""
         segments = []
         if not isinstance(value, list):
-            raise ValueError(
-                f"{place} must be a list, of speaker_id, start and end for each segment, but is {value!r}."
-            )
+            raise ValueError(f"{place} must be a list of segments with speaker_id, start and end, but is {value!r}.")
         for segment in value:
             if not isinstance(segment, Mapping) or not {"speaker_id", "start", "end"} <= segment.keys():
-                raise ValueError(f"{place} has {segment!r}, which is no dict of speaker_id, start and end.")
+                raise ValueError(f"{place} has {segment!r}, which is not a dict with speaker_id, start and end.")
             speaker, start, end = (segment[key] for key in ("speaker_id", "start", "end"))
             if speaker is None or not all(isinstance(time, (int, float)) for time in (start, end)):
                 raise ValueError(f"{place} has {segment!r}; `speaker_id` must be a name, `start` and `end` numbers.")
@@ -96,17 +95,18 @@ class Diarization(Task):
     def check(self, targets: Sequence, split: str, num_frames: Mapping[int, int] | None = None) -> None:
         """
         Raises:
-            `ValueError`: if somebody speaks after the end of a clip, as where `time_unit` is wrong; or nobody speaks.
+            `ValueError`: if somebody speaks after the end of a clip, for instance because `time_unit` is wrong, or
+                nobody speaks.
         """
         if not any(targets):
-            raise ValueError(f"In the {split} set nobody speaks, by `{self.column}`.")
+            raise ValueError(f"The {split} set contains no speech according to `{self.column}`.")
         for (row, frames), segments in zip((num_frames or {}).items(), targets, strict=num_frames is not None):
             end, last = frames * self.frame_seconds, max((segment["end"] for segment in segments), default=0)
             if last > end + 1:
                 raise ValueError(
-                    f"`{self.column}` in row {row} of the {split} set goes on to {last:g} s, but the clip ends at"
-                    f" {end:.2f} s; correct it, or say by `time_unit` how many seconds a unit of `start` and `end` is"
-                    f" (now {self.time_unit:g})."
+                    f"`{self.column}` in row {row} of the {split} set extends to {last:g} s, but the clip ends at"
+                    f" {end:.2f} s; correct it, or set `time_unit` to the seconds per unit of `start` and `end` (now"
+                    f" {self.time_unit:g})."
                 )
 
     def train_examples(self, examples) -> "Chunks":
@@ -116,9 +116,7 @@ class Diarization(Task):
         return nn.utils.rnn.pad_sequence([self._activity(segments) for segments in targets], batch_first=True)
 
     def _activity(self, segments: Sequence[Mapping]) -> torch.Tensor:
-        """
-        1 where a speaker speaks at the middle of a frame, else 0, of shape `(frames up to the last such, speakers)`.
-        """
+        """1 if a speaker is speaking at the middle of a frame, else 0; shape `(frames up to the last 1, speakers)`."""
         # Of more speakers than the training set has in any recording, the head can't know; they count in `score`.
         columns = {speaker: column for column, speaker in enumerate(_speakers(segments)[: self.num_speakers])}
         spans = [[round(segment[key] / self.frame_seconds) for key in ("start", "end")] for segment in segments]
@@ -148,7 +146,7 @@ class Diarization(Task):
 
 class Chunks(torch.utils.data.Dataset):
     """
-    Recordings cut into chunks of one length; the last of each is what is left.
+    Recordings cut into chunks of the same length; the last chunk of each is the rest.
 
     Args:
         examples ([`Examples`]): whole recordings, whose targets are segments.

@@ -1,4 +1,4 @@
-"""Trains the head of a task on cached hidden states, once for each learning rate, and scores the best one."""
+"""Trains the head of a task on cached hidden states, once per learning rate, and scores the best one."""
 
 import copy
 import logging
@@ -46,8 +46,8 @@ class Examples(torch.utils.data.Dataset):
     Hidden states of clips with their targets.
 
     Args:
-        states ([`CachedHiddenStates`]): of the clips of a split that could be read.
-        targets (`list`): of all clips of the split.
+        states ([`CachedHiddenStates`]): states of the clips of a split that could be read.
+        targets (`list`): targets of all clips of the split.
     """
 
     def __init__(self, states: CachedHiddenStates, targets: Sequence):
@@ -62,7 +62,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 class HiddenStatesCollator:
-    """Pads hidden states with zeros to the longest, in the precision that they are stored in."""
+    """Pads hidden states with zeros to the longest, in their stored precision."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -86,18 +86,18 @@ def prepare_examples(
     settings: dict | None = None,
 ) -> dict[str, Examples]:
     """
-    Reads the targets, then encodes every split, unless that was done before.
+    Reads the targets, then encodes every split, unless this is already done.
 
     Args:
-        task ([`Task`]): it learns its classes or symbols from `splits["train"]`.
+        task ([`Task`]): it reads its classes or symbols from `splits["train"]`.
         encoder ([`PretrainedEncoder`] or [`FilterBank`]): frozen.
-        splits (`Mapping[str, Dataset]`): `train`, `validation` and `test`, with `audio` that is not decoded.
+        splits (`Mapping[str, Dataset]`): `train`, `validation` and `test`, with undecoded `audio`.
         cache_dir (`str` or `PathLike`): a directory for these splits and this encoder.
         max_seconds, cache_dtype, settings: of [`cache_hidden_states`].
 
     Raises:
-        `ValueError`: as `task.read` and [`cache_hidden_states`] do, the former before anything is encoded; and as
-            `task.check` does.
+        `ValueError`: errors of `task.read` (before anything is encoded), of [`cache_hidden_states`] and of
+            `task.check`.
     """
     targets = task.read(splits)
     examples = {
@@ -133,32 +133,31 @@ def evaluate_task(
     settings: dict | None = None,
 ) -> dict[str, Any]:
     """
-    Trains a head with each learning rate, takes the one that is best on the validation set, and scores it on the test
-    set. As SUPERB does, the encoder stays frozen, and the head that counts is the best one on the validation set; it
-    keeps the learning rate constant, too, which `args` decides. What was finished before a run was stopped is not done
-    again.
+    Trains a head with each learning rate, selects the best one on the validation set, and scores it on the test set.
+    As in SUPERB, the encoder is frozen, and the best checkpoint on the validation set counts. SUPERB also keeps the
+    learning rate constant; here `args` determines this. Finished parts of an interrupted run are not repeated.
 
     Args:
-        task ([`Task`]): after `read`.
+        task ([`Task`]): the task, after `read`.
         examples (`Mapping[str, Examples]`): `train`, `validation` and `test`, from [`prepare_examples`].
-        args ([`~transformers.TrainingArguments`]): steps, batch, seed, device. Evaluation follows `eval_steps`; a
-            directory of `output_dir` is used for each learning rate.
-        learning_rates (`Sequence[float]`): to be tried, each once.
-        patience (`int`, *optional*): evaluations without gain after which a training ends.
-        settings (`dict`, *optional*): what the results depend on besides, such as the model's name.
+        args ([`~transformers.TrainingArguments`]): steps, batch, seed, device. Evaluation follows `eval_steps`; each
+            learning rate has its own directory in `output_dir`.
+        learning_rates (`Sequence[float]`): learning rates to try.
+        patience (`int`, *optional*): number of evaluations without improvement after which training stops.
+        settings (`dict`, *optional*): what else the results depend on, such as the model's name.
 
     Returns:
         `dict`: the test set's metrics by their SUPERB names; `learning_rate`; `validation` (learning rate -> metrics);
         `layer_weights` (share of each hidden state, list of `layers` floats); `num_clips`.
 
     Raises:
-        `ValueError`: if `learning_rates` is empty, the validation set is not to be scored, `output_dir` has results
-            of other settings, or training comes to NaN with every learning rate.
+        `ValueError`: if `learning_rates` is empty, the validation set cannot be scored, `output_dir` contains results
+            of other settings, or training leads to NaN with every learning rate.
     """
     if not learning_rates:
-        raise ValueError("`learning_rates` is empty; give at least one.")
+        raise ValueError("`learning_rates` is empty; pass at least one.")
     if args.eval_strategy == "no":
-        raise ValueError("`eval_strategy` is no, but the validation set chooses the head; make it steps or epoch.")
+        raise ValueError("`eval_strategy` is no, but the validation set chooses the head; set it to steps or epoch.")
     first = examples["train"][0]["hidden_states"]
     try_directory(args.output_dir)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -187,7 +186,7 @@ def evaluate_task(
     usable = [rate for rate, result in results.items() if math.isfinite(result["validation"][task.metric])]
     if not usable:
         raise ValueError(
-            f"Training {task.name} came to NaN with every learning rate ({', '.join(map(str, learning_rates))}); try"
+            f"Training {task.name} produced NaN with every learning rate ({', '.join(map(str, learning_rates))}); try"
             " smaller ones."
         )
     best = (max if task.greater_is_better else min)(usable, key=lambda rate: results[rate]["validation"][task.metric])
@@ -201,7 +200,7 @@ def evaluate_task(
 
 
 def _score(task: Task, head: nn.Module, predictions: np.ndarray, examples: Examples) -> dict[str, float]:
-    """What `task.score` gives, or NaN where a training has diverged, whose predictions may look like any others."""
+    """Result of `task.score`, or NaN if training has diverged, since predictions may then still look valid."""
     if not all(parameter.isfinite().all() for parameter in head.parameters()) or not np.isfinite(predictions).all():
         return {task.metric: math.nan}
     return task.score(predictions, examples.targets)

@@ -1,4 +1,4 @@
-"""Hidden states of a whole data set on disk, so that any number of heads can train on one pass of the encoder."""
+"""Hidden states of a whole data set on disk: one pass of the encoder for any number of heads."""
 
 import csv
 import json
@@ -27,15 +27,14 @@ STATES, INDEX, SETTINGS, LOCK = "hidden_states.bin", "index.csv", "settings.json
 
 class CachedHiddenStates(torch.utils.data.Dataset):
     """
-    Hidden states that [`cache_hidden_states`] has written, read from disk as they are asked for.
+    Hidden states written by [`cache_hidden_states`], read from disk on demand.
 
     Attributes:
-        rows (`list[int]`): the row of the data set that each item belongs to, ascending; those whose clip could not be
-            read are missing.
-        num_frames (`np.ndarray` of shape `(items,)`): frames of each item.
+        rows (`list[int]`): row in the data set of each item, ascending; rows with unreadable clips are missing.
+        num_frames (`np.ndarray` of shape `(items,)`): number of frames of each item.
 
     Args:
-        directory (`Path`): what [`cache_hidden_states`] made.
+        directory (`Path`): directory written by [`cache_hidden_states`].
     """
 
     def __init__(self, directory: Path):
@@ -55,7 +54,7 @@ class CachedHiddenStates(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, item: int) -> np.ndarray:
-        """Array of shape `(frames, layers, hidden size)`, or of one "frame" if means over time were kept."""
+        """Array of shape `(frames, layers, hidden size)`, with a single "frame" if means over time were stored."""
         start = self._starts[item]
         return self._states[start : start + self.num_frames[item]]
 
@@ -71,18 +70,18 @@ def cache_hidden_states(
     settings: dict | None = None,
 ) -> CachedHiddenStates:
     """
-    Writes the hidden states of all clips, one after the other into one file. A clip counts once the index lists it, so
-    that a run that was stopped goes on where it was. Clips that cannot be read are left out, each with a warning.
+    Writes the hidden states of all clips to one file, one after the other. A clip counts once it is in the index, so
+    an interrupted run continues where it stopped. Clips that cannot be read are skipped, each with a warning.
 
     Args:
         encoder ([`PretrainedEncoder`] or [`FilterBank`]): frozen.
-        dataset (`datasets.Dataset`): rows with `audio`, not decoded.
-        directory (`str` or `PathLike`): made if missing.
-        mean_over_time (`bool`, *optional*, defaults to `False`): keep the mean over the frames of a clip: heads that
-            are linear up to a mean over time see nothing else.
+        dataset (`datasets.Dataset`): rows with undecoded `audio`.
+        directory (`str` or `PathLike`): output directory; created if missing.
+        mean_over_time (`bool`, *optional*, defaults to `False`): store only the mean over the frames of a clip: heads
+            that are linear up to a mean over time need nothing else.
         max_seconds (`float`, *optional*): longer clips are cropped to their first seconds.
         dtype (`str`, *optional*, defaults to `"float16"`): precision on disk.
-        batch_seconds (`float`, *optional*, defaults to 60): most audio in a batch in seconds.
+        batch_seconds (`float`, *optional*, defaults to 60): maximum audio in a batch in seconds.
         settings (`dict`, *optional*): what else the hidden states depend on, such as the model's name.
 
     Returns:
@@ -90,11 +89,13 @@ def cache_hidden_states(
 
     Raises:
         [`AudioError`]: if no clip can be read.
-        `ValueError`: if there is no column `audio`, the directory holds hidden states of other settings, the disk is
-            too small for them, or they are NaN or too large for `dtype`.
+        `ValueError`: if there is no column `audio`, the directory contains hidden states of other settings, the disk
+            is too small, or hidden states are NaN or too large for `dtype`.
     """
     if "audio" not in dataset.column_names:
-        raise ValueError(f"The data set has no column `audio`, but {', '.join(dataset.column_names)}; rename yours.")
+        raise ValueError(
+            f"The dataset has no column `audio`, only {', '.join(dataset.column_names)}; rename the audio column."
+        )
     if max_seconds is not None:
         check_seconds("max_seconds", max_seconds)
     check_seconds("batch_seconds", batch_seconds)
@@ -137,8 +138,8 @@ def cache_hidden_states(
                         raise
                     seconds = max(map(len, waveforms)) / encoder.sampling_rate
                     raise ValueError(
-                        f"The memory is too small for rows {', '.join(map(str, rows))} of up to {seconds:.0f} s; crop"
-                        " clips by `max_seconds`."
+                        f"Out of memory for rows {', '.join(map(str, rows))} of up to {seconds:.0f} s; crop clips with"
+                        " `max_seconds`."
                     ) from error
                 for row, states in zip(rows, encoded, strict=True):
                     states = states.mean(0, keepdim=True) if mean_over_time else states
@@ -178,23 +179,25 @@ def _read_clips(
 
 def cast_states(states: torch.Tensor, dtype: str, clip: str, setting: str) -> np.ndarray:
     """
-    Hidden states as they are stored.
+    Converts hidden states to the stored form.
 
     Args:
         states (`torch.Tensor`): float32, of any shape.
         dtype (`str`): `"float16"` or `"float32"`.
-        clip, setting (`str`): for the error: whose they are, and what names `dtype`.
+        clip, setting (`str`): for the error: the clip, and the setting of `dtype`.
 
     Returns:
-        `np.ndarray`: contiguous, of `dtype` and of the same shape.
+        `np.ndarray`: contiguous, with `dtype` and the same shape.
 
     Raises:
-        `ValueError`: if they are not finite, or not in `dtype`.
+        `ValueError`: if they are not finite in float32, or not in `dtype`.
     """
     values = states.cpu().numpy()
     largest = float(np.abs(values).max(initial=0))
     if not np.isfinite(largest):
-        raise ValueError(f"The hidden states of {clip} hold NaN or infinite values; check the weights of the model.")
+        raise ValueError(
+            f"The hidden states of {clip} contain NaN or infinite values; check the weights of the model."
+        )
     if largest > float(np.finfo(dtype).max):
         raise ValueError(
             f"The hidden states of {clip} reach {largest:.3g}, too large for {dtype} (at most"
@@ -205,20 +208,20 @@ def cast_states(states: torch.Tensor, dtype: str, clip: str, setting: str) -> np
 
 def check_settings(directory: Path, settings: dict, what: str) -> None:
     """
-    Writes `settings` into a directory, or compares them with those that are there.
+    Writes `settings` into a directory, or compares them with the settings there.
 
     Raises:
-        `ValueError`: if the directory holds `what` of other settings.
+        `ValueError`: if the directory contains `what` of other settings.
     """
     path = directory / SETTINGS
     settings = json.loads(json.dumps(settings))  # as it is read back: a tuple is a list
     before = read_json(path) if path.is_file() else settings
     if not isinstance(before, dict):
-        raise ValueError(f"{path} holds no settings of {what}; name another directory.")
+        raise ValueError(f"{path} contains no settings of {what}; choose another directory.")
     for name in before | settings:
         if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{directory} has {what} with `{name}` {before.get(name)!r}, not {settings.get(name)!r}; name"
+                f"{directory} has {what} with `{name}` {before.get(name)!r}, not {settings.get(name)!r}; choose"
                 " another directory."
             )
     if not path.is_file():
@@ -226,7 +229,7 @@ def check_settings(directory: Path, settings: dict, what: str) -> None:
 
 
 def _read_index(directory: Path) -> list[tuple[int, int, int]]:
-    """Row, first frame and number of frames of every clip; a line that was being written when a run stopped is not."""
+    """Row, first frame and number of frames of every clip; ignores a line that was incomplete when a run stopped."""
     path = directory / INDEX
     if not path.is_file():
         return []
@@ -236,12 +239,12 @@ def _read_index(directory: Path) -> list[tuple[int, int, int]]:
         path.write_text(complete, encoding="utf-8")
     rows = [line.split(",") for line in complete.splitlines()]
     if not all(len(row) == 3 and all(value.isascii() and value.isdigit() for value in row) for row in rows):
-        raise ValueError(f"{path} is no index of hidden states; remove {directory}, they are then computed again.")
+        raise ValueError(f"{path} is not a valid index of hidden states; remove {directory} to compute them again.")
     return [tuple(map(int, row)) for row in rows]
 
 
 def _read_written(directory: Path, bytes_per_frame: int) -> list[tuple[int, int, int]]:
-    """The index without what never reached the disk: after a power cut it may be ahead of the states."""
+    """The index without states that never reached the disk: after a power failure it may be ahead of them."""
     index = _read_index(directory)
     size = (directory / STATES).stat().st_size if index and (directory / STATES).is_file() else 0
     written = [line for line in index if (line[1] + line[2]) * bytes_per_frame <= size]
@@ -255,6 +258,6 @@ def _check_disk(directory: Path, needed: float) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise ValueError(
-            f"The hidden states need another {needed / 1e9:.1f} GB, but the disk of {directory} has"
-            f" {free / 1e9:.1f} GB left; name another `cache_dir`, or take fewer clips or shorter ones."
+            f"The hidden states need {needed / 1e9:.1f} GB more, but the disk of {directory} has {free / 1e9:.1f} GB"
+            " left; choose another `cache_dir`, or use fewer or shorter clips."
         )

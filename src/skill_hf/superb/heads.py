@@ -13,7 +13,7 @@ class WeightedSum(nn.Module):
     `sum_l softmax(w)_l h_l` over the layers: `(..., layers, hidden size)` -> `(..., hidden size)`.
 
     Args:
-        num_layers (`int`): hidden states, the input of the first layer included.
+        num_layers (`int`): number of hidden states, including the input of the first layer.
     """
 
     def __init__(self, num_layers: int):
@@ -30,7 +30,7 @@ class WeightedSum(nn.Module):
 
 
 def valid_frames(hidden: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
-    """Which of `(batch, frames)` are no padding."""
+    """Mask of `(batch, frames)`: True for frames that are not padding."""
     return torch.arange(hidden.shape[1], device=hidden.device) < num_frames[:, None]
 
 
@@ -42,10 +42,10 @@ def mean_over_time(hidden: torch.Tensor, num_frames: torch.Tensor) -> torch.Tens
 
 class Head(nn.Module):
     """
-    What all heads share: the weighted sum and a linear projection of it.
+    Base of all heads: the weighted sum and a linear projection of it.
 
-    Heads take `hidden_states` of shape `(batch, frames, layers, hidden size)`, padded with zeros, `num_frames` of
-    shape `(batch,)` and the labels of their task, and return a dict of `loss` and `logits`.
+    Inputs are `hidden_states` of shape `(batch, frames, layers, hidden size)`, padded with zeros, `num_frames` of
+    shape `(batch,)` and the labels of the task; heads return a dict of `loss` and `logits`.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, projection_size: int):
@@ -59,13 +59,13 @@ class Head(nn.Module):
 
 class ClassificationHead(Head):
     """
-    Projection to 256, mean over time, one linear classifier for each label; losses of several labels are added up
+    Projection to 256, mean over time, one linear classifier for each label; losses of several labels are added
     (keyword spotting, speaker identification, emotion recognition; intents have three labels).
 
-    All of it is linear up to the mean, so it gives the same from hidden states that were averaged over time before.
+    Everything before the mean is linear, so hidden states that are already averaged over time give the same result.
 
     Args:
-        num_classes (`list[int]`): classes of each label.
+        num_classes (`list[int]`): number of classes of each label.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, num_classes: list[int], projection_size: int = 256):
@@ -84,7 +84,9 @@ class ClassificationHead(Head):
 
 
 def _additive_margin_softmax(size: int, num_speakers: int) -> AMSoftmaxLoss:
-    """With weights as small as SUPERB's: only their direction counts, and longer ones turn more slowly."""
+    """
+    Initialises weights as small as SUPERB's: only their direction matters, and longer weights rotate more slowly.
+    """
     objective = AMSoftmaxLoss(size, num_speakers)
     nn.init.xavier_normal_(objective.weight)
     return objective
@@ -92,8 +94,8 @@ def _additive_margin_softmax(size: int, num_speakers: int) -> AMSoftmaxLoss:
 
 class MeanSpeakerHead(Head):
     """
-    A speaker embedding that is a projection of the mean over time, trained to tell speakers apart with the additive
-    margin softmax (arXiv 1801.05599) of [`XVectorHead`]. It needs no more than averaged hidden states.
+    A speaker embedding that is a projection of the mean over time, trained to distinguish speakers with the additive
+    margin softmax (arXiv 1801.05599) of [`XVectorHead`]. It needs only averaged hidden states.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, num_speakers: int, projection_size: int = 256):
@@ -101,14 +103,14 @@ class MeanSpeakerHead(Head):
         self.objective = _additive_margin_softmax(projection_size, num_speakers)
 
     def embed(self, hidden_states, num_frames) -> tuple[torch.Tensor, torch.Tensor]:
-        """The embedding, and what is classified in training; each of shape `(batch, size)`."""
+        """The embedding, and the input of the classifier in training; each of shape `(batch, size)`."""
         embedding = mean_over_time(self.project(hidden_states), num_frames)
         return embedding, embedding
 
     def forward(self, hidden_states, num_frames, labels=None):
         """
-        `labels`: speakers, int64 of shape `(batch,)`; those never heard in training are -100 and don't count.
-        `logits`: embeddings of shape `(batch, size)`.
+        `labels`: speakers, int64 of shape `(batch,)`; speakers not in the training set are -100 and ignored. `logits`:
+        embeddings of shape `(batch, size)`.
         """
         embedding, classified = self.embed(hidden_states, num_frames)
         output = {"logits": embedding}
@@ -120,8 +122,8 @@ class MeanSpeakerHead(Head):
 
 class XVectorHead(MeanSpeakerHead):
     """
-    SUPERB's: an x-vector network (time delay layers, mean and standard deviation over time) with additive margin
-    softmax. The embedding is what the first of two linear layers after the pooling gives.
+    SUPERB's x-vector network (time delay layers, mean and standard deviation over time) with additive margin softmax.
+    The embedding is the output of the first of two linear layers after the pooling.
     """
 
     def __init__(self, num_layers: int, hidden_size: int, num_speakers: int):
@@ -161,10 +163,10 @@ def _repeat_to(hidden: torch.Tensor, num_frames: torch.Tensor, shortest: int) ->
 
 class CTCHead(Head):
     """
-    Connectionist temporal classification over symbols, of which 0 is the blank.
+    Connectionist temporal classification over symbols; 0 is the blank.
 
     Args:
-        num_symbols (`int`): symbols, the blank included.
+        num_symbols (`int`): number of symbols, including the blank.
         lstm_size (`int`, *optional*, defaults to 0): width of a bidirectional LSTM of two layers with dropout 0.2,
             1024 for SUPERB's speech recognition; 0, as for its phoneme recognition, keeps the head linear.
         projection_size (`int`, *optional*, defaults to 256): 1024 with an LSTM.
@@ -183,8 +185,8 @@ class CTCHead(Head):
 
     def forward(self, hidden_states, num_frames, labels=None):
         """
-        `labels`: symbols, int64 of shape `(batch, longest)`, padded with -100. `logits`: the likeliest symbol of each
-        frame, of shape `(batch, frames)`, padding -100.
+        `labels`: symbols, int64 of shape `(batch, longest)`, padded with -100. `logits`: the most likely symbol of
+        each frame, shape `(batch, frames)`, padding -100.
         """
         hidden = self.project(hidden_states)
         if self.lstm is not None:
@@ -207,14 +209,14 @@ class CTCHead(Head):
 
 class DiarizationHead(nn.Module):
     """
-    A unidirectional LSTM of one layer over the weighted sum itself, without a projection, as in s3prl; then a linear
-    layer that says frame by frame which speakers speak.
+    A unidirectional one-layer LSTM on the weighted sum, without a projection, as in s3prl; then a linear layer that
+    predicts for each frame which speakers are speaking.
 
-    The loss is binary cross-entropy for the assignment of outputs to speakers that makes it smallest, which is chosen
-    for each recording (permutation-invariant training, arXiv 1909.05952).
+    The loss is binary cross-entropy for the best assignment of outputs to speakers, chosen for each recording
+    (permutation-invariant training, arXiv 1909.05952).
 
     Args:
-        num_speakers (`int`): speakers of a recording at most.
+        num_speakers (`int`): maximum number of speakers in a recording.
         lstm_size (`int`, *optional*, defaults to 512): width of the LSTM.
     """
 
@@ -226,8 +228,8 @@ class DiarizationHead(nn.Module):
 
     def forward(self, hidden_states, num_frames, labels=None):
         """
-        `labels`: 1 where a speaker speaks, float of shape `(batch, any frames, speakers)`; frames that it lacks are
-        silent. `logits`: above 0 where one does, of shape `(batch, frames, speakers)`, padding -100.
+        `labels`: 1 if a speaker is speaking, float of shape `(batch, any frames, speakers)`; missing frames are
+        silent. `logits`: above 0 if a speaker is speaking, shape `(batch, frames, speakers)`, padding -100.
         """
         hidden, _ = self.lstm(self.weighted_sum(hidden_states.to(self.classifier.weight.dtype)))
         logits = self.classifier(hidden)

@@ -1,4 +1,4 @@
-"""Query by example, as in SUPERB (arXiv 2105.01051): spoken queries are searched in documents, without training."""
+"""Query by example, as in SUPERB (arXiv 2105.01051): searches spoken queries in documents, without training."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,22 +28,22 @@ BATCH_FRAMES = 16_384
 
 def read_truth(queries: datasets.Dataset, documents: datasets.Dataset, column: str) -> np.ndarray:
     """
-    Which documents hold a query.
+    Which documents contain a query.
 
-    A column of both sets has texts, or words, or classes: a document holds a query if the query's words stand one
-    after the other in it, whatever their case. A column of the queries alone has the names of the documents that hold
-    each, as a list or separated by blanks; a name is that of the file, with or without its ending.
+    If both sets have the column, it contains texts, words or classes: a document contains a query if the query's words
+    occur in it consecutively, ignoring case. If only the queries have it, it contains the names of the documents with
+    this query, as a list or separated by blanks; names are file names, with or without extension.
 
     Args:
         queries (`datasets.Dataset`): spoken queries.
-        documents (`datasets.Dataset`): where they are searched.
-        column (`str`): which column.
+        documents (`datasets.Dataset`): documents to search.
+        column (`str`): name of the column.
 
     Returns:
         `np.ndarray` of shape `(queries, documents)`, bool.
 
     Raises:
-        `ValueError`: if the column is missing, names no document or several, or no document holds a query.
+        `ValueError`: if the column is missing, a name matches no document or several, or no document contains a query.
     """
     if column in documents.column_names:
         texts = [
@@ -54,7 +54,7 @@ def read_truth(queries: datasets.Dataset, documents: datasets.Dataset, column: s
     else:
         truth = _read_names(queries, documents, column)
     if not truth.any():
-        raise ValueError(f"No document holds any of the {len(queries)} queries, by `{column}`.")
+        raise ValueError(f"No document contains any of the {len(queries)} queries, according to `{column}`.")
     return truth
 
 
@@ -71,8 +71,8 @@ def _read_names(queries: datasets.Dataset, documents: datasets.Dataset, column: 
             found = rows.get(name, [])
             if len(found) != 1:
                 raise ValueError(
-                    f"`{column}` of query {row} names {name}, which {'fits several' if found else 'is none'} of the"
-                    " documents."
+                    f"`{column}` of query {row} names {name}, which {'matches several' if found else 'matches none'}"
+                    " of the documents."
                 )
             truth[row, found[0]] = True
     return truth
@@ -80,14 +80,14 @@ def _read_names(queries: datasets.Dataset, documents: datasets.Dataset, column: 
 
 def subsequence_dtw(distances: torch.Tensor) -> torch.Tensor:
     """
-    Cost of the best alignment of a query with a part of a document, per frame of the query: `min_j D_Nj / N` with
+    Cost per query frame of the best alignment of a query with a part of a document: `min_j D_Nj / N` with
     `D_ij = d_ij + min(D_(i-1)j, D_(i-1)(j-1), D_(i-1)(j-2))` and `D_1j = d_1j`.
 
-    This is dtw-python's step pattern `asymmetric` with open begin and end, which s3prl takes.
+    This is dtw-python's step pattern `asymmetric` with open begin and end, as used by s3prl.
 
     Args:
-        distances (`torch.Tensor` of shape `(..., query frames, document frames)`): of frames from each other; infinity
-            where a document is padded.
+        distances (`torch.Tensor` of shape `(..., query frames, document frames)`): distances between frames; infinity
+            for padding of a document.
 
     Returns:
         `torch.Tensor` of shape `(...)`
@@ -101,7 +101,7 @@ def subsequence_dtw(distances: torch.Tensor) -> torch.Tensor:
 
 def frame_distances(query: torch.Tensor, documents: torch.Tensor, num_frames: torch.Tensor) -> torch.Tensor:
     """
-    `exp(1 - cosine) - 1`, which each frame of the query then has from 0 to 1 over the frames of a document: s3prl's
+    `exp(1 - cosine) - 1`, scaled for each query frame to the range from 0 to 1 over the frames of a document: s3prl's
     `cosine_exp` with `minmax_norm`.
 
     Args:
@@ -128,16 +128,16 @@ def search(
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """
-    How well each query fits each document, by the hidden states of one layer.
+    Scores how well each query matches each document, with the hidden states of one layer.
 
-    Hidden states are standardised, each dimension over all frames of queries and documents, and what
-    [`subsequence_dtw`] finds, negated, over the documents of a query: as s3prl does. A query of fewer than five frames
-    fits all documents alike.
+    As in s3prl, each dimension of the hidden states is standardised over all frames of queries and documents, and the
+    negative costs of [`subsequence_dtw`] over the documents of a query. A query of fewer than five frames gets the
+    same score for all documents.
 
     Args:
         queries, documents ([`CachedHiddenStates`]): clips.
-        layer (`int`): which of their hidden states.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to compute.
+        layer (`int`): index of the hidden state.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): device for the computation.
 
     Returns:
         `np.ndarray` of shape `(queries, documents)`, float32; mean 0 and standard deviation 1 over the documents.
@@ -186,25 +186,25 @@ def evaluate_query_by_example(
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """
-    Searches the queries of the validation set by each layer, and those of the test set by the one that is best there.
+    Searches the queries of the validation set with each layer, and those of the test set with the best layer.
 
-    SUPERB takes QUESST 2014: English queries and documents, scored among those of all languages, which count as
-    missed. Published values are lower for that.
+    SUPERB uses QUESST 2014: only English queries and documents are searched, but the score includes all languages,
+    with the others counted as missed. Published values are therefore lower.
 
     Args:
         encoder ([`PretrainedEncoder`] or [`FilterBank`]): frozen.
-        splits (`Mapping[str, Dataset]`): `documents`, and queries in `validation` and `test`; `audio` is not decoded.
-        column (`str`): of [`read_truth`].
+        splits (`Mapping[str, Dataset]`): `documents`, and queries in `validation` and `test`; with undecoded `audio`.
+        column (`str`): column for [`read_truth`].
         cache_dir (`str` or `PathLike`): a directory for these splits and this encoder.
         max_seconds, cache_dtype, settings: of [`cache_hidden_states`].
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): where to search.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): device for the search.
 
     Returns:
         `dict`: `qbe_mtwv`, the maximum term-weighted value of the test set; `layer`, 0 for the first of the encoder's
         hidden states; `validation` (layer -> metric); `num_clips`.
 
     Raises:
-        `ValueError`: as [`read_truth`] and [`cache_hidden_states`] do, the former before anything is encoded.
+        `ValueError`: errors of [`read_truth`] (before anything is encoded) and of [`cache_hidden_states`].
     """
     truths = {split: read_truth(splits[split], splits["documents"], column) for split in ("validation", "test")}
     states = {

@@ -1,4 +1,4 @@
-"""The tasks by their short names, and the columns that they take of a data set."""
+"""The tasks by short name, and the columns that they use in a data set."""
 
 import os
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from .tasks import Classification, Lexicon, Task, Transcription, Verification
 @dataclass(frozen=True)
 class Columns:
     """
-    Names of columns; where one is `None`, the first of the task's usual ones that the data set has is taken.
+    Names of columns; for `None`, the first of the task's usual columns that exists in the data set is used.
 
     Args:
-        label (`list[str]`, *optional*): for the classifications, one for each label; for diarization.
-        text (`str`, *optional*): for what is transcribed, and for query by example.
-        speaker (`str`, *optional*): for speaker verification.
+        label (`list[str]`, *optional*): columns for classification, one per label, and for diarization.
+        text (`str`, *optional*): column for transcription and for query by example.
+        speaker (`str`, *optional*): column for speaker verification.
     """
 
     label: list[str] | None = None
@@ -48,7 +48,7 @@ class Columns:
             return self.label or list(self.INTENT)
         named = self.speaker if task == "asv" else self.text if task in ("asr", "pr", "sf", "qbe") else None
         if named is None and self.label and len(self.label) > 1:
-            raise ValueError(f"`{task}` has one label, but {len(self.label)} columns are named.")
+            raise ValueError(f"`{task}` has one label column, but {len(self.label)} were given.")
         named = named or (self.label or [None])[0]
         if named is not None:
             return named
@@ -56,8 +56,8 @@ class Columns:
             if column in dataset.column_names:
                 return column
         raise ValueError(
-            f"`{task}` needs one of the columns {', '.join(self.USUAL[task])}, but the data set has"
-            f" {', '.join(dataset.column_names)}; name yours."
+            f"`{task}` needs one of the columns {', '.join(self.USUAL[task])}, but the dataset has"
+            f" {', '.join(dataset.column_names)}; specify yours."
         )
 
 
@@ -81,11 +81,11 @@ def load_task(
     Args:
         name (`str`): one of `TASKS`.
         dataset (`datasets.Dataset`): the training set, for its columns.
-        columns ([`Columns`], *optional*): which to take.
-        trials, x_vector: of [`Verification`].
-        lexicon, stress: of [`Lexicon`]; used where the column doesn't hold phonemes.
-        lstm_size: of [`Transcription`], [`SlotFilling`] and [`Diarization`].
-        frame_seconds, time_unit, max_seconds: of [`Diarization`], which needs the first.
+        columns ([`Columns`], *optional*): columns to use.
+        trials, x_vector: arguments of [`Verification`].
+        lexicon, stress: arguments of [`Lexicon`]; used if the column does not contain phonemes.
+        lstm_size: argument of [`Transcription`], [`SlotFilling`] and [`Diarization`].
+        frame_seconds, time_unit, max_seconds: arguments of [`Diarization`], which requires the first.
 
     Raises:
         `ValueError`: if there is no such task, or the data set lacks its columns.

