@@ -540,7 +540,7 @@ def test_macs_as_the_budget(layout, tmp_path, clips, model, caplog):
     assert trainer.teacher_cost == whole
     share = count_macs(trainer.model, 1.5) / whole
     assert abs(share - 0.4) < 0.005
-    assert "multiply-accumulates for 1.5 seconds of audio, the target is" in caplog.text
+    assert "multiply-accumulates for 1.5 seconds of audio, but the target is" in caplog.text
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert rows[-1]["sparsity"] == pytest.approx(1 - share, abs=1e-6)
     assert rows[-1]["target_sparsity"] == 0.6
