@@ -69,7 +69,9 @@ def test_lagrangian_descends_on_size_and_ascends_on_multipliers():
 
 def test_every_term_has_a_weight_of_its_name():
     weights = [f"{name}_weight" for name in LOSS_TERMS]
-    assert [field.name for field in dataclasses.fields(SkillConfig) if field.name.endswith("_weight")] == weights
+    of_a_head = ["logits_weight", "task_weight"]
+    names = [field.name for field in dataclasses.fields(SkillConfig) if field.name.endswith("_weight")]
+    assert names == weights + of_a_head
     assert list(term_weights(SkillConfig()).values()) == [1.0, 0.0, 1.0]
     for function in (layer_similarity, DistillationSimilarity):
         parameters = inspect.signature(function).parameters

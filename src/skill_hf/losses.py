@@ -110,6 +110,56 @@ def distillation_sums(
     return {name: term.sum() / len(prediction) for name, term in terms.items()}
 
 
+def logits_divergence(prediction: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    r"""
+    `T^2 KL(softmax(t / T) || softmax(s / T))` at each position (Hinton, Vinyals and Dean, arXiv 1503.02531, section
+    2), in nats. The factor keeps the size of gradients whatever the temperature is.
+
+    Args:
+        prediction (`torch.Tensor` of shape `(..., classes)`): the student's logits `s`.
+        target (`torch.Tensor` of the same shape): the teacher's logits `t`.
+        temperature (`float`, *optional*, defaults to 1.0): `T`.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, float32.
+    """
+    student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (prediction, target))
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def ctc_losses(
+    logits: torch.Tensor, labels: torch.Tensor, num_frames: torch.Tensor, blank: int, per_label: bool
+) -> torch.Tensor:
+    """
+    Negative log-likelihood of each clip's labels (connectionist temporal classification, Graves et al. 2006). It is 0
+    for a clip without labels, and for one whose frames are too few for its labels.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, frames, classes)`): of the head.
+        labels (`torch.LongTensor` of shape `(batch, most labels)`): padded on the right with -100.
+        num_frames (`torch.LongTensor` of shape `(batch,)`): valid frames of each clip.
+        blank (`int`): index of the blank.
+        per_label (`bool`): whether to divide by the number of labels, as the reduction "mean" of PyTorch does.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32.
+    """
+    num_labels = (labels >= 0).sum(-1)
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
+    with torch.backends.cudnn.flags(enabled=False):  # it has conditions on the labels
+        losses = F.ctc_loss(
+            log_probabilities,
+            labels.clamp(min=0),
+            num_frames,
+            num_labels,
+            blank=blank,
+            reduction="none",
+            zero_infinity=True,
+        )
+    losses = torch.where(num_labels > 0, losses, 0.0)
+    return losses / num_labels.clamp(min=1) if per_label else losses
+
+
 def sparsity_at(step: int, target_sparsity: float, warmup_steps: int) -> float:
     """Target sparsity at an optimizer step; it rises linearly from 0 over `warmup_steps`."""
     return target_sparsity * min(1.0, step / warmup_steps) if warmup_steps else target_sparsity

@@ -260,6 +260,15 @@ def test_training_shows_both_stages():
     assert "L2" in [curve.get_label() for curve in plot_training(log, ["l2_loss"]).axes[0].lines]
 
 
+def test_losses_of_a_head_have_panels_of_their_own():
+    log = [{"step": 1, "stage": 1, "distillation_loss": -1.0, "sparsity": 0.1, "logits_loss": 2.0, "task_loss": 90.0}]
+    log.append({"step": 1, "eval_logits_loss": 3.0})
+    panels = plot_training(log, head_losses=("logits_loss", "task_loss")).axes
+    assert [axes.get_ylabel().replace("\n", " ") for axes in panels[1:3]] == ["divergence of logits", "loss of labels"]
+    assert [curve.get_xydata().tolist() for curve in panels[1].lines] == [[[1, 2]], [[1, 3]]]
+    assert [curve.get_xydata().tolist() for curve in panels[2].lines] == [[[1, 90]]]
+
+
 def test_training_of_one_stage_has_no_cut():
     log = [{"step": step, "stage": 1, "distillation_loss": 0.0, "sparsity": 0.1} for step in (1, 2)]
     _, _, sparsity = plot_training(log).axes

@@ -22,14 +22,15 @@ import datasets
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..data.audio import AudioError
 from ..data.speech_datasets import load_audio_dir, load_speech_dataset
 from ..distillation.divergence import NonFiniteError
 from ..distillation.interruption import Terminated
 from ..distillation.skill_trainer import SkillDistillationTrainer
-from ..models.families import load_student
+from ..distillation.task_heads import HEADS, TASK_NAMES
+from ..models.families import auto_class_of, head_of, load_student
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from .recipes import load_recipe
@@ -54,6 +55,13 @@ class ModelArguments:
     student_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Hub id or local directory of the student to start from; a copy of the teacher by default."},
+    )
+    task: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's head that goes along and is distilled; by default, and with `encoder`, none.",
+            "choices": list(TASK_NAMES),
+        },
     )
 
 
@@ -209,7 +217,7 @@ def make_trainer(
         train, heldout = load_data(data_args, training_args.seed)
     student = None
     if model_args.student_name_or_path is not None:
-        student = load_student(model_args.student_name_or_path)
+        student = load_student(model_args.student_name_or_path, HEADS.get(model_args.task))
     trainer = SkillDistillationTrainer(
         teacher=model_args.teacher_name_or_path,
         skill_config=skill_config,
@@ -217,6 +225,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=heldout,
         model=student,
+        task=model_args.task,
         callbacks=[clock],
     )
     lengths = {"max_seconds": data_args.max_seconds, "min_seconds": data_args.min_seconds}
@@ -237,11 +246,13 @@ def count_saved_parameters(directory: str) -> int:
 
 @torch.no_grad()
 def check_saved_student(trainer: SkillDistillationTrainer) -> None:
-    """Raises a `RuntimeError` unless the saved directory loads with `AutoModel` and gives the trained outputs."""
-    saved = AutoModel.from_pretrained(trainer.args.output_dir, dtype=trainer.model.dtype).to(trainer.model.device)
+    """Raises a `RuntimeError` unless the saved directory loads with its auto class and gives the trained outputs."""
+    auto_class = auto_class_of(head_of(trainer.model))
+    saved = auto_class.from_pretrained(trainer.args.output_dir, dtype=trainer.model.dtype).to(trainer.model.device)
     noise = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))
     audio = noise.to(trainer.model.device, trainer.model.dtype)
-    difference = (saved.eval()(audio).last_hidden_state - trainer.model(audio).last_hidden_state).abs().max().item()
+    # Hidden states of an encoder, logits of a head.
+    difference = (saved.eval()(audio)[0] - trainer.model(audio)[0]).abs().max().item()
     if not difference < 1e-3:
         raise RuntimeError(
             f"The student in {trainer.args.output_dir} differs from the trained one by {difference}. Please report it."
@@ -294,11 +305,12 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
         for line in (f"Groups of hidden states: {trainer.layer_groups}", *trainer.record.summary()):
             logger.info(line)
         logger.info(
-            "Student with %s parameters (sparsity %.4f of %s) saved in %s; load it with AutoModel.from_pretrained",
+            "Student with %s parameters (sparsity %.4f of %s) saved in %s; load it with %s.from_pretrained",
             f"{results['student_parameters']:,}",
             results["sparsity"],
             trainer.budget.quantity,
             training_args.output_dir,
+            auto_class_of(head_of(trainer.model)).__name__,
         )
     if report is not None:
         results |= report(trainer)

@@ -70,11 +70,14 @@ class Budget(ABC):
 
     @abstractmethod
     def terms(self, student: PreTrainedModel) -> Iterable[tuple[tuple[Factor, ...], int]]:
-        """Factors and costs of the units; costs with the same factors are added up."""
+        """Factors and costs of the units of a student without a head; costs with the same factors are added up."""
 
     def unit_costs(self, student: PreTrainedModel) -> UnitCosts:
-        """The costs of a student with or without gates. The part of its `total` that no unit changes is `fixed`."""
-        costs = _summed(self.quantity, self.terms(student), student.config)
+        """
+        The costs of a student with or without gates, with or without a head. The part of its `total` that no unit
+        changes, such as the head, is `fixed`.
+        """
+        costs = _summed(self.quantity, self.terms(student.base_model), student.config)
         return _summed(self.quantity, costs.terms.items(), student.config, self.total(student) - costs.count())
 
 

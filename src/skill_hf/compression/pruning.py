@@ -375,7 +375,10 @@ def _rebuild(student, config, state: dict[str, torch.Tensor], keep_gates: bool =
 
 
 def set_trainable(student, trainable: dict[str, bool]) -> None:
-    """Restores `requires_grad` of each parameter of a pruned student, by its name before pruning."""
-    before = {f"{units.left_bias}.bias": f"{units.reader}.bias" for units in units_of(student.config)}
+    """
+    Restores `requires_grad` of each parameter of a pruned student, with or without a head, by its name before pruning.
+    """
+    prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
+    before = {f"{prefix}{units.left_bias}.bias": f"{prefix}{units.reader}.bias" for units in units_of(student.config)}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trainable[name if name in trainable else before[name]])

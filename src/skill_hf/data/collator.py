@@ -16,6 +16,7 @@ import torch
 from transformers import Wav2Vec2FeatureExtractor
 
 from .audio import AudioError, Clip, check_seconds, crop_samples, open_clip, samples_in
+from .labels import LabelEncoder, pad_labels
 from .speech_datasets import (
     MAX_BAD_SHARE,
     disable_audio_decoding,
@@ -68,6 +69,10 @@ class SpeechCollator:
             if workers persist across epochs.
         protocols (`Sequence[str]`, *optional*):
             URL protocols to allow in addition to `http`, `https` and `hf`, such as `s3`.
+        label_encoder ([`~skill_hf.data.labels.LabelEncoder`], *optional*):
+            Converts the `labels` of rows to ids. Labels describe whole clips, so clips are then read from their
+            beginning and padded in training, too. A clip longer than `max_seconds` keeps its class, but loses a
+            sequence of labels.
     """
 
     feature_extractor: Wav2Vec2FeatureExtractor
@@ -78,6 +83,7 @@ class SpeechCollator:
     seed: int = 0
     epoch: int | torch.Tensor = 0
     protocols: Sequence[str] = ()
+    label_encoder: LabelEncoder | None = None
     _named: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _skipped: torch.Tensor = field(init=False, repr=False, compare=False)
 
@@ -104,27 +110,48 @@ class SpeechCollator:
         """
         Returns:
             `input_values`, float32 of shape `(batch, samples)`, and, if a clip is padded, `attention_mask`, int64 of
-            the same shape, 1 for samples and 0 for padding.
+            the same shape, 1 for samples and 0 for padding; with `label_encoder` also `labels`, as
+            [`~skill_hf.data.labels.pad_labels`] gives them.
+
+        Raises:
+            `ValueError`: if labels of a row cannot be used.
         """
-        choose_start = None
-        if self.crop == "random":
+        choose_start, crop = None, self.crop == "random" and self.label_encoder is None
+        if crop:
             content = functools.reduce(lambda checksum, row: zlib.crc32(row_key(row), checksum), rows, 0)
             choose_start = _random_start(self.seed, int(self.epoch), content)
-        clips, errors = [], []
+        clips, labels, errors = [], [], []
         for row in rows:
             try:
                 with open_row(row, self.feature_extractor.sampling_rate, self.protocols) as (clip, raw):
                     rate = self.feature_extractor.sampling_rate
+                    ids = self._labels_of(row, clip)
                     clips.append((clip.read(rate, self.max_seconds, choose_start, self.min_samples), raw))
+                    labels.append(ids)
             except AudioError as error:
                 errors.append(error)
         self._count(errors)
+        batch = self._batch(clips, crop, choose_start)
+        if self.label_encoder is not None:
+            batch["labels"] = pad_labels(labels or [[]], self.label_encoder.one_per_clip)
+        return batch
+
+    def _labels_of(self, row: Mapping, clip: Clip) -> list[int]:
+        if self.label_encoder is None:
+            return []
+        ids = self.label_encoder(row.get("labels"))
+        is_whole = not ids or self.label_encoder.one_per_clip or clip.seconds() <= self.max_seconds
+        return ids if is_whole else []
+
+    def _batch(
+        self, clips: list[tuple[np.ndarray, bool]], crop: bool, choose_start: Callable[[int], int] | None
+    ) -> dict[str, torch.Tensor]:
         if not clips:
             # As long as a clip may be padded to: a single frame is more than some networks and settings can take.
             rate = self.feature_extractor.sampling_rate
             nothing = torch.zeros(1, max(self.min_samples, int(samples_in(self.min_seconds, rate))))
             return {"input_values": nothing, "attention_mask": nothing.long()}
-        if self.crop == "random":
+        if crop:
             shortest = min(len(samples) for samples, _ in clips)
             length = max(shortest, samples_in(self.min_seconds, self.feature_extractor.sampling_rate))
             clips = [(crop_samples(samples, length, choose_start), raw) for samples, raw in clips]

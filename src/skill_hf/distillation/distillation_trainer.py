@@ -19,14 +19,15 @@ from ..compression.pruning import num_parameters
 from ..data.audio import AudioError
 from ..data.collator import SpeechCollator
 from ..data.speech_datasets import disable_audio_decoding
-from ..losses import DISTILLATION_LOSSES, sparsity_at, term_weights
+from ..losses import DISTILLATION_LOSSES, TRAINING_LOSSES, sparsity_at, term_weights
 from ..models.model_modes import padding_ignored
 from ..models.properties import receptive_field
 from ..recipe.skill_config import SkillConfig, StageSteps
 from .distiller import SkillDistiller
 from .divergence import FiniteWatch
-from .loss_sums import LossSums
+from .loss_sums import HeldOutLosses, LossSums
 from .optimization import make_optimizer
+from .task_heads import BATCH_COUNTS, label_encoder, make_head_loss
 from .teacher import Teacher
 from .unreadable_clips import UnreadableClips
 
@@ -41,7 +42,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         teachers (`list[Teacher]`): teachers of the student; currently one.
-        student (`PreTrainedModel`): the model to train.
+        student (`PreTrainedModel`): the model to train, with the head that the teacher keeps.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): converts the output of a CTC head to text.
         skill_config ([`SkillConfig`]): the recipe.
         data_collator (*optional*): [`~skill_hf.data.collator.SpeechCollator`] by default, and another one in
             evaluation.
@@ -65,14 +67,24 @@ class DistillationTrainer(Trainer):
         eval_dataset,
         processing_class,
         data_collator: Callable | None,
+        tokenizer=None,
         **kwargs,
     ):
         self.teachers, self.student, self.skill_config = teachers, student, skill_config
+        self.tokenizer = tokenizer
+        self.head_loss = make_head_loss(teachers[0].head, skill_config)
+        self.head_losses = () if self.head_loss is None else tuple(self.head_loss.units)
+        self.evaluation_metrics = (*self.evaluation_metrics, *self.head_losses)
+        self.training_losses = (*TRAINING_LOSSES, *self.head_losses)
+        self.label_encoder = None
+        if skill_config.task_weight:
+            self.label_encoder = label_encoder(student, teachers[0].head, tokenizer)
         self.budget = make_budget(skill_config, processing_class.sampling_rate)
         self.teacher_cost = self.budget.total(teachers[0].model)
         self.eval_data_collator = data_collator
         if data_collator is None:
             settings = {"min_samples": receptive_field(student.config), "seed": args.seed}
+            settings["label_encoder"] = self.label_encoder
             data_collator = SpeechCollator(processing_class, **settings)
             self.eval_data_collator = SpeechCollator(processing_class, crop="none", **settings)
         if isinstance(eval_dataset, dict):
@@ -95,6 +107,8 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.label_names = []
         self._signature_columns = ["audio", "input_values", "attention_mask", self.args.length_column_name]
+        if skill_config.task_weight:
+            self._signature_columns.append("labels")
         for teacher in teachers:
             teacher.model.to(self.args.device)
 
@@ -106,13 +120,14 @@ class DistillationTrainer(Trainer):
         self.unreadable_clips = UnreadableClips(self)
         self._micro_batch = 0
         self._length_order: torch.Generator | None = None
-        self._train_losses = self._eval_losses = LossSums(self.args.device)
+        self._train_losses = self._new_train_losses()
+        self._eval_losses = self.new_held_out_losses()
 
     # ---- The teacher ----
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """The encoder that the student learns from."""
+        """What the student learns from: an encoder, with the head that is kept."""
         return self.teachers[0].model
 
     @property
@@ -132,8 +147,12 @@ class DistillationTrainer(Trainer):
 
     def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
         """Mean hidden state of the teacher in each group, `(groups, batch, frames, hidden_size)`, without gradient."""
+        return self.teacher_outputs(input_values, attention_mask)[0]
+
+    def teacher_outputs(self, input_values, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`teacher_targets`, and the logits of the head that the teacher keeps, if any, without gradient."""
         with self.accelerator.autocast():
-            return self.teachers[0].targets(self.layer_groups, input_values, attention_mask, self._autocast_dtype)
+            return self.teachers[0].outputs(self.layer_groups, input_values, attention_mask, self._autocast_dtype)
 
     # ---- What is trained ----
 
@@ -145,6 +164,7 @@ class DistillationTrainer(Trainer):
             "loss_weights": term_weights(config),
             "projection_groups": config.projection_groups,
             "student_layers": config.student_layers,
+            "head_loss": self.head_loss,
         }
 
     def _make_distiller(self, projections: nn.ModuleList | None = None) -> SkillDistiller:
@@ -220,14 +240,21 @@ class DistillationTrainer(Trainer):
             logger.warning("Clips left out of training batches so far: %d.", self.unreadable_clips.num_skipped)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Valid frames of all micro-batches of all processes: the divisor of the loss sums."""
+        """
+        Valid frames, clips and labels (`BATCH_COUNTS`) of all micro-batches of all processes: the divisors of the loss
+        sums, a tensor of shape `(3,)`.
+        """
         self._micro_batch = 0  # the first of an optimizer step comes next
         if not batch_samples:  # a stream that has come to its end
             return None
         lengths = torch.cat([_lengths(batch) for batch in batch_samples])
         # A batch that could not be read is one clip without a valid sample: no frames.
-        frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum().to(device)
-        return self.accelerator.gather(frames).sum() if self.accelerator.num_processes > 1 else frames
+        frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum()
+        labels = lengths.new_zeros(())
+        if self.skill_config.task_weight:
+            labels = sum(self.head_loss.count_labels(batch.get("labels")).to(lengths) for batch in batch_samples)
+        counts = torch.stack([frames, (lengths > 0).sum(), labels]).to(device)
+        return self.accelerator.gather(counts[None]).sum(0) if self.accelerator.num_processes > 1 else counts
 
     # ---- Optimizer and schedule of a stage ----
 
@@ -272,33 +299,39 @@ class DistillationTrainer(Trainer):
     # ---- A step ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.get("labels") if self.skill_config.task_weight else None
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
         noise = (self.args.seed, self.state.global_step)
         if not self.skill_config.shared_gate_noise:
             noise += (self.accelerator.process_index, self._micro_batch)
             self._micro_batch += model.training
+        counts = {}
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, but frames were counted over all of them.
-            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+            items = num_items_in_batch / self.accelerator.num_processes
+            counts = dict(zip(BATCH_COUNTS, items.unbind(), strict=True))
         penalty_scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        targets, target_logits = self.teacher_outputs(**inputs)
         outputs = model(
             **inputs,
-            targets=self.teacher_targets(**inputs),
+            targets=targets,
+            target_logits=target_logits,
+            labels=labels,
             target_sparsity=self._target_sparsity(),
             # A function of these numbers alone, so that it is the same after resuming.
             gate_seed=noise_seed(*noise),
-            num_frames=num_items_in_batch,
             penalty_scale=penalty_scale,
+            **counts,
         )
         if model.training:
             terms, finite = outputs, self.finite_watch.note_terms(outputs)
             # Each micro-batch holds its share of the step's loss: a step's is their sum, and weighs 1 in all.
             # A step without a valid frame is not one of zero loss.
-            counts = 1.0 if num_items_in_batch is None else (num_items_in_batch > 0).float()
+            has_frames = (counts["num_frames"] > 0).float() if counts else 1.0
             if self.accelerator.mixed_precision == "fp16":  # nor is one that overflows, which is skipped
                 terms = {name: torch.where(finite, value.detach(), 0.0) for name, value in outputs.items()}
-                counts = counts * finite
-            self._train_losses.add(terms, counts, weight=penalty_scale * counts)
+                has_frames = has_frames * finite
+            self._train_losses.add(terms, has_frames, weight=penalty_scale * has_frames)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _target_sparsity(self) -> float:
@@ -317,24 +350,36 @@ class DistillationTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        self._eval_losses.add(outputs, outputs["num_frames"], weight=outputs["num_frames"])
+        self._eval_losses.add(outputs)
         return loss.detach(), None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._eval_losses = LossSums(self.args.device)
+        self._eval_losses = self.new_held_out_losses()
         # Its loader draws a number: training must not depend on whether anything was evaluated.
         with padding_ignored(*self.encoders), torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
         means = self._eval_losses.means(self.accelerator)
-        if self._eval_losses.losses and not means:
+        if self._eval_losses.any_batch and "distillation_loss" not in means:
             raise AudioError("None of the evaluation clips can be read; the warnings above say why.")
         if means:
-            output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in DISTILLATION_LOSSES})
+            known = [name for name in self.evaluation_metrics if name in means]
+            output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in known})
             # The Trainer averages over batches, whatever they hold.
-            output.metrics[f"{metric_key_prefix}_loss"] = means["distillation_loss"]
+            output.metrics[f"{metric_key_prefix}_loss"] = self.total_loss(means)
         return output
+
+    def new_held_out_losses(self) -> HeldOutLosses:
+        units = dict.fromkeys(TRAINING_LOSSES, "num_frames")
+        return HeldOutLosses(self.args.device, units if self.head_loss is None else units | self.head_loss.units)
+
+    def total_loss(self, means: dict[str, float]) -> float:
+        """The weighted sum of the means of an evaluation; labels count where there are any."""
+        weights = {} if self.head_loss is None else self.head_loss.weights
+        return means["distillation_loss"] + sum(
+            weight * means[name] for name, weight in weights.items() if name in means
+        )
 
     # ---- Logs ----
 
@@ -343,8 +388,11 @@ class DistillationTrainer(Trainer):
             self.finite_watch.check()
             self.unreadable_clips.check()
             logs = logs | self._train_losses.means(self.accelerator) | self._state_of_pruning()
-            self._train_losses = LossSums(self.args.device)
+            self._train_losses = self._new_train_losses()
         super().log(logs, start_time)
+
+    def _new_train_losses(self) -> LossSums:
+        return LossSums(self.args.device, self.training_losses)
 
     def _state_of_pruning(self) -> dict[str, float]:
         gates = self.distiller.has_gates

@@ -9,6 +9,7 @@ from ..compression.budgets import UnitCosts
 from ..compression.pruning import expected_cost, seed_gates
 from ..losses import attended, distillation_sums, group_means, lagrangian
 from ..models.properties import has_gates
+from .task_heads import HeadLoss
 
 
 class SkillDistiller(nn.Module):
@@ -17,7 +18,7 @@ class SkillDistiller(nn.Module):
     data-parallel wrappers require; the teacher is not part of it.
 
     Args:
-        student (`PreTrainedModel`): with gates in the first stage, pruned in the second.
+        student (`PreTrainedModel`): with gates in the first stage, pruned in the second; with a head or without.
         layer_groups (`list[list[int]]`): hidden-state indices of each group.
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units, in the unit of the budget.
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
@@ -26,6 +27,7 @@ class SkillDistiller(nn.Module):
         student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
             a group.
         projections (`nn.ModuleList`, *optional*): those of the first stage; new identity maps by default.
+        head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class SkillDistiller(nn.Module):
         projection_groups: Sequence[Sequence[int]] | None = None,
         student_layers: str = "group",
         projections: nn.ModuleList | None = None,
+        head_loss: HeadLoss | None = None,
     ):
         super().__init__()
         self.student = student
+        self.head_loss = head_loss
         self.layer_groups = layer_groups
         self.costs = costs
         self.teacher_cost = teacher_cost
@@ -70,7 +74,7 @@ class SkillDistiller(nn.Module):
 
     def sparsity(self) -> torch.Tensor:
         """Removed share of the teacher's cost, in expectation if there are gates; a float scalar."""
-        return (1 - expected_cost(self.student, self.costs) / self.teacher_cost).float()
+        return (1 - expected_cost(self.student.base_model, self.costs) / self.teacher_cost).float()
 
     def forward(
         self,
@@ -81,10 +85,15 @@ class SkillDistiller(nn.Module):
         gate_seed: int | None = None,
         num_frames: torch.Tensor | float | None = None,
         penalty_scale: float = 1.0,
+        target_logits: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_clips: torch.Tensor | float | None = None,
+        num_labels: torch.Tensor | float | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
         `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. One linear map for each
-        group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830).
+        group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830). With a head, the
+        weighted losses of its logits and of the labels are added.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as prepared by the feature extractor.
@@ -94,38 +103,54 @@ class SkillDistiller(nn.Module):
             gate_seed (`int`, *optional*): fixes the noise of the gates.
             num_frames (*optional*): divisor of sums over frames; by default the valid frames of this batch.
             penalty_scale (`float`, *optional*): factor of the Lagrangian, for batches that are accumulated.
+            target_logits (`torch.FloatTensor`, *optional*): of the teacher's head; `(batch, frames, classes)`, or
+                `(batch, classes)` where a clip has one prediction.
+            labels (`torch.LongTensor`, *optional*): as [`~skill_hf.data.labels.pad_labels`] gives them.
+            num_clips, num_labels (*optional*): as `num_frames`, for what losses of the head are means over.
 
         Returns:
-            `dict`: `loss`, each of [`~skill_hf.losses.TRAINING_LOSSES`], `num_frames` and `sparsity`, scalars; all but
-            `loss` are detached.
+            `dict`: `loss`, each of [`~skill_hf.losses.TRAINING_LOSSES`] and of the head's losses, `num_frames`,
+            `num_clips`, `num_labels` and `sparsity`, scalars; all but `loss` are detached.
         """
         if self.has_gates:
-            seed_gates(self.student, gate_seed)
-        hidden_states = self.student(
-            input_values, attention_mask=attended(attention_mask), output_hidden_states=True
-        ).hidden_states
-        means = group_means(hidden_states, self.student_groups)
+            seed_gates(self.student.base_model, gate_seed)
+        outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
+        means = group_means(outputs.hidden_states, self.student_groups)
         predictions = torch.stack(
             [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
         )
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
         sums = distillation_sums(predictions, targets, frame_mask)
-        divisor = frames if num_frames is None else num_frames
-        if torch.is_tensor(divisor):
-            divisor = divisor + (divisor == 0)  # of a batch without a valid frame all sums are 0
+        divisor = _divisor(frames, num_frames)
         terms = {name: value / divisor for name, value in sums.items()}
         loss = distillation_loss = sum(self.loss_weights[name] * term for name, term in terms.items())
+        counts, head_terms = {"num_frames": frames}, {}
+        if self.head_loss is not None:
+            clips = len(input_values) if attention_mask is None else attention_mask.bool().any(-1).sum()
+            counts |= {"num_clips": clips, "num_labels": self.head_loss.count_labels(labels)}
+            given = {"num_frames": num_frames, "num_clips": num_clips, "num_labels": num_labels}
+            sums = self.head_loss.sums(self.student, outputs.logits, target_logits, attention_mask, frame_mask, labels)
+            for name, unit in self.head_loss.units.items():
+                head_terms[name] = sums[name] / _divisor(counts[unit], given[unit])
+                loss = loss + self.head_loss.weights[name] * head_terms[name]
         sparsity = self.sparsity()
         penalty = torch.zeros_like(loss)
         if self.has_gates:
             penalty = penalty_scale * lagrangian(sparsity, target_sparsity, self.lambda_1, self.lambda_2)
             # In evaluation only the distillation loss counts: it must compare gated with pruned students.
             loss = loss + penalty if self.training else loss
-        outputs = {f"{name}_loss": term for name, term in terms.items()}
+        outputs = {f"{name}_loss": term for name, term in terms.items()} | head_terms
         outputs |= {"distillation_loss": distillation_loss, "lagrangian_loss": penalty, "sparsity": sparsity}
         outputs = {name: value.detach() for name, value in outputs.items()}
-        return {"loss": loss, **outputs, "num_frames": torch.as_tensor(frames, device=loss.device)}
+        counts = {name: torch.as_tensor(count, device=loss.device) for name, count in counts.items()}
+        return {"loss": loss, **outputs, **counts}
+
+
+def _divisor(count: torch.Tensor | int, given: torch.Tensor | float | None) -> torch.Tensor | float:
+    """What sums are divided by: `count`, or what was `given` for a larger batch; 1 where there is nothing to sum."""
+    divisor = count if given is None else given
+    return divisor + (divisor == 0) if torch.is_tensor(divisor) else divisor
 
 
 def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

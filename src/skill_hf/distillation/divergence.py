@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..losses import TRAINING_LOSSES
 from .checkpointing import last_checkpoint_to
 
 
@@ -36,15 +35,16 @@ class FiniteWatch(TrainerCallback):
 
     def reset(self) -> None:
         """Forgets all steps; called at the start of a stage."""
-        shape, device = (len(TRAINING_LOSSES) + 1,), self.trainer.args.device
+        shape, device = (len(self.trainer.training_losses) + 1,), self.trainer.args.device
         self._now = torch.zeros(shape, dtype=torch.bool, device=device)
         self._first = torch.full(shape, -1, dtype=torch.long, device=device)
         self._skipped = 0
 
     def note_terms(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Records whether all loss terms of a micro-batch are finite; returns it as a boolean scalar."""
-        finite = torch.stack([outputs[name].detach().float().reshape(()) for name in TRAINING_LOSSES]).isfinite()
-        self._now[: len(TRAINING_LOSSES)] |= ~finite
+        losses = [outputs[name].detach().float().reshape(()) for name in self.trainer.training_losses]
+        finite = torch.stack(losses).isfinite()
+        self._now[: len(finite)] |= ~finite
         return finite.all()
 
     def note_gradient(self, norm: torch.Tensor | float | None) -> None:
@@ -76,7 +76,7 @@ class FiniteWatch(TrainerCallback):
         step = trainer.state.global_step
         if events:
             step, _ = min(events)
-            quantities = (*TRAINING_LOSSES, "gradient norm")
+            quantities = (*trainer.training_losses, "gradient norm")
             names = sorted({quantities[index] for event_step, index in events if event_step == step})
             what = " and ".join(name.replace("_", " ") for name in names)
             raise NonFiniteError(self._message(step, f"the {what} became NaN or infinite"))

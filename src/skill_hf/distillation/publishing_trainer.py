@@ -6,18 +6,57 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo
 
+from ..models.loading import plain_feature_extractor
+from ..models.processors import save_processor
 from ..models.properties import has_gates
 from ..publishing import hub as publishing
 from ..publishing.model_card import write_model_card
+from ..publishing.run_report import RunReport
 from .distillation_trainer import DistillationTrainer
 from .distiller import SkillDistiller
 
 
 class PublishingTrainer(DistillationTrainer):
     """
-    The Hub methods of transformers' `Trainer`, for a student only. A subclass saves the student (`save_student`) and
-    describes the run (`report`).
+    Saving, describing and publishing: the Hub methods of transformers' `Trainer`, for a student only. A subclass
+    measures the run (`record`, `layer_similarity`, `layer_tree`).
     """
+
+    def save_student(self, output_dir: str) -> None:
+        """Saves model, feature extractor, tokenizer and recipe, without a card."""
+        self.student.save_pretrained(output_dir)
+        self.save_processor(output_dir)
+        self.skill_config.save_pretrained(output_dir)
+
+    def save_processor(self, output_dir: str) -> None:
+        """Saves what prepares audio, and the tokenizer of a student that writes text."""
+        save_processor(output_dir, plain_feature_extractor(self.processing_class), self.tokenizer)
+
+    def report(self) -> RunReport:
+        """The run as it stands, for the model card, the figures and all_results.json."""
+        args = self.args
+        return RunReport(
+            student=self.student,
+            teacher=self.teacher,
+            teacher_name=self.teachers[0].name,
+            head_losses=self.head_losses,
+            skill_config=self.skill_config,
+            record=self.record,
+            hub_model_id=self.hub_model_id,  # once the repository is made
+            layer_groups=self.layer_groups,
+            layer_similarity=self.layer_similarity,
+            layer_tree=self.layer_tree(),
+            steps=self.steps,
+            num_steps_done=self.state.global_step,
+            log_history=self.state.log_history,
+            learning_rate=args.learning_rate,
+            clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            precision=self.accelerator.mixed_precision,  # which `accelerate launch` may have set
+            seed=args.seed,
+            sampling_rate=self.processing_class.sampling_rate,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """See [`~transformers.Trainer.init_hf_repo`]; a failure is an `OSError` of one line."""

@@ -4,13 +4,13 @@ import dataclasses
 import logging
 import math
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compression import pruning
 from ..compression.budgets import make_budget
 from ..compression.gates import OPEN_SHIFT
 from ..compression.units import KINDS
-from ..models.families import STUDENT_CLASSES, empty_student
+from ..models.families import empty_student, head_of, student_class
 from ..models.loading import check_encoder
 from ..models.properties import has_gates, receptive_field
 from ..recipe.latency_costs import architecture_differences
@@ -32,17 +32,17 @@ def check_recipe(config: SkillConfig) -> None:
     config.validate()
 
 
-def check_student(student: PreTrainedModel, teacher_config: PreTrainedConfig) -> None:
+def check_student(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """
     Raises:
-        `ValueError`: if `student`, the initial model, is not a student of the teacher's family, has gates, or cannot
-            be used.
+        `ValueError`: if `student`, the initial model, is not a student of the teacher's family, has gates or another
+            head than the teacher, or cannot be used.
     """
-    student_class = STUDENT_CLASSES[teacher_config.model_type]
-    is_student = isinstance(student, student_class)
+    expected = student_class(teacher.config.model_type, head_of(teacher))
+    is_student = isinstance(student, expected)
     if not is_student or has_gates(student):
         raise ValueError(
-            f"`model` must be a {student_class.__name__} without gates, but is a {type(student).__name__}"
+            f"`model` must be a {expected.__name__} without gates, but is a {type(student).__name__}"
             f"{' with gates' if is_student else ''}."
         )
     check_encoder(student, "`model`")
@@ -60,8 +60,9 @@ def validate_recipe(
 
     Raises:
         `ValueError`: if there are more clusters than layers, a group contains a layer that the teacher does not have,
-            the student's width or depth differs from the teacher's, the budget's clips are too short for one frame,
-            latency was measured for a different architecture, or the gates cannot reach the sparsity.
+            the student's width, depth or number of classes differs from the teacher's, the budget's clips are too
+            short for one frame, latency was measured for a different architecture, or the gates cannot reach the
+            sparsity.
     """
     last = teacher.config.num_hidden_layers
     rows = last + int(config.include_embeddings)
@@ -77,7 +78,8 @@ def validate_recipe(
                 raise ValueError(
                     f"`layer_groups` names layer {layer}, but the teacher's hidden states are 0 to {last}."
                 )
-    for name in ("hidden_size", "num_hidden_layers"):
+    head_sizes = {"CTC": ("vocab_size",), None: ()}.get(head_of(teacher), ("num_labels",))
+    for name in ("hidden_size", "num_hidden_layers", *head_sizes):
         if getattr(student.config, name) != getattr(teacher.config, name):
             raise ValueError(
                 f"`model` has `{name}` {getattr(student.config, name)}, but the teacher has"
@@ -97,10 +99,10 @@ def validate_recipe(
                 f"`latency_costs` were measured for a different teacher: {'; '.join(differing)}. Measure this one with"
                 " examples/calibrate_latency.py."
             )
-    gated = empty_student(student.config)
-    pruning.add_gates(gated, config.pruning_units, config.width_multiple)
+    gated = empty_student(student.config, head_of(student))
+    pruning.add_gates(gated.base_model, config.pruning_units, config.width_multiple)
     budget = make_budget(config, sampling_rate)
-    max_sparsity = 1 - pruning.min_cost(gated, budget.unit_costs(gated)) / budget.total(teacher)
+    max_sparsity = 1 - pruning.min_cost(gated.base_model, budget.unit_costs(gated)) / budget.total(teacher)
     if config.target_sparsity > max_sparsity:
         raise ValueError(
             f"`target_sparsity` is {config.target_sparsity}, but with `pruning_units` {config.pruning_units} no"

@@ -54,14 +54,14 @@ def describe_run(trainer) -> dict:
         "student_weights": trainer.start_checksum,
         "audio": _simple_fields(trainer.processing_class),
         "crops": _simple_fields(trainer.data_collator),
-        "data": describe_data(trainer.train_dataset),
+        "data": describe_data(trainer.train_dataset, labels=trainer.label_encoder is not None),
     }
 
 
-def describe_data(dataset) -> dict:
+def describe_data(dataset, labels: bool = False) -> dict:
     """
     Number of rows, columns and a checksum over some rows: the same on every machine, whatever the path of the data. No
-    row of a stream is read.
+    row of a stream is read. With `labels`, the labels of these rows count as well.
     """
     columns = getattr(dataset, "column_names", None)
     described = {"columns": sorted(map(str, columns)) if isinstance(columns, Iterable) else None}
@@ -74,16 +74,18 @@ def describe_data(dataset) -> dict:
         known = {name: getattr(info, name, None) for name in ("dataset_name", "config_name")}
         return described | known | {"split": _plain(getattr(dataset, "split", None)), "rows": rows}
     indices = sorted({int(index) for index in np.linspace(0, rows - 1, ROWS)}) if rows else []
-    keys = [_key(dataset, index) for index in indices]
+    keys = [_key(dataset, index, labels) for index in indices]
     # Rows that change at random each time they are read have nothing to be told by.
-    is_fixed = bool(keys) and keys == [_key(dataset, index) for index in indices]
+    is_fixed = bool(keys) and keys == [_key(dataset, index, labels) for index in indices]
     return described | {"rows": rows, "checksum": zlib.crc32(b"\0".join(keys)) if is_fixed else None}
 
 
-def _key(dataset, index: int) -> bytes:
+def _key(dataset, index: int, labels: bool) -> bytes:
     try:
         row = dataset[index]
-        return row_key(row) + _content(row.get("audio")) if isinstance(row, Mapping) else b""
+        if not isinstance(row, Mapping):
+            return b""
+        return row_key(row) + _content(row.get("audio")) + (repr(row.get("labels")).encode() if labels else b"")
     except Exception:  # a row that cannot be read is named elsewhere
         return b""
 

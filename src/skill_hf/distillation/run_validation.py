@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_lengt
 from ..recipe.argument_validation import check_arguments, one_line, refuse
 from .early_stopping import early_stoppers
 from .optimization import OWN_GROUPS
+from .task_heads import check_labels
 
 
 # Steps of a stage at which its learning-rate schedule is tried.
@@ -84,6 +85,8 @@ def check_data(trainer) -> None:
         return
     if not len(dataset):
         raise ValueError("`train_dataset` has no rows; pass one with audio.")
+    if trainer.label_encoder is not None:
+        check_labels(dataset, trainer.label_encoder)
     try:
         num_batches = len(trainer.get_train_dataloader())
     except (KeyError, TypeError, ValueError) as error:

@@ -111,14 +111,14 @@ def cut_optimizer_state(
 def shrink(trainer) -> None:
     """Removes units that are closed for good from the student, its distiller and its optimizer, between two steps."""
     trainer.finite_watch.check()
-    student, budget, step = trainer.student, trainer.budget, trainer.state.global_step
+    student, budget, step = trainer.student.base_model, trainer.budget, trainer.state.global_step
     before, size = dict(student.named_parameters()), pruning.num_parameters(student)
     cut = pruning.cut_closed_units(student, trainer.target_cost, trainer.distiller.costs)
     if cut is None:
         return
     if trainer.args.torch_compile:
         torch.compiler.reset()  # or what was compiled for larger students would count against torch's limit
-    trainer.distiller.costs = budget.unit_costs(student)
+    trainer.distiller.costs = budget.unit_costs(trainer.student)
     # accelerate wraps the optimizer
     cut_optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer), before, student, cut)
     for module in trainer.model_wrapped.modules():

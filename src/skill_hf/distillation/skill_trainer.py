@@ -24,7 +24,6 @@ from ..models.model_modes import trace_hidden_states
 from ..models.properties import has_gates
 from ..publishing.model_card import write_model_card
 from ..publishing.run_record import RunRecord
-from ..publishing.run_report import RunReport
 from ..recipe.argument_validation import check_arguments, check_devices, check_trainer_arguments
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
@@ -43,14 +42,13 @@ from .distiller import SkillDistiller
 from .divergence import refuse_non_finite
 from .early_stopping import restore_patience, stopped_early, without_early_stopping
 from .interruption import Interruption
-from .loss_sums import LossSums
 from .publishing_trainer import PublishingTrainer
 from .recipe_validation import check_recipe, check_student, validate_recipe, warn_of_slow_gates
 from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
 from .student_measurements import StudentMeasurements
-from .teacher import Teacher
+from .teacher import Teacher, find_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +66,8 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     Args:
         teacher (`str` or `PreTrainedModel`):
-            A speech encoder: Hub id, local directory or loaded model. It is never part of a checkpoint.
+            A speech encoder, maybe fine-tuned (see `task`): Hub id, local directory or loaded model. It is never part
+            of a checkpoint.
         skill_config ([`SkillConfig`], *optional*):
             The recipe.
         args ([`~transformers.TrainingArguments`], *optional*):
@@ -78,17 +77,21 @@ class SkillDistillationTrainer(PublishingTrainer):
         model (`PreTrainedModel`, *optional*):
             The initial student; by default an exact copy of the teacher. It may already be pruned.
         processing_class (*optional*):
-            The feature extractor; by default the teacher's. A `Wav2Vec2FeatureExtractor` with the same fields is saved
-            with the student, whatever its class.
+            The feature extractor, or a processor with a feature extractor and a tokenizer; by default the teacher's. A
+            `Wav2Vec2FeatureExtractor` with the same fields is saved with the student, whatever its class.
         data_collator (*optional*):
             [`SpeechCollator`] by default, which crops the clips of a batch to one length in training and pads them in
             evaluation.
+        task (`str`, *optional*):
+            The head of the teacher that the student keeps and learns: `ctc`, `classification` or
+            `frame-classification`, or `encoder` for none. By default the head of a loaded model, and none of a
+            directory or Hub id.
         kwargs:
             Other arguments of [`~transformers.Trainer`], except `model_init`, `optimizers`, `compute_metrics`,
             `compute_loss_func` and `preprocess_logits_for_metrics`.
 
     Attributes:
-        teacher (`PreTrainedModel`): the frozen encoder.
+        teacher (`PreTrainedModel`): the frozen encoder, with the head that is kept.
         teachers (`list[Teacher]`): the teacher with its name, size and feature extractor; currently one.
         layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer),
             available after clustering in `train()` or after resuming.
@@ -97,9 +100,9 @@ class SkillDistillationTrainer(PublishingTrainer):
         model (`PreTrainedModel`): the student; pruned after `train()`.
 
     Raises:
-        `ValueError`: if the teacher cannot be loaded or belongs to an unknown family, the recipe does not fit it (more
-            clusters than layers, groups with a layer it does not have, a sparsity that its gates cannot reach), or an
-            argument is out of range or can't be honoured in both stages.
+        `ValueError`: if the teacher cannot be loaded, belongs to an unknown family, or lacks the head of `task` or its
+            tokenizer, the recipe does not fit it (more clusters than layers, groups with a layer it does not have, a
+            sparsity that its gates cannot reach), or an argument is out of range or can't be honoured in both stages.
 
     Example:
 
@@ -128,6 +131,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         model: PreTrainedModel | None = None,
         processing_class=None,
         data_collator: Callable | None = None,
+        task: str | None = None,
         **kwargs,
     ):
         check_trainer_arguments(kwargs)
@@ -136,10 +140,12 @@ class SkillDistillationTrainer(PublishingTrainer):
         args = SkillTrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
         check_devices(args)
-        teachers = [Teacher(teacher)]
+        teachers = [Teacher(teacher, task)]
         student = build_student(teachers[0].model) if model is None else model
-        check_student(student, teachers[0].config)
+        check_student(student, teachers[0].model)
+        tokenizer = find_tokenizer(teachers[0], processing_class)
         processing_class = teachers[0].feature_extractor() if processing_class is None else processing_class
+        processing_class = getattr(processing_class, "feature_extractor", processing_class)  # of a processor
         check_feature_extractor(processing_class)
         validate_recipe(skill_config, teachers[0].model, student, processing_class.sampling_rate)
         # LayerDrop and SpecAugment would shorten and mask the student's hidden states. What the student is later
@@ -156,6 +162,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             eval_dataset,
             processing_class,
             data_collator,
+            tokenizer,
             **kwargs,
         )
         start = local_directory(getattr(model, "name_or_path", None))
@@ -187,7 +194,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             raise ValueError("There is no `train_dataset` to calibrate on.")
         check_eval_clips(self.eval_dataset, self.eval_data_collator, self.processing_class)
         calibration = calibrate(
-            self.teachers[0].fast_copy(),
+            self.teachers[0].fast_copy().base_model,
             self.train_dataset,
             self.skill_config,
             self.accelerator,
@@ -284,12 +291,12 @@ class SkillDistillationTrainer(PublishingTrainer):
             self.distiller = self._make_distiller()
 
     def _add_gates(self, student: PreTrainedModel) -> None:
-        student.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
+        student.base_model.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
 
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
         """Runs the rest of the current stage with the Trainer's own loop."""
         args = copy.copy(self.args)
-        self._train_losses = LossSums(args.device)
+        self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
         if self.stage == 1:
             args.max_steps = self.steps.joint
@@ -326,8 +333,9 @@ class SkillDistillationTrainer(PublishingTrainer):
     def _cut(self) -> str:
         """Prunes the student and writes the checkpoint that stage 2 starts from; returns its directory."""
         self.measurements.loss("before_cut")
-        self.record.cut = fit_to_cost(self.student, self.target_cost, self.distiller.costs, self.teacher_cost)
-        self.student.prune()
+        encoder = self.student.base_model
+        self.record.cut = fit_to_cost(encoder, self.target_cost, self.distiller.costs, self.teacher_cost)
+        encoder.prune()
         self.distiller = self._make_distiller(projections=self.distiller.projections)
         self.stage = 2
         self.measurements.loss("after_cut")
@@ -352,7 +360,8 @@ class SkillDistillationTrainer(PublishingTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
         Held-out distillation loss over the groups: `eval_distillation_loss` and its terms, means over all valid
-        frames. If called before `train()`, it first clusters the teacher's layers.
+        frames, and the losses of a head. `eval_loss` is their weighted sum. If called before `train()`, it first
+        clusters the teacher's layers.
         """
         with nullcontext() if self.is_in_train else self._distiller_as_model():
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -449,6 +458,8 @@ class SkillDistillationTrainer(PublishingTrainer):
                 self.processing_class = given
             if self.args.should_save:
                 self.student.config.to_json_file(str(Path(output_dir) / "config.json"))
+                if self.tokenizer is not None:
+                    self.save_processor(output_dir)
                 self.skill_config.save_pretrained(output_dir)
                 write_skill_state(output_dir, self._skill_state())
         elif has_gates(self.student):
@@ -460,36 +471,3 @@ class SkillDistillationTrainer(PublishingTrainer):
                 self.save_student(str(unfinished))
             with storage.explained("The model card", output_dir, "The student itself is saved there."):
                 write_model_card(output_dir, self.report())
-
-    def save_student(self, output_dir: str) -> None:
-        """Saves model, feature extractor and recipe, without a card."""
-        self.student.save_pretrained(output_dir)
-        plain_feature_extractor(self.processing_class).save_pretrained(output_dir)
-        self.skill_config.save_pretrained(output_dir)
-
-    # ---- What is told and published ----
-
-    def report(self) -> RunReport:
-        """The current state of the run, for the model card, the figures and all_results.json."""
-        args = self.args
-        return RunReport(
-            student=self.student,
-            teacher=self.teacher,
-            teacher_name=self.teachers[0].name,
-            skill_config=self.skill_config,
-            record=self.record,
-            hub_model_id=self.hub_model_id,  # once the repository is made
-            layer_groups=self.layer_groups,
-            layer_similarity=self.layer_similarity,
-            layer_tree=self.layer_tree(),
-            steps=self.steps,
-            num_steps_done=self.state.global_step,
-            log_history=self.state.log_history,
-            learning_rate=args.learning_rate,
-            clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            precision=self.accelerator.mixed_precision,  # which `accelerate launch` may have set
-            seed=args.seed,
-            sampling_rate=self.processing_class.sampling_rate,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-        )

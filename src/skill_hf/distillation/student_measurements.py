@@ -8,7 +8,6 @@ import torch
 from ..data.collator import calibration_waveforms, sample_rows
 from ..grouping.layer_distances import layer_distances
 from ..models.model_modes import padding_ignored
-from .loss_sums import LossSums
 
 
 logger = logging.getLogger(__name__)
@@ -50,19 +49,19 @@ class StudentMeasurements:
         if not self._is_possible:
             return
         trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
-        sums = LossSums(trainer.args.device)
+        losses = trainer.new_held_out_losses()
         trainer.distiller.eval()
         for start in range(0, len(self.rows), size):
             batch = trainer._prepare_inputs(trainer.eval_data_collator(self.rows[start : start + size]))
             with padding_ignored(*trainer.encoders), trainer.accelerator.autocast():
                 _, outputs = trainer.compute_loss(trainer.distiller, batch, return_outputs=True)
-            sums.add(outputs, outputs["num_frames"], weight=outputs["num_frames"])
-        means = sums.means()
-        if means:  # otherwise not one of the clips can be read
+            losses.add(outputs)
+        means = losses.means()
+        if "distillation_loss" in means:  # otherwise not one of the clips can be read
             trainer.record.losses[moment] = {
                 "distillation_loss": means["distillation_loss"],
                 "cosine_similarity": -means["cosine_loss"],
-            }
+            } | {name: means[name] for name in trainer.head_losses if name in means}
 
     def distances(self) -> None:
         """Records the distance between student and teacher at every layer."""
@@ -72,7 +71,9 @@ class StudentMeasurements:
         clips = calibration_waveforms(self.rows, len(self.rows), seconds, trainer.args.seed, **trainer.reading)
         progress = not trainer.args.disable_tqdm
         try:
-            distances = layer_distances(trainer.teacher, trainer.student, clips, progress=progress)
+            distances = layer_distances(
+                trainer.teachers[0].encoder, trainer.student.base_model, clips, progress=progress
+            )
         except ValueError as error:  # hidden states that do not vary have no distance
             logger.warning("Distances between student and teacher were not measured: %s", error)
             return

@@ -18,7 +18,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, FEATURE_EXTRACTOR_NAME
 
+from ..models.families import head_of
 from ..models.loading import load_feature_extractor
+from ..models.processors import load_tokenizer, save_processor
 from ..models.properties import has_gates
 from ..recipe.skill_config import SKILL_CONFIG_NAME
 from ..version import __version__
@@ -53,8 +55,8 @@ def push_model(
 
     A card that is already in the repository keeps its text and metadata; only missing metadata is added. Otherwise, if
     the weights are still those of a directory written by the trainer, the card and figures from there are uploaded;
-    any other model gets a short card. The feature extractor from the model's source is uploaded as well, unless the
-    repository has one.
+    any other model gets a short card. The feature extractor from the model's source is uploaded as well, and the
+    tokenizer of a CTC model, unless the repository has one.
 
     Args:
         model (`PreTrainedModel`):
@@ -304,16 +306,18 @@ def _published_card(repo_id: str, revision: str | None, token: bool | str | None
 
 
 def _copy_feature_extractor(folder: Path, model: PreTrainedModel, token: bool | str | None) -> None:
-    """Copies the feature extractor from the model's source, if the model was loaded from one."""
-    if not model.config.name_or_path:
+    """Copies the feature extractor, and the tokenizer of a CTC model, from its source, if it was loaded from one."""
+    source = model.config.name_or_path
+    if not source:
         return
     try:
-        extractor = load_feature_extractor(model.config.name_or_path, token=token)
+        extractor = load_feature_extractor(source, token=token)
+        tokenizer = load_tokenizer(source, token=token) if head_of(model) == "CTC" else None
     except ValueError as error:
         logger.warning("%s It is not published.", error)
         return
     if extractor is not None:
-        extractor.save_pretrained(folder)
+        save_processor(folder, extractor, tokenizer)
 
 
 def _unchanged_source(folder: Path, model: PreTrainedModel) -> Path | None:

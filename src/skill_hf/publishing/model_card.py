@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 FIGURES = ("architecture.png", "layer_similarity.png", "layer_distances.png", "training.png")
 PRECISIONS = {"bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
+HEAD_LOSS_LABELS = {"logits_loss": "Divergence of logits", "task_loss": "Loss of labels"}
 EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
 CURVE_ROWS = 8
 HUB_TIMEOUT = 5.0  # seconds; a card does not wait longer for the licence of the teacher
@@ -153,6 +154,8 @@ class TrainingContent:
     clips_per_step: int
     precision: str
     seed: int
+    head_losses: list[str]  # of a head that was distilled, by their names in logs
+    temperature: float
     loss_names: list[str]
     losses: list[tuple[str, int, list[str]]]  # of what, at which step, values
     curve: list[tuple[int, float, float]]  # step, sparsity, target
@@ -295,7 +298,8 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
             )
         if any("distillation_loss" in line for line in history):
             terms = [f"{term}_loss" for term in _weighted_terms(config)]
-            figures["training.png"] = plot_training(history, terms, cut=report.steps and report.steps.joint)
+            cut = report.steps and report.steps.joint
+            figures["training.png"] = plot_training(history, terms, cut, report.head_losses)
     except ImportError as error:
         logger.info("The model card has tables instead of figures. %s", error)
     for name in FIGURES:
@@ -351,6 +355,7 @@ def _training_content(
 ) -> TrainingContent:
     config, steps, record, teacher = report.skill_config, report.steps, report.record, report.teacher.config
     default, terms = SkillConfig(), _weighted_terms(config)
+    head_losses = [name for name in report.head_losses if getattr(config, name.replace("_loss", "_weight"))]
     return TrainingContent(
         teacher_type=teacher.model_type,
         num_teacher_parameters=report.num_teacher_parameters,
@@ -383,8 +388,14 @@ def _training_content(
         clips_per_step=report.clips_per_step,
         precision=PRECISIONS.get(report.precision, "float32"),
         seed=report.seed,
-        loss_names=["Distillation loss", *(LOSS_TERMS[term].label for term in terms)],
-        losses=_losses(report.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms)]),
+        head_losses=head_losses,
+        temperature=config.logits_temperature,
+        loss_names=[
+            "Distillation loss",
+            *(LOSS_TERMS[term].label for term in terms),
+            *(HEAD_LOSS_LABELS[name] for name in head_losses),
+        ],
+        losses=_losses(report.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms), *head_losses]),
         curve=_curve(report.log_history),
         figures=figures,
     )

@@ -23,6 +23,7 @@ MARKERS = "osD^vP"
 MOST_NUMBERS = 14  # rows and columns of a matrix whose values are written into it
 FEW_POINTS = 20  # a line through no more of them gets marks, since a single one would not show
 LOSS_LABELS = {f"{name}_loss": term.label for name, term in LOSS_TERMS.items()}
+HEAD_LABELS = {"logits_loss": "divergence\nof logits", "task_loss": "loss\nof labels"}
 
 
 def plot_layer_similarity(similarity: np.ndarray, tree: np.ndarray, layer_groups: list[list[int]], first_layer=0):
@@ -271,11 +272,14 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
 
 
 def plot_training(
-    log_history: list[dict], loss_terms: Sequence[str] = ("l1_loss", "cosine_loss"), cut: int | None = None
+    log_history: list[dict],
+    loss_terms: Sequence[str] = ("l1_loss", "cosine_loss"),
+    cut: int | None = None,
+    head_losses: Sequence[str] = (),
 ):
     """
-    Loss terms, penalty of the size constraint, and sparsity with its target, over the optimizer steps of both stages,
-    with the cut between them marked.
+    Loss terms, losses of a head, penalty of the size constraint, and sparsity with its target, over the optimizer
+    steps of both stages, with the cut between them marked.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`. Lines without `distillation_loss` or
@@ -283,15 +287,18 @@ def plot_training(
         loss_terms (`Sequence[str]`, *optional*, defaults to `("l1_loss", "cosine_loss")`): terms to draw in addition
             to their sum; `l2_loss` as well if its weight is not 0.
         cut (`int`, *optional*): the last step of stage 1; by default the last logged one.
+        head_losses (`Sequence[str]`, *optional*): losses of a head, each in its own panel, since their scales differ.
 
     Raises:
         `ValueError`: if there are no lines from training.
     """
-    figure = new_figure(8, 6)
+    figure = new_figure(8, 6 + 1.3 * len(head_losses))
     lines = [line for line in log_history if "distillation_loss" in line]
     if not lines:
         raise ValueError("`log_history` has no line with `distillation_loss`; train for `logging_steps` steps first.")
-    terms, penalty, sparsity = panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.3, 2))
+    heights = (3, *[1.6] * len(head_losses), 1.3, 2)
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    terms, *of_head, penalty, sparsity = panels
 
     # A line would join the stages by a slope over what happens at once, the cut.
     first_stage = [line for line in log_history if line.get("stage") == 1]
@@ -310,10 +317,14 @@ def plot_training(
         draw(terms, name, LOSS_LABELS.get(name, name), colour)
     diamonds = {"ls": "", "marker": "D", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
     draw(terms, "eval_distillation_loss", "held-out distillation loss", COLOURS[3], **diamonds)
+    for axes, name, colour in zip(of_head, head_losses, COLOURS, strict=False):
+        draw(axes, name, "training", colour)
+        draw(axes, f"eval_{name}", "held out", COLOURS[3], **diamonds)
     draw(penalty, "lagrangian_loss", None, COLOURS[0])
     draw(sparsity, "target_sparsity", "target", DARK, 100, ls="--")
     draw(sparsity, "sparsity", "student", COLOURS[0], 100, lw=2)
-    for axes, label in zip(panels, ("loss", "penalty", "sparsity (%)"), strict=True):
+    labels = ("loss", *(HEAD_LABELS[name] for name in head_losses), "penalty", "sparsity (%)")
+    for axes, label in zip(panels, labels, strict=True):
         label_axes(axes, ylabel=label, xlabel="optimizer step" if axes is sparsity else "")
         axes.grid(axis="y", color=LIGHT, lw=0.8)
         if axes is not penalty:

@@ -28,7 +28,8 @@ class RunRecord:
         cut (`dict`, *optional*): `left`, the cost left by the gates at the end of stage 1; `wanted`, the target;
             `shift`, the value added to all `log_alpha` to choose units, 0 if not needed.
         measured_on (`str`): data of `losses`, such as "32 held-out clips".
-        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`.
+        losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`;
+            with a head also `logits_loss`, and `task_loss` if there are labels.
         layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state.
     """
 

@@ -18,10 +18,11 @@ class RunReport:
     The current state of a run. `None` or empty means not known yet; such values are left out everywhere.
 
     Args:
-        student, teacher (`PreTrainedModel`): the encoders.
+        student, teacher (`PreTrainedModel`): the encoders, or both with their heads.
         teacher_name (`str` or `PathLike`, *optional*): Hub id or local directory of the teacher.
         skill_config ([`SkillConfig`]): the recipe.
         record ([`~skill_hf.publishing.run_record.RunRecord`]): measurements of the run.
+        head_losses (`tuple[str, ...]`): names of the losses of the head, if there is one.
         hub_model_id (`str`, *optional*): id of the student's repository on the Hub.
         layer_groups (`list[list[int]]`, *optional*): hidden-state indices of each group.
         layer_similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): the clustered similarity.
@@ -42,6 +43,7 @@ class RunReport:
     teacher_name: str | os.PathLike | None
     skill_config: SkillConfig
     record: RunRecord
+    head_losses: tuple[str, ...] = ()
     hub_model_id: str | None = None
     layer_groups: list[list[int]] | None = None
     layer_similarity: np.ndarray | None = None
@@ -86,4 +88,5 @@ class RunReport:
             "target_sparsity": self.skill_config.target_sparsity,
             "layer_groups": self.layer_groups,
             "record": self.record.to_dict(),
+            **({"student_class": type(self.student).__name__} if self.head_losses else {}),
         }

@@ -75,6 +75,14 @@ class SkillConfig:
             Weight of the mean squared error.
         cosine_weight (`float`, *optional*, defaults to 1.0):
             Weight of the negative cosine similarity.
+        logits_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the divergence between the logits of teacher and student; of effect where the teacher keeps a
+            head (`task`). With 0 the head goes along without being distilled.
+        logits_temperature (`float`, *optional*, defaults to 1.0):
+            Temperature of that divergence, `T^2 KL(softmax(t / T) || softmax(s / T))`.
+        task_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the loss of the labels, in rows with `labels`: connectionist temporal classification or cross
+            entropy, by the head that the teacher keeps. Clips are then padded, not cropped to one length.
 
     > Parameters of pruning and of the two stages
 
@@ -143,6 +151,9 @@ class SkillConfig:
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     cosine_weight: float = 1.0
+    logits_weight: float = 1.0
+    logits_temperature: float = 1.0
+    task_weight: float = 0.0
     target_sparsity: float = 0.75
     budget: str = "parameters"
     budget_seconds: float = 10.0
@@ -311,6 +322,9 @@ FIELD_KINDS = {
     "l1_weight": fields.number(least=0),
     "l2_weight": fields.number(least=0),
     "cosine_weight": fields.number(least=0),
+    "logits_weight": fields.number(least=0),
+    "logits_temperature": fields.number(above=0),
+    "task_weight": fields.number(least=0),
     "target_sparsity": fields.number(above=0, below=1),
     "budget": fields.one_of(BUDGETS),
     "budget_seconds": fields.number(above=0),
