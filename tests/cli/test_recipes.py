@@ -18,6 +18,8 @@ LAYOUT_OF = {
     "xls-r-300m": "xls-r",
 }
 SPARSITY_OF = {"05": 0.5, "075": 0.75, "09": 0.9}
+# With a head; `tests/distillation/test_task_heads.py` runs it.
+FINE_TUNED = "wav2vec2-base-960h-ctc-075"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,8 @@ def shared(tmp_path_factory):
 
 
 def test_recipes_are_there_for_each_teacher_and_sparsity():
-    assert recipe_names() == sorted(f"{teacher}-{digits}" for teacher in LAYOUT_OF for digits in SPARSITY_OF)
+    names = [f"{teacher}-{digits}" for teacher in LAYOUT_OF for digits in SPARSITY_OF]
+    assert recipe_names() == sorted([*names, FINE_TUNED])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -38,6 +41,7 @@ def test_settings_of_a_recipe(name, tmp_path):
     assert model_args.teacher_name_or_path == settings["teacher_name_or_path"]
     assert skill_config.target_sparsity == SPARSITY_OF[name.rpartition("-")[2]]
     assert data_args.max_seconds == settings["max_seconds"]
+    assert model_args.task == ("ctc" if name == FINE_TUNED else None)
     assert (training_args.max_steps, training_args.seed) == (75_000, 7)
     # At most 640 s of audio in a step of four devices.
     clips = 4 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
@@ -51,6 +55,7 @@ def test_settings_of_a_recipe(name, tmp_path):
     [
         pytest.param(name, marks=[] if name.endswith("075") else pytest.mark.nightly, id=name)
         for name in recipe_names()
+        if name != FINE_TUNED
     ],
 )
 def test_a_recipe_runs_on_a_small_teacher_of_its_family(name, shared, tmp_path):

@@ -502,7 +502,7 @@ def test_command_line(tmp_path, ctc_directory, run):
         "student_name_or_path": run.args.output_dir + "/saved",
         "audio_dir": str(write_audio(tmp_path / "audio", number=3)),
         "output_dir": str(tmp_path / "out"),
-        "task": "ctc",
+        "recipe": "wav2vec2-base-960h-ctc-075",
     }
     trainer = distill.make_trainer(*distill.parse(command_line(settings)), distill.StageClock())
     assert trainer.teachers[0].head == CTC and type(trainer.model) is WavLMSkillStudentForCTC
