@@ -47,6 +47,7 @@ FLOORS = {
         "publishing",
         "recipe",
         "storage",
+        "version",
     },
     "superb": {"data", "distillation", "encoders", "files", "metrics"},
     "cli": {
