@@ -81,6 +81,7 @@ class Kind:
         has_multiples (`bool`): whether `width_multiple` applies.
         label (`str`, *optional*):
             Name of the units in tables and figures, in the plural. `None` if the numbers of another kind show them.
+        shown_by (`str`, *optional*): that other kind. The config then has a list `removed_KIND` of places without any.
         part (`str`, *optional*): name of their module's latency. `None` if it is not measured.
         shared_cost (`str`, *optional*):
             Name of the latency that all units of a layer share. Kinds of layers with a `part` have one.
@@ -98,6 +99,7 @@ class Kind:
     min_open: int = 0
     has_multiples: bool = False
     label: str | None = None
+    shown_by: str | None = None
     part: str | None = None
     shared_cost: str | None = None
     first_measured: int = 0
@@ -324,13 +326,23 @@ KINDS = {
         part="feed_forward",
         shared_cost="any_ffn_dim",
     ),
-    "attention_blocks": Kind(_attention_block, _record_attention_block, "layer", drop_probability=0.01, coarseness=3),
-    "ffn_blocks": Kind(_ffn_block, _record_ffn_block, "layer", drop_probability=0.01, coarseness=3),
+    "attention_blocks": Kind(
+        _attention_block,
+        _record_attention_block,
+        "layer",
+        drop_probability=0.01,
+        coarseness=3,
+        shown_by="attention_heads",
+    ),
+    "ffn_blocks": Kind(
+        _ffn_block, _record_ffn_block, "layer", drop_probability=0.01, coarseness=3, shown_by="ffn_dims"
+    ),
 }
 
 DEFAULT_KINDS = tuple(name for name, kind in KINDS.items() if kind.is_default)
 
-# What the latency of convolutions is made of: a channel that is read with one that is written, and a channel besides.
+# The latency of a convolution is a sum of two terms: a cost for each pair of input and output channel, and a cost for
+# each output channel.
 COSTS_OF_CONVOLUTIONS = ("channel_pairs", "conv_channels")
 COSTS_OF_LAYERS = tuple(
     cost for name, kind in KINDS.items() if kind.part and kind.places == "layer" for cost in (name, kind.shared_cost)
