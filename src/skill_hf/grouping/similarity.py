@@ -17,7 +17,6 @@ from ..losses import LOSS_TERMS, term_weights
 from ..models.loading import load_feature_extractor, load_model, refuse_adapter
 from ..models.model_modes import eval_mode
 from ..models.properties import receptive_field
-from ..recipe.skill_config import SIMILARITIES
 
 
 class SimilarityAccumulator(ABC):
@@ -184,8 +183,9 @@ class LinearCKA(SimilarityAccumulator):
         scale = norms.diagonal().sqrt()
         if not scale.all():
             constant = self.first_layer + int((scale == 0).nonzero()[0])
+            frames = "frame" if self.num_frames == 1 else "frames"
             raise ValueError(
-                f"Hidden state {constant} does not vary over the {self.num_frames} frame(s), so CKA is undefined; use"
+                f"Hidden state {constant} does not vary over {self.num_frames} {frames}, so CKA is undefined; use"
                 " more audio."
             )
         norms /= torch.outer(scale, scale)
@@ -286,7 +286,7 @@ class MutualKNN(SimilarityAccumulator):
         keys = self._generator.random(len(frames))
         if self._sample is None:
             self._sample = frames[:0].clone()
-        # Most frames of a long stream are out at once, which saves copying them.
+        # In a long stream most frames have keys above the largest in the sample; they need not be copied.
         largest = self._keys.max() if len(self._keys) == self.max_frames else np.inf
         chosen = np.flatnonzero(keys < largest)
         keys = np.concatenate([self._keys, keys[chosen]])
@@ -322,10 +322,13 @@ class MutualKNN(SimilarityAccumulator):
         return (features @ features.T).fill_diagonal_(-torch.inf).topk(self.k).indices
 
 
-# By their names in a recipe.
-SIMILARITY_MEASURES: dict[str, type[SimilarityAccumulator]] = dict(
-    zip(SIMILARITIES, (LinearCKA, FrameCosine, DistillationSimilarity, MutualKNN), strict=True)
-)
+# By their names in a recipe, `SIMILARITIES` of `recipe/skill_config.py`.
+SIMILARITY_MEASURES: dict[str, type[SimilarityAccumulator]] = {
+    "cka": LinearCKA,
+    "cosine": FrameCosine,
+    "distillation": DistillationSimilarity,
+    "mutual_knn": MutualKNN,
+}
 
 
 def layer_similarity(

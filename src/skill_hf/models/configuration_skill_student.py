@@ -189,7 +189,8 @@ class SkillStudentConfig:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` is {_short(format_version)}, but this code reads versions 1 to {FORMAT_VERSION}:"
-                " update skill-hf (`pip install -U skill-hf`), or pass `trust_remote_code=True` without it."
+                " update skill-hf (`pip install -U skill-hf`) or, without skill-hf, pass"
+                " `trust_remote_code=True`."
             )
         self.format_version = format_version
         stock_fields = _fields_of(self.stock_class())
@@ -396,7 +397,7 @@ def _short(value):
 
 
 def _is_index(value, end=float("inf")):
-    return type(value) is int and 0 <= value < end  # not `isinstance`: a bool is none
+    return type(value) is int and 0 <= value < end  # not `isinstance`: a bool is an int
 
 
 def refuse_training_checkpoint(directory=None):

@@ -208,7 +208,7 @@ class SkillStudentModel(SkillStudent):
         Like the stock model's, with support for `config.masked_group_norm`, which requires padding on the right, as
         feature extractors produce it.
         """
-        # To look at values costs nothing on the CPU alone. Subclasses of tensors may have none.
+        # Reading a mask on a GPU would wait for the device. Subclasses of tensors may have no values.
         readable = type(attention_mask) is torch.Tensor and attention_mask.is_cpu and not is_traced()
         if readable and attention_mask.all():
             attention_mask = None  # nothing is padded

@@ -190,7 +190,7 @@ def plot_training(
         raise ValueError("`log_history` has no line with `distillation_loss`; train for `logging_steps` steps first.")
     terms, penalty, sparsity = panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.3, 2))
 
-    # A line would join the stages by a slope over what happens at once, the cut.
+    # The stages are drawn separately: one line would turn the sudden change at the cut into a slope.
     first_stage = [line for line in log_history if line.get("stage") == 1]
     later = [line for line in log_history if line.get("stage") != 1]
 

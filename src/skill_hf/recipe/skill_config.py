@@ -170,10 +170,14 @@ class SkillConfig:
         for name, kind in FIELD_KINDS.items():
             setattr(self, name, kind(name, getattr(self, name)))
         if (self.budget == "latency") != (self.latency_costs is not None):
-            missing = "no " if self.latency_costs is None else ""
+            if self.latency_costs is None:
+                raise ValueError(
+                    "`budget` is latency, but there are no `latency_costs`; measure them with"
+                    " examples/calibrate_latency.py."
+                )
             raise ValueError(
-                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they are required for `latency`"
-                " and not allowed for other budgets. examples/calibrate_latency.py measures them."
+                f"`budget` is {self.budget}, but only latency uses `latency_costs`; leave them out or set `budget` to"
+                " latency."
             )
         if self.num_clusters is not None and self.distance_threshold is not None:
             raise ValueError(
