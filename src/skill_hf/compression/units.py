@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..models.configuration_skill_student import CUT_TENSORS
+from ..models.configuration_skill_student import CUT_TENSORS, READERS
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _attention_heads(config, layer: int) -> Units:
         whole=config.num_attention_heads,
         indices=heads,
         tensors=_tensors_of_block(name, "attention"),
-        reader=f"{name}.out_proj",
+        reader=f"{name}.{READERS['attention']}",
         shared=(f"{name}.gru_rel_pos_linear",),
         left_bias=f"{name}.output_bias",
     )
@@ -236,7 +236,7 @@ def _ffn_dims(config, layer: int) -> Units:
         config.intermediate_size if sizes is None else sizes[layer],
         whole=config.intermediate_size,
         tensors=_tensors_of_block(name, "feed_forward"),
-        reader=f"{name}.output_dense",
+        reader=f"{name}.{READERS['feed_forward']}",
         left_bias=f"{name}.output_bias",
     )
 
@@ -246,22 +246,23 @@ def _record_ffn_dims(config, layer: int, kept: Sequence[int]) -> None:
 
 
 def _attention_block(config, layer: int) -> Units:
-    return _block("attention_blocks", f"encoder.layers.{layer}.attention", "out_proj", config, layer)
+    return _block("attention_blocks", "attention", config, layer)
 
 
 def _ffn_block(config, layer: int) -> Units:
-    return _block("ffn_blocks", f"encoder.layers.{layer}.feed_forward", "output_dense", config, layer)
+    return _block("ffn_blocks", "feed_forward", config, layer)
 
 
-def _block(kind: str, name: str, projection: str, config, layer: int) -> Units:
-    """A block is a single unit that contains others. Its projection may have only a bias left, without inputs."""
+def _block(kind: str, block: str, config, layer: int) -> Units:
+    """A block is a single unit that contains others. Its reader may have only a bias left, without inputs."""
+    name = f"encoder.layers.{layer}.{block}"
     return Units(
         kind,
         layer,
         f"{name}.block_gate",
         int(layer not in getattr(config, f"removed_{kind}", ())),
         whole=1,
-        outputs=(f"{name}.{projection}", f"{name}.output_bias"),
+        outputs=(f"{name}.{READERS[block]}", f"{name}.output_bias"),
         contains=(name,),
     )
 
