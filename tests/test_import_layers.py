@@ -28,7 +28,7 @@ FLOORS = {
     "version": set(),
     "models": {"files"},
     "compression": {"models"},
-    "recipe": {"compression", "files"},
+    "recipe": {"compression", "files", "losses"},
     "encoders": {"models"},
     "export": {"files", "models"},
     "latency": {"compression", "models", "recipe", "version"},

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.batches import checked_input_values, equal_length_batches
-from ..losses import LOSS_TERMS, term_weights
+from ..losses import LOSS_TERMS, check_weights, weights_from
 from ..models.loading import load_feature_extractor, load_model, refuse_adapter
 from ..models.model_modes import eval_mode
 from ..models.properties import receptive_field
@@ -219,29 +219,24 @@ class DistillationSimilarity(SimilarityAccumulator):
     distance 0. The farthest pair has similarity 0; if all layers are equal, all similarities are 1.
 
     Args:
-        l1_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the mean absolute error.
-        l2_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the mean squared error.
-        cosine_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the cosine distance.
         first_layer (`int`, *optional*, defaults to 0):
             Index of the first hidden state passed; used only in error messages.
+        l1_weight, l2_weight, cosine_weight (`float`, *optional*, default to 1, 0 and 1):
+            Weights of the mean absolute error, the mean squared error and the cosine distance, by keyword: one for
+            each of [`~skill_hf.losses.LOSS_TERMS`].
+
+    Raises:
+        `ValueError`: if all weights are 0.
     """
 
-    def __init__(
-        self, l1_weight: float = 1.0, l2_weight: float = 0.0, cosine_weight: float = 1.0, first_layer: int = 0
-    ):
+    def __init__(self, first_layer: int = 0, **weights: float):
         super().__init__(first_layer)
-        self.l1_weight = l1_weight
-        self.l2_weight = l2_weight
-        self.cosine_weight = cosine_weight
-        if not any(term_weights(self).values()):
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
+        self.weights = weights_from(weights)
+        check_weights(self.weights)
         self._distances = 0
 
     def _accumulate(self, frames: torch.Tensor) -> None:
-        for name, weight in term_weights(self).items():
+        for name, weight in self.weights.items():
             if weight:
                 self._distances = self._distances + weight * LOSS_TERMS[name].layer_distances(frames)
 
@@ -340,11 +335,9 @@ def layer_similarity(
     feature_extractor=None,
     batch_size: int = 8,
     seed: int = 0,
-    l1_weight: float = 1.0,
-    l2_weight: float = 0.0,
-    cosine_weight: float = 1.0,
     progress: bool = True,
     num_parts: int = 0,
+    **weights: float,
 ) -> np.ndarray | list[np.ndarray]:
     r"""
     Similarity of every pair of a teacher's layers, in one pass over `audio`.
@@ -372,14 +365,14 @@ def layer_similarity(
             Maximum number of waveforms in one forward pass.
         seed (`int`, *optional*, defaults to 0):
             Seed of the sample of frames of `mutual_knn`.
-        l1_weight, l2_weight, cosine_weight (`float`, *optional*, default to 1, 0 and 1):
-            Weights of the terms of `distillation`.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
         num_parts (`int`, *optional*, defaults to 0):
             Also computes the similarity of each of this many parts of `audio` (every `num_parts`-th clip), in the same
             pass. Their differences show how much the result depends on the choice of audio. Each part needs the memory
             of the measure once.
+        l1_weight, l2_weight, cosine_weight (`float`, *optional*, default to 1, 0 and 1):
+            Weights of the terms of `distillation`, by keyword: one for each of [`~skill_hf.losses.LOSS_TERMS`].
 
     Returns:
         `numpy.ndarray` of shape `(N, N)`, float64: symmetric, with ones on its diagonal. N is the number of layers,
@@ -408,11 +401,12 @@ def layer_similarity(
         raise ValueError(f"`similarity` must be one of {', '.join(SIMILARITY_MEASURES)}, but is {similarity!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    weights_from(weights)  # misspelt names are an error whatever the measure
     first_layer = 0 if include_embeddings else 1
     parts = []
     for part in range(num_parts or 1):
         options = {
-            "distillation": {"l1_weight": l1_weight, "l2_weight": l2_weight, "cosine_weight": cosine_weight},
+            "distillation": weights,
             "mutual_knn": {"seed": (seed, part) if part else seed},
         }
         parts.append(SIMILARITY_MEASURES[similarity](first_layer=first_layer, **options.get(similarity, {})))

@@ -19,6 +19,7 @@ from ..losses import LOSS_TERMS
 # Okabe and Ito's colours, told apart by colour-blind readers too; those that are faint on white are left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT, DARK = "#D9D9D9", "#404040"
+HELD_OUT = COLOURS[3]  # of the loss on held-out data
 MARKERS = "osD^vP"
 FEW_POINTS = 20  # a line through no more of them gets marks, since a single one would not show
 LOSS_LABELS = {f"{name}_loss": term.label for name, term in LOSS_TERMS.items()}
@@ -167,9 +168,7 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
     return figure
 
 
-def plot_training(
-    log_history: list[dict], loss_terms: Sequence[str] = ("l1_loss", "cosine_loss"), cut: int | None = None
-):
+def plot_training(log_history: list[dict], loss_terms: Sequence[str] | None = None, cut: int | None = None):
     """
     Loss terms, penalty of the size constraint, and sparsity with its target, over the optimizer steps of both stages,
     with the cut between them marked.
@@ -177,8 +176,8 @@ def plot_training(
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`. Lines without `distillation_loss` or
             `eval_distillation_loss` are ignored.
-        loss_terms (`Sequence[str]`, *optional*, defaults to `("l1_loss", "cosine_loss")`): terms to draw in addition
-            to their sum; `l2_loss` as well if its weight is not 0.
+        loss_terms (`Sequence[str]`, *optional*): terms to draw in addition to their weighted sum, such as `l1_loss`;
+            by default all of [`~skill_hf.losses.LOSS_TERMS`] that the log contains.
         cut (`int`, *optional*): the last step of stage 1; by default the last logged one.
 
     Raises:
@@ -203,10 +202,12 @@ def plot_training(
                 label = None
 
     draw(terms, "distillation_loss", "distillation loss", DARK, lw=2.2)
-    for name, colour in zip(loss_terms, COLOURS, strict=False):
+    if loss_terms is None:
+        loss_terms = [name for name in LOSS_LABELS if any(name in line for line in lines)]
+    for name, colour in zip(loss_terms, cycle(colour for colour in COLOURS if colour != HELD_OUT)):
         draw(terms, name, LOSS_LABELS.get(name, name), colour)
     diamonds = {"ls": "", "marker": "D", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
-    draw(terms, "eval_distillation_loss", "held-out distillation loss", COLOURS[3], **diamonds)
+    draw(terms, "eval_distillation_loss", "held-out distillation loss", HELD_OUT, **diamonds)
     draw(penalty, "lagrangian_loss", None, COLOURS[0])
     draw(sparsity, "target_sparsity", "target", DARK, 100, ls="--")
     draw(sparsity, "sparsity", "student", COLOURS[0], 100, lw=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..compression.units import DEFAULT_KINDS, KINDS
 from ..files import parse_json
+from ..losses import LOSS_TERMS, check_weights, term_weights
 from . import fields
 from .latency_costs import check_latency_costs
 
@@ -184,8 +185,7 @@ class SkillConfig:
                 f"`num_clusters` ({self.num_clusters}) and `distance_threshold` ({self.distance_threshold}) both cut"
                 " the tree; set one of them or neither."
             )
-        if self.l1_weight + self.l2_weight + self.cosine_weight == 0:
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
+        check_weights(term_weights(self))
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
 
@@ -312,9 +312,7 @@ FIELD_KINDS = {
     "student_layers": fields.one_of(STUDENT_LAYERS),
     "calibration_samples": fields.whole(1),
     "calibration_seconds": fields.number(above=0),
-    "l1_weight": fields.number(least=0),
-    "l2_weight": fields.number(least=0),
-    "cosine_weight": fields.number(least=0),
+    **{f"{term}_weight": fields.number(least=0) for term in LOSS_TERMS},
     "target_sparsity": fields.number(above=0, below=1),
     "budget": fields.one_of(BUDGETS),
     "budget_seconds": fields.number(above=0),
