@@ -253,7 +253,7 @@ def format_text(info: dict[str, Any]) -> str:
     sizes = [[name, _share(info[key], teacher and teacher[key])] for name, key in reversed(counts)]
     if info["sparsity"] is not None:
         sizes.append(["sparsity", f"{info['sparsity']:.4f}"])
-    tables = [_units_table(info, places) for places in dict.fromkeys(kind.places for kind in KINDS.values())]
+    tables = [_units_table(info, places) for places in dict.fromkeys(KINDS[name].places for name in _shown_kinds())]
     tables = [top, *map(_align, (sizes, *tables))]
     notes = [textwrap.fill(_printable(note), WIDTH) for note in info["notes"]]
     return "\n\n".join(["\n".join(lines) for lines in tables] + notes)

@@ -93,7 +93,9 @@ class FiniteWatch(TrainerCallback):
         checkpoint = last_checkpoint_to(self.trainer.args.output_dir, step - 1)
         safe, start = "There is no checkpoint before it.", "Start again"
         if checkpoint:
-            safe, start = f"The last good checkpoint is `{checkpoint}`.", "Resume from it or start again"
+            # The settings of a run cannot change when it resumes, so it would repeat the same steps.
+            safe = f"The last good checkpoint is `{checkpoint}`."
+            start = "Resume from it if the cause was outside the run, or start again"
         cure = "a smaller learning rate"
         if self.trainer.accelerator.mixed_precision == "fp16":
             cure += " or bf16 instead of fp16"
