@@ -1,7 +1,12 @@
 """
 Exports a student: to ONNX in float32 and int8, as a program of `torch.export`, and as a stock `WavLMModel`.
 
-The student of `make demo`, in every format, compared on the demo's held-out speech:
+For a student of your own, use the command of the package, which has the same options:
+
+    skill-hf export --model someone/wavlm-base-plus-skill --audio_dir recordings/heldout --output_dir exported
+
+This script differs only in its defaults. The student of `make demo`, in every format, compared on the demo's held-out
+speech:
 
     pip install -e ".[export]"
     python examples/export_student.py --formats onnx onnx_int8 torch_export stock --output_dir outputs/exported

@@ -1,12 +1,11 @@
 import dataclasses
-import inspect
 
 import pytest
 import torch
 
 from skill_hf import SkillConfig, layer_similarity
 from skill_hf.grouping.similarity import DistillationSimilarity
-from skill_hf.losses import LOSS_TERMS, distillation_sums, group_means, lagrangian, sparsity_at, term_weights
+from skill_hf.losses import LOSS_TERMS, LossTerm, distillation_sums, group_means, lagrangian, sparsity_at, term_weights
 
 
 def test_group_means():
@@ -73,10 +72,33 @@ def test_every_term_has_a_weight_of_its_name():
     names = [field.name for field in dataclasses.fields(SkillConfig) if field.name.endswith("_weight")]
     assert names == weights + of_a_head
     assert list(term_weights(SkillConfig()).values()) == [1.0, 0.0, 1.0]
-    for function in (layer_similarity, DistillationSimilarity):
-        parameters = inspect.signature(function).parameters
-        assert [name for name in parameters if name.endswith("_weight")] == weights
-        assert all(parameters[name].default == getattr(SkillConfig(), name) for name in weights)
+    assert term_weights(SkillConfig()) == {name: term.default_weight for name, term in LOSS_TERMS.items()}
+    assert DistillationSimilarity().weights == term_weights(SkillConfig())
+    assert DistillationSimilarity(l2_weight=3.0).weights == {"l1": 1.0, "l2": 3.0, "cosine": 1.0}
+
+
+@pytest.mark.parametrize("similarity", ["cka", "distillation"])
+def test_a_weight_of_no_term_is_named(similarity):
+    with pytest.raises(TypeError, match="`l3_weight` is not an argument; .* l1_weight, l2_weight, cosine_weight"):
+        layer_similarity(None, [], similarity, l3_weight=1.0)
+
+
+def test_an_added_term_is_weighted_in_loss_and_similarity(monkeypatch):
+    largest = LossTerm(
+        "largest error",
+        lambda prediction, target, error: error.abs().amax(-1),
+        lambda frames: torch.cdist(frames, frames, p=float("inf")).sum(0, dtype=torch.float64),
+    )
+    monkeypatch.setitem(LOSS_TERMS, "largest", largest)
+    frames = torch.randn(5, 3, 4)
+    measure = DistillationSimilarity(l1_weight=0.0, cosine_weight=0.0, largest_weight=2.0)
+    measure.update(list(frames.unbind(1)))
+    distances = (frames[:, :, None] - frames[:, None]).abs().amax(-1).sum(0).double()
+    expected = 1 - distances / distances.max()
+    torch.testing.assert_close(torch.from_numpy(measure.compute()), expected, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="`cosine_weight` and `largest_weight` are all 0"):
+        DistillationSimilarity(l1_weight=0.0, cosine_weight=0.0)
+    assert "largest" in distillation_sums(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("name", LOSS_TERMS)

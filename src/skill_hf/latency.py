@@ -339,7 +339,8 @@ def _checked_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"`device` must be cpu or cuda, but is {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"`device` is {name}, but PyTorch finds {torch.cuda.device_count()} such device(s) here.")
+        count = torch.cuda.device_count()
+        raise ValueError(f"`device` is {name}, but PyTorch finds {count} CUDA device{'' if count == 1 else 's'}.")
     return device
 
 

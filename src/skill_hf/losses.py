@@ -2,7 +2,7 @@
 The loss over groups of layers, the sparsity constraint, and the schedule of its target. Pure functions of tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,13 +18,15 @@ class LossTerm(NamedTuple):
         loss (`Callable`): (prediction, target, their difference), each float32 of shape `(..., hidden_size)` -> the
             term in each frame, `(...)`.
         layer_distances (`Callable`): frames of N layers and of M others, float32 of shapes `(frames, N, hidden_size)`
-            and `(frames, M, hidden_size)`, to the distance of each of the former to each of the latter, a sum over
-            frames, float64 of shape `(N, M)`; 0 for layers that are equal.
+            and `(frames, M, hidden_size)` -> distance of each of the former to each of the latter, summed over frames,
+            float64 of shape `(N, M)`; 0 for equal layers.
+        default_weight (`float`): weight in the published recipe.
     """
 
     label: str
     loss: Callable
     layer_distances: Callable
+    default_weight: float = 0.0
 
 
 def squared_distances(frames: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -47,6 +49,7 @@ LOSS_TERMS = {
         "L1",
         lambda prediction, target, error: error.abs().mean(-1),
         lambda frames, others: torch.cdist(frames, others, p=1).sum(0, dtype=torch.float64) / frames.shape[-1],
+        default_weight=1.0,
     ),
     "l2": LossTerm(
         "L2",
@@ -57,6 +60,7 @@ LOSS_TERMS = {
         "− cosine similarity",
         lambda prediction, target, error: -F.cosine_similarity(prediction, target, dim=-1),
         lambda frames, others: squared_distances(F.normalize(frames, dim=-1), F.normalize(others, dim=-1)) / 2,
+        default_weight=1.0,
     ),
 }
 # Names in logs. Evaluation gives the weighted sum of the terms and each of them; training the penalty, too.
@@ -67,6 +71,27 @@ TRAINING_LOSSES = (*DISTILLATION_LOSSES, "lagrangian_loss")
 def term_weights(settings) -> dict[str, float]:
     """The weight of each of `LOSS_TERMS` by name, from attributes such as `l1_weight`."""
     return {term: getattr(settings, f"{term}_weight") for term in LOSS_TERMS}
+
+
+def weights_from(keywords: Mapping[str, float]) -> dict[str, float]:
+    """
+    The weight of each of `LOSS_TERMS` by name, from keyword arguments such as `l1_weight`; the default for others.
+
+    Raises:
+        `TypeError`: if a keyword is not the weight of a term.
+    """
+    names = {f"{term}_weight": term for term in LOSS_TERMS}
+    unknown = next((keyword for keyword in keywords if keyword not in names), None)
+    if unknown is not None:
+        raise TypeError(f"`{unknown}` is not an argument; the weights of the loss terms are {', '.join(names)}.")
+    return {term: keywords.get(name, LOSS_TERMS[term].default_weight) for name, term in names.items()}
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises a `ValueError` if all weights of loss terms, by name, are 0."""
+    if not any(weights.values()):
+        *others, last = (f"`{term}_weight`" for term in weights)
+        raise ValueError(f"{', '.join(others)} and {last} are all 0; at least one must be above 0.")
 
 
 def attended(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

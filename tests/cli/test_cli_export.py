@@ -233,7 +233,10 @@ def test_head_has_no_stock_form(ctc, tmp_path):
     status, _, errors = run_main(export_student, settings)
     assert (status, errors) == (
         2,
-        ["error: A WavLMSkillStudentForCTC has no stock form; `stock` is for encoders without a head."],
+        [
+            "error: `stock` exports only encoders without a head, but the model is a WavLMSkillStudentForCTC; leave it"
+            " out of `formats`."
+        ],
     )
 
 

@@ -127,6 +127,9 @@ def test_check_of_the_saved_student_notices_other_weights(finished, tmp_path):
         Trained.model.encoder.layers[1].final_layer_norm.bias[0] += 0.01
     with pytest.raises(RuntimeError, match="differs from the trained one by 0.01"):
         distill.check_saved_student(Trained)
+    Trained.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(RuntimeError, match="lacks extra"):
+        distill.check_saved_student(Trained)
 
 
 # --------------------------------------------------------------------------------------------------------- the ways in

@@ -17,7 +17,7 @@ from conftest import STUDENT_CODE, tiny_config, tiny_teacher
 from example_helpers import isolate, save_feature_extractor, save_student
 from hub_server import HubServer
 from huggingface_hub.constants import ENDPOINT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_hostile_directories import TEACHERS, field, names_of, put
 from transformers import (
     AutoModel,
@@ -323,6 +323,20 @@ def test_directories_that_cannot_be_used(teacher_files, tmp_path, capsys, damage
     (line,) = [line for line in err.splitlines() if not line.startswith(("[transformers]", "Error while"))]
     assert line.startswith("error: ") and str(directory) in line and len(line) < 1500
     assert not (directory / "ran").exists()
+
+
+@pytest.mark.parametrize(("count", "message"), [(1, "{} is missing"), (3, "{} and 2 more are missing")])
+def test_missing_weights_are_counted(shared, tmp_path, capsys, count, message):
+    folder = shutil.copytree(shared / "student", tmp_path / "student")
+    weights = load_file(folder / "model.safetensors")
+    names = [f"encoder.layers.0.final_layer_norm.{part}" for part in ("weight", "bias")] + [
+        "encoder.layer_norm.weight"
+    ]
+    for name in names[:count]:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    status, _, err = run(capsys, folder)
+    assert status == 2 and any(message.format(name) in err for name in names[:count])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from test_pruning import num_macs, num_parameters
 from torch import nn
 
 from skill_hf import SkillConfig, WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf.cli.info import describe, format_text
 from skill_hf.compression import units
 from skill_hf.compression.budgets import LatencyBudget, MacBudget, ParameterBudget
 from skill_hf.compression.pruning import (
@@ -240,7 +241,7 @@ def test_added_kind_meets_a_target_and_shrinks(added, layout):
     assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
 
 
-def test_added_kind_is_in_recipe_card_and_figure(added):
+def test_added_kind_is_in_recipe_card_figure_and_info(added, tmp_path):
     kind, make, sizes = added
     assert SkillConfig(pruning_units=[kind]).pruning_units == [kind]
     with pytest.raises(ValueError, match=f"`pruning_units`.*{kind}"):
@@ -258,6 +259,16 @@ def test_added_kind_is_in_recipe_card_and_figure(added):
         first = lines.index("| Layer | Attention heads | Feed-forward units | Layers |") + 2
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[first : first + 3]]
         assert [row[-1] for row in rows] == [f"{number} of 1" for number in left]
+        student.save_pretrained(tmp_path / "student")
+        tiny_teacher().save_pretrained(tmp_path / "teacher")
+        assert describe(str(tmp_path / "student"))["teacher"][kind] == sizes  # from its own config
+        info = describe(str(tmp_path / "student"), str(tmp_path / "teacher"))
+        assert (info[kind], info["teacher"][kind]) == (left, sizes)
+        lines = format_text(info).splitlines()
+        first = next(index for index, line in enumerate(lines) if line.startswith("layer ")) + 1
+        assert lines[first - 1].split() == ["layer", "attention", "heads", "feed-forward", "units", "layers"]
+        shares = [f"{number} of 1  {100 * number:5.1f} %" for number in left]
+        assert [line[-len(shares[0]) :] for line in lines[first : first + 3]] == shares
 
 
 # ---- The table itself ----

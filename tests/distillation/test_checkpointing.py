@@ -16,17 +16,12 @@ from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.distillation.checkpointing import (
-    MANIFEST_NAME,
-    CheckpointError,
-    check_checkpoint,
-    find_checkpoint,
-    rotate,
-    write_manifest,
-)
+from skill_hf.distillation.checkpoint_validation import MANIFEST_NAME, CheckpointError, check_checkpoint
+from skill_hf.distillation.checkpointing import find_checkpoint, rotate, write_manifest
 from skill_hf.distillation.run_identity import describe_data, describe_run
 from skill_hf.models.families import build_student
 from skill_hf.recipe.skill_training_args import SkillTrainingArguments
+from skill_hf.version import __version__
 
 
 RECIPE = {"layer_groups": [[0, 1], [2, 3]], "num_clusters": None, "final_steps": 2}
@@ -207,6 +202,18 @@ IMPOSSIBLE = {
     "layers as text": (edit(STATE, "layer_groups", value=[["0"]]), "`layer_groups`"),
     "other groups": (edit(STATE, "layer_groups", value=[[0, 1, 2]]), "projections.1"),
     "similarity that is not square": (edit(STATE, "layer_similarity", value=[[1, 0]]), "`layer_similarity`"),
+    "a record as a list": (edit(STATE, "record", value=[1]), "`record` in skill_state.json is not valid (it must be"),
+    "no record": (
+        edit(STATE, "record", value=None),
+        "`record` in skill_state.json is not valid (it must be an object",
+    ),
+    "silhouettes of names": (
+        edit(STATE, "record", "silhouettes", value={"two": 0.5}),
+        "`silhouettes` must be numbers",
+    ),
+    "losses as text": (edit(STATE, "record", "losses", value={"start": "1"}), "`losses` must be"),
+    "a cut without numbers": (edit(STATE, "record", "cut", value={"left": 1}), "`cut` must be the numbers `left`,"),
+    "distances without CKA": (edit(STATE, "record", "layer_distances", value={"cosine": [1.0]}), "`layer_distances`"),
     "10**9 layers": (edit("config.json", "num_hidden_layers", value=10**9), "`num_hidden_layers` in config.json"),
     "hidden states of 10**9": (edit("config.json", "hidden_size", value=10**9), "`hidden_size` in config.json"),
     "heads that there are not": (
@@ -316,11 +323,34 @@ def test_an_earlier_version_s_checkpoint(finished, tmp_path):
     _, clips = finished
     directory = copy_of(finished, 2, tmp_path)
     state = json.loads((directory / STATE).read_text())
-    del state["run"]
+    assert state["version"] == __version__
+    del state["run"], state["version"]
     (directory / STATE).write_text(json.dumps(state))
     (directory / MANIFEST_NAME).unlink()
-    with pytest.raises(ValueError, match="version of skill-hf that did not record its run.*start again"):
+    with pytest.raises(
+        ValueError,
+        match=f"does not record its run. It was written by a version before this was recorded; this is"
+        f" skill-hf {__version__}. Resume with that version, or start again",
+    ):
         make(tmp_path, clips).train(resume_from_checkpoint=True)
+
+
+def test_the_version_that_wrote_a_checkpoint_is_named_in_refusals(finished, looking, tmp_path):
+    _, clips = finished
+    directory = copy_of(finished, 2, tmp_path)
+    edit(STATE, "version", value="9.8")(directory)
+    check_checkpoint(directory, looking)  # no reason to refuse it by itself
+    edit(STATE, "record", "fields_of_9_8", value=1)(directory)
+    check_checkpoint(directory, looking)
+    other = ready(make(tmp_path / "other", clips, recipe={"cosine_weight": 2.0}))
+    written_by = f" It was written by skill-hf 9.8; this is skill-hf {__version__}."
+    with pytest.raises(ValueError, match=f"belongs to a different recipe: cosine_weight.*{written_by}"):
+        check_checkpoint(directory, other)
+    edit(STATE, "stage", value=7)(directory)
+    with pytest.raises(
+        CheckpointError, match=f"`stage` in skill_state.json must be from 1 to 2, but is 7.{written_by}"
+    ):
+        check_checkpoint(directory, looking)
 
 
 def test_a_training_checkpoint_is_no_student(finished):

@@ -295,7 +295,7 @@ def test_killed_and_resumed_is_bitwise_the_same(layout, killed_at, tmp_path, cli
     rows = [row for row in reference.state.log_history if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert [row["num_parameters"] for row in rows] == [*sizes[1:8], sizes[7], *sizes[8:]]
-    assert abs(reference.model.num_parameters() / reference.num_teacher_parameters - 0.25) < 0.01
+    assert abs(reference.model.num_parameters() / reference.teachers[0].num_parameters - 0.25) < 0.01
     assert not reference.model.named_gates()
     # What was closed for good stayed closed.
     assert reference.model.config.remaining_heads[:2] == [[], []]

@@ -94,7 +94,7 @@ def test_one_run_clusters_prunes_and_distils(uninterrupted):
     assert type(trainer.model) is WavLMForSkillStudent
     assert not trainer.model.named_gates()
     left = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert abs(left / trainer.num_teacher_parameters - 0.25) < 0.01
+    assert abs(left / trainer.teachers[0].num_parameters - 0.25) < 0.01
     assert trainer.state.global_step == 9
     assert trainer.args.max_steps == 9
     assert trainer.args.learning_rate == 1e-3
@@ -127,7 +127,7 @@ def test_a_run_records_what_it_measured(uninterrupted):
     metrics = trainer.evaluate()
     assert record.losses["end"]["distillation_loss"] == pytest.approx(metrics["eval_distillation_loss"], abs=1e-5)
     assert record.losses["end"]["cosine_similarity"] == pytest.approx(-metrics["eval_cosine_loss"], abs=1e-5)
-    assert record.cut["wanted"] == pytest.approx(0.25 * trainer.num_teacher_parameters, abs=1)
+    assert record.cut["wanted"] == pytest.approx(0.25 * trainer.teachers[0].num_parameters, abs=1)
     assert sorted(record.silhouettes) == [2, 3]
     assert all(sorted(sum(groups, [])) == [0, 1, 2, 3] for groups in record.half_groups)
     assert len(record.half_groups) == 2
@@ -143,7 +143,7 @@ def test_a_run_reports_how_it_trained(uninterrupted):
     assert report.sampling_rate == 16_000 and report.hub_model_id is None
     assert report.layer_groups == trainer.layer_groups
     assert report.train_dataset is clips and report.eval_dataset == clips[:5]
-    assert report.results()["teacher_parameters"] == trainer.num_teacher_parameters
+    assert report.results()["teacher_parameters"] == trainer.teachers[0].num_parameters
     np.testing.assert_array_equal(report.layer_tree, trainer.layer_tree())
 
 
@@ -437,7 +437,7 @@ def test_variants_of_the_recipe_train(layout, tmp_path, clips, recipe):
     trainer = make_trainer(tmp_path, clips, tiny_teacher(layout), recipe, max_steps=3, save_strategy="no")
     trainer.train()
     left = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert abs(left / trainer.num_teacher_parameters - 0.25) < 0.01
+    assert abs(left / trainer.teachers[0].num_parameters - 0.25) < 0.01
     if "layer_groups" in recipe:
         assert trainer.layer_similarity is None
         assert trainer.layer_groups == recipe["layer_groups"]
@@ -519,7 +519,7 @@ def test_multipliers_drive_the_sparsity_past_the_target(tmp_path, clips):
     # Once past it, the first multiplier falls again.
     assert rows[-1]["lambda_1"] < max(row["lambda_1"] for row in rows)
     left = sum(parameter.numel() for parameter in trainer.model.parameters())
-    assert abs(left / trainer.num_teacher_parameters - 0.5) < 0.01
+    assert abs(left / trainer.teachers[0].num_parameters - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("model", ["copy", "pruned"])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_teacher
+from conftest import family_teacher, padded_batch, tiny_teacher
 from transformers import Wav2Vec2FeatureExtractor, WavLMModel
 
 from skill_hf.distillation.run_identity import checksum
@@ -63,15 +63,18 @@ def test_the_model_is_frozen_and_counted():
 
 def test_checksums_tell_teachers_of_one_size_apart():
     first, second = Teacher(tiny_teacher()), Teacher(tiny_teacher())
-    assert first.checksum() == second.checksum() == checksum(tiny_teacher())
+    assert first.weights_checksum() == second.weights_checksum() == checksum(tiny_teacher())
     assert first.identity() == second.identity()
     with torch.no_grad():
         second.model.encoder.layers[0].layer_norm.weight[0] += 1
-    assert first.checksum() != second.checksum()
+    assert first.weights_checksum() != second.weights_checksum()
     assert first.identity() == second.identity()  # which looks at one weight
     with torch.no_grad():
         second.model.feature_projection.projection.weight[0, 0] += 1
     assert first.identity() != second.identity()
+    first, second = (Teacher(family_teacher("hubert-batch-norm")) for _ in range(2))
+    second.model.encoder.pos_conv_embed.batch_norm.running_mean[0] += 1
+    assert first.weights_checksum() != second.weights_checksum()
     assert set(first.identity()) == {"model_type", "num_parameters", "checksum"}  # that older checkpoints have
 
 

@@ -5,7 +5,7 @@ from scipy.cluster.hierarchy import cophenet, dendrogram, is_monotonic, is_valid
 from scipy.spatial.distance import squareform
 from transformers import WavLMConfig, WavLMModel
 
-from skill_hf.grouping.clustering import cluster_layers, layer_tree, silhouette
+from skill_hf.grouping.clustering import _MERGED_DISTANCE, cluster_layers, layer_tree, silhouette
 from skill_hf.grouping.layer_similarity import layer_similarity
 from skill_hf.recipe.skill_config import LINKAGES, SkillConfig
 
@@ -78,6 +78,10 @@ def test_distance_threshold(linkage, contiguous):
         recipe = SkillConfig(linkage=linkage, contiguous=contiguous, distance_threshold=threshold)
         expected = merges[np.flatnonzero(heights <= threshold)[-1]][0]
         assert cluster_layers(similarity, recipe) == expected
+
+
+def test_every_linkage_of_a_recipe_has_its_formula():
+    assert tuple(_MERGED_DISTANCE) == LINKAGES
 
 
 @pytest.mark.parametrize("linkage", LINKAGES)

@@ -272,7 +272,7 @@ def test_teacher_runs_in_eval_mode_and_gets_its_modes_back(base_teacher, audio, 
         ([np.ones(0)], "Waveform 0: .* has 0 samples"),
         ([np.ones(4000, dtype=np.int16)], "Waveform 0: .* contains int16"),
         ([np.full(4000, np.nan)], "Waveform 0: .* contains NaN or infinite samples"),
-        ([np.ones(400)], "Hidden state 0 does not vary over the 1 frame"),
+        ([np.ones(400)], "Hidden state 0 does not vary over 1 frame, so CKA"),
     ],
 )
 def test_bad_audio(base_teacher, audio, message):

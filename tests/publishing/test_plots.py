@@ -246,7 +246,7 @@ def test_training_shows_both_stages():
     assert curves["distillation loss"] == [[10, -10], [20, -20]]
     assert curves["held-out distillation loss"] == [[15, -9]]
     assert curves["L1"] == [[10, 1], [20, 1]]
-    assert "L2" not in curves
+    assert curves["L2"] == [[10, 3], [20, 3]] and "− cosine similarity" not in curves  # which the log lacks
     # The cut happens at once: no line slopes from one stage to the other, and single points have marks.
     after = [curve for curve in terms.lines if curve.get_xydata().tolist() == [[30, -30]]]
     assert [curve.get_marker() for curve in after] == ["o"]
@@ -257,7 +257,8 @@ def test_training_shows_both_stages():
     for axes in (terms, penalty, sparsity):
         assert axes.lines[-1].get_xdata() == [20, 20]  # the cut
     assert plot_training(log, cut=25).axes[0].lines[-1].get_xdata() == [25, 25]
-    assert "L2" in [curve.get_label() for curve in plot_training(log, ["l2_loss"]).axes[0].lines]
+    labels = [curve.get_label() for curve in plot_training(log, ["l2_loss"]).axes[0].lines]
+    assert "L2" in labels and "L1" not in labels
 
 
 def test_losses_of_a_head_have_panels_of_their_own():

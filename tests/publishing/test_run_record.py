@@ -49,3 +49,16 @@ def test_advice_names_the_value_and_what_to_change(settings, words):
 
 def test_a_shift_is_told():
     assert any("2,000" in line and "1,000" in line and "-4.400" in line for line in record(shift=-4.4).summary())
+
+
+def test_fields_of_a_later_version_are_ignored():
+    assert RunRecord.from_dict({"silhouettes": {"2": 0.5}, "surprise": 1}).silhouettes == {2: 0.5}
+    record = RunRecord(cut={"left": 1, "wanted": 2, "shift": 0.0}, layer_distances={"cka": [0.5]})
+    assert RunRecord.from_dict(record.to_dict()) == record
+
+
+@pytest.mark.parametrize("values", [None, [], 1, *({name: 1} for name in RunRecord().to_dict())], ids=str)
+def test_values_of_a_wrong_type_are_named(values):
+    named = f"`{next(iter(values))}` must be" if isinstance(values, dict) else "it must be an object"
+    with pytest.raises(ValueError, match=named):
+        RunRecord.from_dict(values)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import tiny_teacher
+from conftest import family_teacher, tiny_teacher
 
 from skill_hf import SkillConfig
 from skill_hf.compression.macs import count_macs
@@ -35,18 +35,31 @@ def test_sparsity_is_that_of_the_budget(models):
 
 @pytest.mark.parametrize(("recipe", "cost"), [({}, "parameters"), ({"budget": "macs"}, "macs")])
 def test_results_are_plain_values(models, recipe, cost):
-    teacher = models[1]
+    student, teacher = models
+    costs = [count_macs(model) if recipe else model.num_parameters() for model in models]
     results = report(models, "some/teacher", **recipe).results()
     assert json.loads(json.dumps(results)) == results
     assert results == {
         "teacher": "some/teacher",
         "teacher_parameters": teacher.num_parameters(),
-        f"teacher_{cost}": count_macs(teacher) if recipe else teacher.num_parameters(),
+        "student_parameters": student.num_parameters(),
+        f"student_{cost}": costs[0],
+        f"teacher_{cost}": costs[1],
+        "sparsity": 1 - costs[0] / costs[1],
         "budget": cost,
         "target_sparsity": 0.75,
         "layer_groups": [[0], [1, 2]],
         "record": RunRecord().to_dict(),
     }
+
+
+def test_statistics_of_batch_norm_are_no_parameters():
+    teacher = family_teacher("hubert-batch-norm")
+    student = build_student(teacher)
+    results = RunReport(student, teacher, None, SkillConfig(), RunRecord()).results()
+    assert results["student_parameters"] == results["teacher_parameters"] == teacher.num_parameters()
+    assert results["sparsity"] == 0
+    assert sum(tensor.numel() for tensor in student.state_dict().values()) > results["student_parameters"]
 
 
 def test_results_name_no_path(models, tmp_path):

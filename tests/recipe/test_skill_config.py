@@ -5,10 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from skill_hf import SkillConfig
 from skill_hf.recipe.skill_config import FIELD_KINDS, GATE_TRAVEL, gate_travel
+from skill_hf.recipe.skill_training_args import SkillTrainingArguments
 
 
 @pytest.mark.parametrize(
@@ -220,8 +221,13 @@ def test_every_field_comes_from_a_command_line():
     assert (recipe.budget, recipe.budget_seconds) == ("macs", 2.5)
 
 
-def test_the_help_of_each_field_is_what_the_docstring_says():
-    described = " ".join((SkillConfig.__doc__ or "").replace("`", "").replace("[", "").replace("]", "").split())
-    for field in dataclasses.fields(SkillConfig):
+@pytest.mark.parametrize("cls", [SkillConfig, SkillTrainingArguments])
+def test_the_help_of_each_field_is_what_the_docstring_says(cls):
+    described = " ".join((cls.__doc__ or "").replace("`", "").replace("[", "").replace("]", "").split())
+    own = [field for field in dataclasses.fields(cls) if field.name in vars(cls)["__annotations__"]]
+    assert len(own) >= 8
+    for field in own:
         text = field.metadata["help"].replace("[", "").replace("]", "")
         assert text.endswith(".") and text.removesuffix(".").split("skill_hf.")[0] in described, field.name
+    stock = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
+    assert all(stock.get(field.name) != field.metadata["help"] for field in own)  # the class itself is unchanged

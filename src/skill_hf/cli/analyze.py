@@ -26,6 +26,7 @@ from ..grouping.forward_pass import check_models
 from ..grouping.layer_similarity import layer_similarity
 from ..grouping.similarity import SIMILARITY_MEASURES
 from ..grouping.stability import adjusted_rand_index, all_cuts, mean_differences
+from ..losses import term_weights
 from ..models.loading import load_model
 from ..models.properties import receptive_field
 from ..publishing.plots import (
@@ -104,7 +105,7 @@ def analyze(
         raise ValueError(f"`{source}` has a single layer; compare it with its input by `include_embeddings`.")
     models = [model.to(device) for model in models]
 
-    weights = {name: getattr(config, name) for name in ("l1_weight", "l2_weight", "cosine_weight")}
+    weights = {f"{term}_weight": weight for term, weight in term_weights(config).items()}
     options = {"similarity": config.similarity, "include_embeddings": config.include_embeddings, "seed": seed}
     options |= {"batch_size": batch_size, "num_parts": num_parts} | weights
     sets, parts = [], {"similarity": [], "similarity_to_other": []}

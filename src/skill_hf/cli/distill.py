@@ -7,7 +7,6 @@ Both signals write a checkpoint first.
 
 import dataclasses
 import logging
-import math
 import signal
 import sys
 import time
@@ -235,27 +234,34 @@ def make_trainer(
     return trainer
 
 
-def count_saved_parameters(directory: str) -> int:
-    """Number of parameters in the safetensors files of `directory`."""
-    total = 0
+def saved_names(directory: str) -> set[str]:
+    """Names of the tensors in the safetensors files of `directory`."""
+    names = set()
     for path in Path(directory).glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
+            names.update(file.keys())
+    return names
 
 
 @torch.no_grad()
 def check_saved_student(trainer: SkillDistillationTrainer) -> None:
-    """Raises a `RuntimeError` unless the saved directory loads with its auto class and gives the trained outputs."""
+    """
+    Raises a `RuntimeError` unless the saved directory contains every parameter, loads with its auto class and gives
+    the trained outputs.
+    """
+    directory = trainer.args.output_dir
+    absent = {name for name, _ in trainer.model.named_parameters()} - saved_names(directory)
+    if absent:
+        raise RuntimeError(f"The student in {directory} lacks {', '.join(sorted(absent))}. Please report it.")
     auto_class = auto_class_of(head_of(trainer.model))
-    saved = auto_class.from_pretrained(trainer.args.output_dir, dtype=trainer.model.dtype).to(trainer.model.device)
+    saved = auto_class.from_pretrained(directory, dtype=trainer.model.dtype).to(trainer.model.device)
     noise = torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))
     audio = noise.to(trainer.model.device, trainer.model.dtype)
     # Hidden states of an encoder, logits of a head.
     difference = (saved.eval()(audio)[0] - trainer.model(audio)[0]).abs().max().item()
     if not difference < 1e-3:
         raise RuntimeError(
-            f"The student in {trainer.args.output_dir} differs from the trained one by {difference}. Please report it."
+            f"The student in {directory} differs from the trained one by {difference}. Please report it."
         )
 
 
@@ -291,16 +297,11 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
     trainer.save_model(_internal_call=True)  # it is published below, with what is measured until then
     trainer.save_state()
 
-    budget = skill_config.budget
     results = trainer.report().results() | {"seconds": clock.seconds}
     if trainer.eval_dataset is not None:
         with clock.measure("evaluation"):
             results |= trainer.evaluate()
     if main_process:
-        results["student_parameters"] = count_saved_parameters(training_args.output_dir)
-        if budget != "parameters":
-            results[f"student_{budget}"] = trainer.budget.total(trainer.model)
-        results["sparsity"] = 1 - results[f"student_{budget}"] / trainer.teacher_cost
         check_saved_student(trainer)
         for line in (f"Groups of hidden states: {trainer.layer_groups}", *trainer.record.summary()):
             logger.info(line)

@@ -154,7 +154,10 @@ def run(arguments: list[str] | None, prog: str | None = None, kind: type[ExportA
     keep_sources(Path(args.output_dir) / FILES["stock"], {"model": args.model})
     model = load_student(args.model)
     if "stock" in args.formats and not isinstance(model, SkillStudentModel):
-        raise ValueError(f"A {type(model).__name__} has no stock form; `stock` is for encoders without a head.")
+        raise ValueError(
+            f"`stock` exports only encoders without a head, but the model is a {type(model).__name__}; leave it out of"
+            " `formats`."
+        )
     extractor = feature_extractor_for(args.model, model.config)
     audio = list(
         calibration_waveforms(

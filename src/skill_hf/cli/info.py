@@ -20,7 +20,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..compression.macs import count_macs
-from ..compression.units import KINDS, sizes_of
+from ..compression.units import KINDS, sizes_of, units_of
 from ..models.families import STUDENT_CLASSES
 from ..models.loading import (
     empty_model,
@@ -86,8 +86,7 @@ def describe(source: str, teacher: str | None = None, seconds: float = 10.0) -> 
         "seconds": seconds,
         "sampling_rate": rate,
         **size,
-        "removed_attention_blocks": getattr(config, "removed_attention_blocks", None),
-        "removed_ffn_blocks": getattr(config, "removed_ffn_blocks", None),
+        **{f"removed_{name}": getattr(config, f"removed_{name}", None) for name in KINDS if KINDS[name].shown_by},
         "weights": weights,
         "teacher": teacher_size,
         "left": left,
@@ -114,8 +113,12 @@ def _size(source: str, config: PreTrainedConfig, seconds: float, rate: int) -> d
         model = empty_model(AutoModel._model_mapping[type(config)], config)
         macs = count_macs(model, seconds, rate)
     sizes = sizes_of(config)
-    units = {name: sizes[name] for name, kind in KINDS.items() if kind.label is not None}
-    return {"parameters": num_parameters(model), "macs": macs, **units}
+    return {"parameters": num_parameters(model), "macs": macs, **{name: sizes[name] for name in _shown_kinds()}}
+
+
+def _shown_kinds(places: str | None = None) -> list[str]:
+    """Names of the kinds of units that have a column of their own, of all places or of those in `places`."""
+    return [name for name, kind in KINDS.items() if kind.label is not None and places in (None, kind.places)]
 
 
 def _teacher_size(
@@ -124,7 +127,7 @@ def _teacher_size(
     """
     Size of the given teacher, or of the one named by the student; otherwise, what the student's config says about it.
     """
-    layers, teacher = config.num_hidden_layers, hub_id_of(config.base_model) if named is None else named
+    teacher = hub_id_of(config.base_model) if named is None else named
     try:
         if teacher is None:
             raise ValueError("The student does not name a teacher on the Hub.")
@@ -136,8 +139,8 @@ def _teacher_size(
         if named is not None:
             raise
         notes.append(f"The teacher is unknown; pass it with --teacher. {error}")
-    known = {"attention_heads": [config.num_attention_heads] * layers, "ffn_dims": [config.intermediate_size] * layers}
-    return dict.fromkeys(("model", *size)) | known
+    known = {name: [units.whole for units in units_of(config) if units.kind == name] for name in _shown_kinds()}
+    return dict.fromkeys(("model", *size)) | {name: sizes for name, sizes in known.items() if None not in sizes}
 
 
 def _base_model_files(repo_id: str) -> str:
@@ -165,7 +168,7 @@ def _check_teacher(source: str, config, size: dict, teacher: str, teacher_config
         problem = f"its `{differing[0]}` is {theirs}, but the student's is {ours}"
     elif wider := [
         name
-        for name in ("conv_channels", "attention_heads", "ffn_dims")
+        for name in _shown_kinds()
         if any(ours > theirs for ours, theirs in zip(size[name], teacher_size[name], strict=True))
     ]:
         problem = f"the student has more {wider[0]}"
@@ -208,7 +211,8 @@ def _check_weights(config: PreTrainedConfig, weights: dict[str, torch.Tensor]) -
             head_parameters += tensor.numel()
     missing = [name for name in expected if name not in found and name != "masked_spec_embed"]
     if missing:
-        raise ValueError(f"they do not fit config.json: {missing[0]} and {len(missing) - 1} more are missing")
+        others = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise ValueError(f"they do not fit config.json: {missing[0]}{others} missing")
     return head_parameters
 
 
@@ -247,20 +251,24 @@ def format_text(info: dict[str, Any]) -> str:
     sizes = [[name, _share(info[key], teacher and teacher[key])] for name, key in reversed(counts)]
     if info["sparsity"] is not None:
         sizes.append(["sparsity", f"{info['sparsity']:.4f}"])
-    columns = (("attention_heads", "removed_attention_blocks"), ("ffn_dims", "removed_ffn_blocks"))
-    layers = [["layer", "attention heads", "feed-forward units"]]
-    for index in range(len(info["ffn_dims"])):
-        layers.append([str(index + 1)])
-        for key, removed in columns:
-            share = _share(info[key][index], teacher and teacher[key][index], index in (info[removed] or ()))
-            layers[-1].append(share)
-    convolutions = [["convolution", "channels"]]
-    for index, channels in enumerate(info["conv_channels"]):
-        known = teacher and teacher["conv_channels"]
-        convolutions.append([str(index + 1), _share(channels, known and known[index])])
-    tables = [top, *map(align, (sizes, convolutions, layers))]
+    tables = [_units_table(info, places) for places in dict.fromkeys(KINDS[name].places for name in _shown_kinds())]
+    tables = [top, *map(align, (sizes, *tables))]
     notes = [textwrap.fill(printable(note), WIDTH) for note in info["notes"]]
     return "\n\n".join(["\n".join(lines) for lines in tables] + notes)
+
+
+def _units_table(info: dict[str, Any], places: str) -> list[list[str]]:
+    """Header and rows: the units that are left in each convolution or layer."""
+    teacher, names = info["teacher"], _shown_kinds(places)
+    rows = [[str(index + 1)] for index in range(len(info[names[0]]))]
+    for name in names:
+        removed = {
+            index for other, kind in KINDS.items() if kind.shown_by == name for index in info[f"removed_{other}"] or ()
+        }
+        wholes = teacher and teacher[name] or [None] * len(rows)
+        for index, (row, count, whole) in enumerate(zip(rows, info[name], wholes, strict=True)):
+            row.append(_share(count, whole, index in removed))
+    return [[places, *(KINDS[name].label for name in names)], *rows]
 
 
 def _share(ours: int, theirs: int | None, is_removed: bool = False) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..models.configuration_skill_student import CUT_TENSORS
+from ..models.configuration_skill_student import CUT_TENSORS, READERS
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Kind:
         has_multiples (`bool`): whether `width_multiple` applies.
         label (`str`, *optional*):
             Name of the units in tables and figures, in the plural. `None` if the numbers of another kind show them.
+        shown_by (`str`, *optional*): that other kind. The config then has a list `removed_KIND` of places without any.
         part (`str`, *optional*): name of their module's latency. `None` if it is not measured.
         shared_cost (`str`, *optional*):
             Name of the latency that all units of a layer share. Kinds of layers with a `part` have one.
@@ -98,6 +99,7 @@ class Kind:
     min_open: int = 0
     has_multiples: bool = False
     label: str | None = None
+    shown_by: str | None = None
     part: str | None = None
     shared_cost: str | None = None
     first_measured: int = 0
@@ -219,7 +221,7 @@ def _attention_heads(config, layer: int) -> Units:
         whole=config.num_attention_heads,
         indices=heads,
         tensors=_tensors_of_block(name, "attention"),
-        reader=f"{name}.out_proj",
+        reader=f"{name}.{READERS['attention']}",
         shared=(f"{name}.gru_rel_pos_linear",),
         left_bias=f"{name}.output_bias",
     )
@@ -238,7 +240,7 @@ def _ffn_dims(config, layer: int) -> Units:
         config.intermediate_size if sizes is None else sizes[layer],
         whole=config.intermediate_size,
         tensors=_tensors_of_block(name, "feed_forward"),
-        reader=f"{name}.output_dense",
+        reader=f"{name}.{READERS['feed_forward']}",
         left_bias=f"{name}.output_bias",
     )
 
@@ -248,22 +250,23 @@ def _record_ffn_dims(config, layer: int, kept: Sequence[int]) -> None:
 
 
 def _attention_block(config, layer: int) -> Units:
-    return _block("attention_blocks", f"encoder.layers.{layer}.attention", "out_proj", config, layer)
+    return _block("attention_blocks", "attention", config, layer)
 
 
 def _ffn_block(config, layer: int) -> Units:
-    return _block("ffn_blocks", f"encoder.layers.{layer}.feed_forward", "output_dense", config, layer)
+    return _block("ffn_blocks", "feed_forward", config, layer)
 
 
-def _block(kind: str, name: str, projection: str, config, layer: int) -> Units:
-    """A block is a single unit that contains others. Its projection may have only a bias left, without inputs."""
+def _block(kind: str, block: str, config, layer: int) -> Units:
+    """A block is a single unit that contains others. Its reader may have only a bias left, without inputs."""
+    name = f"encoder.layers.{layer}.{block}"
     return Units(
         kind,
         layer,
         f"{name}.block_gate",
         int(layer not in getattr(config, f"removed_{kind}", ())),
         whole=1,
-        outputs=(f"{name}.{projection}", f"{name}.output_bias"),
+        outputs=(f"{name}.{READERS[block]}", f"{name}.output_bias"),
         contains=(name,),
     )
 
@@ -328,13 +331,23 @@ KINDS = {
         part="feed_forward",
         shared_cost="any_ffn_dim",
     ),
-    "attention_blocks": Kind(_attention_block, _record_attention_block, "layer", drop_probability=0.01, coarseness=3),
-    "ffn_blocks": Kind(_ffn_block, _record_ffn_block, "layer", drop_probability=0.01, coarseness=3),
+    "attention_blocks": Kind(
+        _attention_block,
+        _record_attention_block,
+        "layer",
+        drop_probability=0.01,
+        coarseness=3,
+        shown_by="attention_heads",
+    ),
+    "ffn_blocks": Kind(
+        _ffn_block, _record_ffn_block, "layer", drop_probability=0.01, coarseness=3, shown_by="ffn_dims"
+    ),
 }
 
 DEFAULT_KINDS = tuple(name for name, kind in KINDS.items() if kind.is_default)
 
-# What the latency of convolutions is made of: a channel that is read with one that is written, and a channel besides.
+# The latency of a convolution is a sum of two terms: a cost for each pair of input and output channel, and a cost for
+# each output channel.
 COSTS_OF_CONVOLUTIONS = ("channel_pairs", "conv_channels")
 COSTS_OF_LAYERS = tuple(
     cost for name, kind in KINDS.items() if kind.part and kind.places == "layer" for cost in (name, kind.shared_cost)

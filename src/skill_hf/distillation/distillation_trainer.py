@@ -131,10 +131,6 @@ class DistillationTrainer(Trainer):
         return self.teachers[0].model
 
     @property
-    def num_teacher_parameters(self) -> int:
-        return self.teachers[0].num_parameters
-
-    @property
     def _autocast_dtype(self) -> torch.dtype | None:
         if not self.accelerator.native_amp:  # DeepSpeed has half precision without autocast
             return None
@@ -223,7 +219,7 @@ class DistillationTrainer(Trainer):
             self.data_collator, self.args = collator, args
 
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
-        # Each pass over the data has its own crops and order, and those of stage 2 are none of stage 1.
+        # Each epoch has its own crops and order; stage 2 uses odd numbers, so that it repeats none of stage 1.
         number = 2 * epoch + (self.stage == 2)
         if isinstance(self.data_collator, SpeechCollator):
             if self.args.dataloader_persistent_workers:
@@ -325,10 +321,10 @@ class DistillationTrainer(Trainer):
         )
         if model.training:
             terms, finite = outputs, self.finite_watch.note_terms(outputs)
-            # Each micro-batch holds its share of the step's loss: a step's is their sum, and weighs 1 in all.
-            # A step without a valid frame is not one of zero loss.
+            # The loss of a step is the sum over its micro-batches, whose weights add up to 1. Steps without a valid
+            # frame are left out of the mean; they would count as zero loss.
             has_frames = (counts["num_frames"] > 0).float() if counts else 1.0
-            if self.accelerator.mixed_precision == "fp16":  # nor is one that overflows, which is skipped
+            if self.accelerator.mixed_precision == "fp16":  # the scaler skips steps that overflow
                 terms = {name: torch.where(finite, value.detach(), 0.0) for name, value in outputs.items()}
                 has_frames = has_frames * finite
             self._train_losses.add(terms, has_frames, weight=penalty_scale * has_frames)

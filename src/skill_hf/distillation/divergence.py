@@ -91,11 +91,15 @@ class FiniteWatch(TrainerCallback):
 
     def _message(self, step: int, what: str) -> str:
         checkpoint = last_checkpoint_to(self.trainer.args.output_dir, step - 1)
-        safe = f"The last good checkpoint is `{checkpoint}`." if checkpoint else "There is no checkpoint before it."
+        safe, start = "There is no checkpoint before it.", "Start again"
+        if checkpoint:
+            # The settings of a run cannot change when it resumes, so it would repeat the same steps.
+            safe = f"The last good checkpoint is `{checkpoint}`."
+            start = "Resume from it if the cause was outside the run, or start again"
         cure = "a smaller learning rate"
         if self.trainer.accelerator.mixed_precision == "fp16":
             cure += " or bf16 instead of fp16"
-        return f"Step {step}: {what}. Training has ended, and nothing was saved. {safe} Start again with {cure}."
+        return f"Step {step}: {what}. Training has ended, and nothing was saved. {safe} {start} with {cure}."
 
 
 def first_non_finite(model: nn.Module) -> str | None:
@@ -111,4 +115,7 @@ def refuse_non_finite(student: nn.Module) -> None:
     """Raises a [`NonFiniteError`] if a student to be saved has NaN or infinite weights."""
     name = first_non_finite(student)
     if name is not None:
-        raise NonFiniteError(f"The student is not saved: its {name} contains NaN or infinite values. Train it again.")
+        raise NonFiniteError(
+            f"The student is not saved: its {name} contains NaN or infinite values. Train again with a smaller"
+            " learning rate."
+        )

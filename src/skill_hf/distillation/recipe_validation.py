@@ -121,7 +121,7 @@ def warn_of_slow_gates(config: SkillConfig, joint_steps: int) -> None:
     if gate_travel(rate, joint_steps) < distance:
         logger.warning(
             "`gate_learning_rate` is %g: in the %d steps of stage 1 a gate moves at most %.1f, but needs %.1f to"
-            " close, so the cut will have to choose the units. Leave it out (%.2g would be used), or raise it or"
+            " close, so no gate can close by itself. Leave it out (%.2g would be used), or raise it or"
             " `max_steps`.",
             rate,
             joint_steps,

@@ -50,7 +50,7 @@ def describe_run(trainer) -> dict:
         "batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
-        "teacher_weights": trainer.teachers[0].checksum(),
+        "teacher_weights": trainer.teachers[0].weights_checksum(),
         "student_weights": trainer.start_checksum,
         "audio": _simple_fields(trainer.processing_class),
         "crops": _simple_fields(trainer.data_collator),
@@ -105,11 +105,11 @@ def _content(audio) -> bytes:
 
 
 def checksum(model: nn.Module) -> int:
-    """Checksum over all weights of `model`, in order."""
+    """Checksum over all weights and buffers of `model` that are saved, such as batch-norm statistics, in order."""
     value = 0
-    for parameter in model.parameters():
+    for tensor in model.state_dict().values():
         # As bytes: numpy has no bfloat16.
-        value = zlib.crc32(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
     return value
 
 

@@ -124,17 +124,21 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
         cls, kwargs = given or trainer.get_optimizer_cls_and_kwargs(args, trainer.student)
     except Exception as error:  # each optimizer has its own library
         settings = f" with `optim_args` {args.optim_args!r}" if args.optim_args else ""
-        refuse(name, value, f"{settings.strip() or 'it'} cannot be created: {one_line(error)}")
+        refuse(name, value, f"the optimizer{settings} cannot be created: {one_line(error)}")
     grouping = sorted(kwargs.keys() & OWN_GROUPS)
     if grouping or is_optimizer_factory(cls):
         reason = f" (`{grouping[0]}`)" if grouping else ""
-        refuse(name, value, f"it groups parameters itself{reason}, but gates need their own group")
+        refuse(
+            name,
+            value,
+            f"it builds its own parameter groups{reason}, and gates need a separate one; use a different optimizer",
+        )
     try:
         optimizer = cls([{"params": [parameter], "weight_decay": args.weight_decay}], **kwargs | {"lr": rate})
         if not callable(getattr(optimizer, "eval", None)):
             optimizer.step()
     except Exception as error:
-        refuse(name, value, f"it cannot be used: {one_line(error)}")
+        refuse(name, value, f"the optimizer fails: {one_line(error)}")
     if callable(getattr(optimizer, "eval", None)):
         refuse(
             name,
@@ -156,7 +160,9 @@ def _check_optimizer_arguments(trainer, kwargs: dict) -> None:
         without.optim_args = None
         if repr(alone) == repr(trainer.get_optimizer_cls_and_kwargs(without, trainer.student)[1]):
             default = f"; it accepts {', '.join(sorted(kwargs))}"
-            refuse("optim_args", trainer.args.optim_args, f"{trainer.args.optim.value} does not read `{key}`{default}")
+            refuse(
+                "optim_args", trainer.args.optim_args, f"{trainer.args.optim.value} has no argument `{key}`{default}"
+            )
 
 
 def _check_schedule(trainer, stage: int, steps: int, optimizer: torch.optim.Optimizer) -> None:
@@ -184,7 +190,7 @@ def _check_schedule(trainer, stage: int, steps: int, optimizer: torch.optim.Opti
         reason = one_line(error)
     if reason:
         kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        refuse("lr_scheduler_kwargs", args.lr_scheduler_kwargs, f"the schedule {kind} does not accept that: {reason}")
+        refuse("lr_scheduler_kwargs", args.lr_scheduler_kwargs, f"the schedule {kind} rejects it: {reason}")
 
 
 def _check_metric(trainer) -> None:
@@ -203,9 +209,13 @@ def _check_metric(trainer) -> None:
         if args.eval_strategy == IntervalStrategy.NO:
             refuse(name, value, "nothing is evaluated; set `eval_strategy` to steps or epoch")
         if args.metric_for_best_model is None:
-            refuse(name, value, "there is no metric to compare by; set `metric_for_best_model`")
+            refuse(name, value, "it needs a metric; set `metric_for_best_model`")
         if args.eval_strategy == IntervalStrategy.STEPS and args.eval_delay > trainer.steps.total:
-            refuse("eval_delay", args.eval_delay, f"the run has {trainer.steps.total} steps and `{name}` needs one")
+            refuse(
+                "eval_delay",
+                args.eval_delay,
+                f"no evaluation would take place in {trainer.steps.total} steps, and `{name}` needs one",
+            )
     if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
         return
     sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": None}

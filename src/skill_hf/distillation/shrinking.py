@@ -92,7 +92,7 @@ def cut_optimizer_state(
         optimizer (`torch.optim.Optimizer`): optimizer of the student's parameters and others, which are unchanged.
         before (`dict[str, nn.Parameter]`): the student's named parameters before `cut`.
         student (`nn.Module`): the student after `cut`.
-        cut ([`~skill_hf.compression.pruning.Cut`]): the result of `shrink`.
+        cut ([`~skill_hf.compression.pruning.Cut`]): the result of [`~skill_hf.compression.pruning.cut_closed_units`].
     """
     after = dict(student.named_parameters())
     successors = {parameter: after.get(cut.name_of(name)) for name, parameter in before.items()}

@@ -27,12 +27,10 @@ from ..publishing.run_record import RunRecord
 from ..recipe.argument_validation import check_arguments, check_devices, check_trainer_arguments
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
+from ..version import __version__
+from .checkpoint_validation import SKILL_STATE_NAME, TRAINER_STATE_NAME, read_json, read_student_config
 from .checkpointing import (
-    SKILL_STATE_NAME,
-    TRAINER_STATE_NAME,
     how_to_resume,
-    read_json,
-    read_student_config,
     run_directory,
     where_it_is_safe,
     write_skill_state,
@@ -191,7 +189,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         if self.layer_groups is not None:
             return
         if self.train_dataset is None:
-            raise ValueError("There is no `train_dataset` to calibrate on.")
+            raise ValueError("There is no `train_dataset` to calibrate on; pass one.")
         check_eval_clips(self.eval_dataset, self.eval_data_collator, self.processing_class)
         calibration = calibrate(
             self.teachers[0].fast_copy().base_model,
@@ -396,6 +394,7 @@ class SkillDistillationTrainer(PublishingTrainer):
     def _skill_state(self) -> dict:
         """The content of skill_state.json."""
         return {
+            "version": __version__,
             "stage": self.stage,
             "steps": {"joint": self.steps.joint, "final": self.steps.final},
             "teacher": self.teachers[0].identity(),
@@ -435,7 +434,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         """Restores groups, stage and shapes from a checkpoint; the Trainer loads the weights."""
         state = read_json(Path(checkpoint) / SKILL_STATE_NAME)
         self.layer_groups = state["layer_groups"]
-        self.layer_similarity = None if state["layer_similarity"] is None else np.array(state["layer_similarity"])
+        similarity = state.get("layer_similarity")
+        self.layer_similarity = None if similarity is None else np.array(similarity)
         self.record = RunRecord.from_dict(state.get("record", {}))
         self.stage = state["stage"]
         config = read_student_config(Path(checkpoint), self.student.config)

@@ -129,8 +129,8 @@ class Teacher:
         )
         return Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
 
-    def checksum(self) -> int:
-        """Checksum of all weights."""
+    def weights_checksum(self) -> int:
+        """Checksum of all weights, unlike that of [`~Teacher.identity`]."""
         return checksum(self.model)
 
     def identity(self) -> dict:

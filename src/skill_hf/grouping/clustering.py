@@ -6,7 +6,10 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from ..recipe.skill_config import LINKAGES, SkillConfig
+from ..recipe.skill_config import SkillConfig
+
+
+PASS = "pass the result of `layer_similarity`"  # the advice of errors
 
 
 def cluster_layers(similarity_matrix: np.ndarray, skill_config: SkillConfig) -> list[list[int]]:
@@ -146,9 +149,13 @@ def _ward(to_a, to_b, between, size_a, size_b, sizes):
 # Distance of the union of groups a and b to every other group, from their distances before the merge: the formulas of
 # Lance and Williams (1967), doi 10.1093/comjnl/9.4.373, in the order
 # (to_a, to_b, between a and b, size of a, size of b, sizes of the others).
-_MERGED_DISTANCE: dict[str, Callable] = dict(
-    zip(LINKAGES, (_average, _single, _complete, _weighted, _ward), strict=True)
-)
+_MERGED_DISTANCE: dict[str, Callable] = {
+    "average": _average,
+    "single": _single,
+    "complete": _complete,
+    "weighted": _weighted,
+    "ward": _ward,
+}
 
 
 def _contiguous_linkage(distance: np.ndarray, method: str) -> np.ndarray:
@@ -181,15 +188,15 @@ def _distance_matrix(similarity_matrix: np.ndarray) -> np.ndarray:
     """1 - similarity as an exactly symmetric float64 matrix with a zero diagonal."""
     similarity = np.asarray(similarity_matrix, dtype=np.float64)
     if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise ValueError(f"The similarity matrix must be square, but has shape {similarity.shape}.")
+        raise ValueError(f"The similarity matrix must be square, but has shape {similarity.shape}; {PASS}.")
     if len(similarity) < 2:
-        raise ValueError("The similarity matrix has fewer than two rows; there is nothing to group.")
+        raise ValueError(f"The similarity matrix has fewer than two rows; {PASS} of two or more layers.")
     if not np.isfinite(similarity).all():
-        raise ValueError("The similarity matrix has NaN or infinite entries.")
+        raise ValueError(f"The similarity matrix has NaN or infinite entries; {PASS}.")
     if not np.allclose(similarity, similarity.T, rtol=0, atol=1e-6):
-        raise ValueError("The similarity matrix must be symmetric.")
+        raise ValueError(f"The similarity matrix must be symmetric; {PASS}.")
     if not np.allclose(similarity.diagonal(), 1, rtol=0, atol=1e-6):
-        raise ValueError("The similarity matrix must have ones on its diagonal; pass similarities, not distances.")
+        raise ValueError(f"The similarity matrix must have ones on its diagonal; {PASS}, not distances.")
     distance = np.maximum(1 - (similarity + similarity.T) / 2, 0)
     np.fill_diagonal(distance, 0)
     return distance

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from transformers import PreTrainedModel
 
+from ..losses import weights_from
 from ..models.loading import load_feature_extractor, load_model
 from .forward_pass import check_models, run_over_clips
 from .similarity import SIMILARITY_MEASURES
@@ -23,11 +24,9 @@ def layer_similarity(
     other_feature_extractor=None,
     batch_size: int = 8,
     seed: int = 0,
-    l1_weight: float = 1.0,
-    l2_weight: float = 0.0,
-    cosine_weight: float = 1.0,
     progress: bool = True,
     num_parts: int = 0,
+    **weights: float,
 ) -> np.ndarray | list[np.ndarray]:
     r"""
     Similarity of every pair of a teacher's layers, or of each of its layers to each layer of another model, in one
@@ -103,11 +102,12 @@ def layer_similarity(
         raise ValueError(f"`similarity` must be one of {', '.join(SIMILARITY_MEASURES)}, but is {similarity!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    weights_from(weights)  # misspelt names are an error whatever the measure
     first_layer = 0 if include_embeddings else 1
     parts = []
     for part in range(num_parts or 1):
         options = {
-            "distillation": {"l1_weight": l1_weight, "l2_weight": l2_weight, "cosine_weight": cosine_weight},
+            "distillation": weights,
             "mutual_knn": {"seed": (seed, part) if part else seed},
         }
         parts.append(SIMILARITY_MEASURES[similarity](first_layer=first_layer, **options.get(similarity, {})))

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..losses import LOSS_TERMS, term_weights
-from ..recipe.skill_config import SIMILARITIES
+from ..losses import LOSS_TERMS, check_weights, weights_from
 
 
 class SimilarityAccumulator(ABC):
@@ -250,8 +249,9 @@ class LinearCKA(SimilarityAccumulator):
         scale = norms.diagonal().sqrt()
         if not scale.all():
             constant = self._name(int((scale == 0).nonzero()[0]))
+            frames = "frame" if self.num_frames == 1 else "frames"
             raise ValueError(
-                f"Hidden state {constant} does not vary over the {self.num_frames} frame(s), so CKA is undefined; use"
+                f"Hidden state {constant} does not vary over {self.num_frames} {frames}, so CKA is undefined; use"
                 " more audio."
             )
         norms /= torch.outer(scale, scale)
@@ -291,32 +291,27 @@ class DistillationSimilarity(SimilarityAccumulator):
     distance 0. The farthest pair, of those in the matrix, is at similarity 0; when no two layers differ all are at 1.
 
     Args:
-        l1_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the mean absolute error.
-        l2_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the mean squared error.
-        cosine_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the cosine distance.
         first_layer (`int`, *optional*, defaults to 0):
             Index of the first hidden state passed; used only in error messages.
+        l1_weight, l2_weight, cosine_weight (`float`, *optional*, default to 1, 0 and 1):
+            Weights of the mean absolute error, the mean squared error and the cosine distance, by keyword: one for
+            each of [`~skill_hf.losses.LOSS_TERMS`].
+
+    Raises:
+        `ValueError`: if all weights are 0.
     """
 
     needs_equal_widths = True
 
-    def __init__(
-        self, l1_weight: float = 1.0, l2_weight: float = 0.0, cosine_weight: float = 1.0, first_layer: int = 0
-    ):
+    def __init__(self, first_layer: int = 0, **weights: float):
         super().__init__(first_layer)
-        self.l1_weight = l1_weight
-        self.l2_weight = l2_weight
-        self.cosine_weight = cosine_weight
-        if not any(term_weights(self).values()):
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
+        self.weights = weights_from(weights)
+        check_weights(self.weights)
         self._distances = 0
 
     def _accumulate(self, frames: torch.Tensor, others: torch.Tensor | None = None) -> None:
         others = frames if others is None else others
-        for name, weight in term_weights(self).items():
+        for name, weight in self.weights.items():
             if weight:
                 self._distances = self._distances + weight * LOSS_TERMS[name].layer_distances(frames, others)
 
@@ -360,7 +355,7 @@ class MutualKNN(SimilarityAccumulator):
     def _accumulate(self, frames: torch.Tensor, others: torch.Tensor | None = None) -> None:
         models = [frames] if others is None else [frames, others]
         keys = self._generator.random(len(frames))
-        # Most frames of a long stream are out at once, which saves copying them.
+        # Most frames of a long stream have keys above the largest in the sample; they need not be copied.
         largest = self._keys.max() if len(self._keys) == self.max_frames else np.inf
         chosen = np.flatnonzero(keys < largest)
         rows = torch.from_numpy(chosen).to(frames.device)
@@ -400,7 +395,10 @@ class MutualKNN(SimilarityAccumulator):
         return (features @ features.T).fill_diagonal_(-torch.inf).topk(self.k).indices
 
 
-# By their names in a recipe.
-SIMILARITY_MEASURES: dict[str, type[SimilarityAccumulator]] = dict(
-    zip(SIMILARITIES, (LinearCKA, FrameCosine, DistillationSimilarity, MutualKNN), strict=True)
-)
+# By their names in a recipe, `SIMILARITIES` of `recipe/skill_config.py`.
+SIMILARITY_MEASURES: dict[str, type[SimilarityAccumulator]] = {
+    "cka": LinearCKA,
+    "cosine": FrameCosine,
+    "distillation": DistillationSimilarity,
+    "mutual_knn": MutualKNN,
+}

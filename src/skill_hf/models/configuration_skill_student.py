@@ -21,14 +21,11 @@ TASKS = {
 # Raised when a published field changes its meaning. Version 1 is the first; version 2 has `scaled_features`, and only
 # students that have it set are of version 2, so that earlier code loads all others.
 FORMAT_VERSION = 2
+# What pruning changes: the fields that a stock config does not have, and all.
+_PRUNED_LAYERS = ("remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
+PRUNED_FIELDS = ("conv_dim", *_PRUNED_LAYERS)
 # What a published config cannot leave out: the defaults are those of an unpruned model.
-_REQUIRED = (
-    "format_version",
-    "remaining_heads",
-    "intermediate_sizes",
-    "removed_attention_blocks",
-    "removed_ffn_blocks",
-)
+_REQUIRED = ("format_version", *_PRUNED_LAYERS)
 # No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
 MAX_SIZE = 2**20
 MAX_LAYERS = 256
@@ -121,6 +118,8 @@ CUT_TENSORS = {
         "output_dense.weight": 1,
     },
 }
+# The linear map of each block that reads its heads or units; gates scale its columns.
+READERS = {"attention": "out_proj", "feed_forward": "output_dense"}
 # Arguments of transformers' own that are not among a config's fields.
 _ARGUMENTS = (
     "tie_last_hidden_states",
@@ -197,7 +196,8 @@ class SkillStudentConfig:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"`format_version` is {_short(format_version)}, but this code reads versions 1 to {FORMAT_VERSION}:"
-                " update skill-hf (`pip install -U skill-hf`), or pass `trust_remote_code=True` without it."
+                " update skill-hf (`pip install -U skill-hf`) or, without skill-hf, pass"
+                " `trust_remote_code=True`."
             )
         stock_fields = _fields_of(self.stock_class())
         kwargs = {name: value for name, value in kwargs.items() if name in stock_fields or name in _ARGUMENTS}
@@ -283,6 +283,12 @@ class SkillStudentConfig:
                     " a different model. Download the file again, or save the student again."
                 )
         return super().from_dict(config_dict, **kwargs)
+
+    def remaining_units(self, block, layer):
+        """Indices in the teacher of the remaining heads or units of a block of `READERS`, and their number there."""
+        if block == "attention":
+            return self.remaining_heads[layer], self.num_attention_heads
+        return range(self.intermediate_sizes[layer]), self.intermediate_size
 
     def _validate_stock_shapes(self):
         """Raises a `ValueError` if fields of the stock model don't fit each other; a family may add checks."""
@@ -406,7 +412,7 @@ def _short(value):
 
 
 def _is_index(value, end=float("inf")):
-    return type(value) is int and 0 <= value < end  # not `isinstance`: a bool is none
+    return type(value) is int and 0 <= value < end  # not `isinstance`: a bool is an int
 
 
 def refuse_training_checkpoint(directory=None):

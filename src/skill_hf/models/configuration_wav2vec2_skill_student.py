@@ -8,14 +8,13 @@ from .configuration_skill_student import SkillStudentConfig
 
 class Wav2Vec2SkillStudentConfig(SkillStudentConfig, Wav2Vec2Config):
     """
-    Everything of [`~transformers.Wav2Vec2Config`] and what is left of each layer.
+    The fields of [`~transformers.Wav2Vec2Config`] and the remaining units of each layer.
 
     Args:
-        kwargs: fields of [`SkillStudentConfig`], such as `remaining_heads`, and of
-            [`~transformers.Wav2Vec2Config`].
+        kwargs: fields of [`SkillStudentConfig`], such as `remaining_heads`, and of [`~transformers.Wav2Vec2Config`].
 
     Raises:
-        `ValueError`: if a field is of a wrong type, out of its range or does not fit the others; the message names the
+        `ValueError`: if a field has a wrong type, is out of range or does not fit the others; the message names the
             field.
     """
 

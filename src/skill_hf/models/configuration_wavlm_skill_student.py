@@ -27,8 +27,8 @@ class WavLMSkillStudentConfig(SkillStudentConfig, WavLMConfig):
             # Layers of both orders have the same weights. In every WavLM those of the convolutions tell which it is.
             raise ValueError(
                 f"`do_stable_layer_norm` is {self.do_stable_layer_norm} and `feat_extract_norm`"
-                f" {self.feat_extract_norm!r}, but WavLM has True with 'layer' and False with 'group'. One of the two"
-                " belongs to a different model."
+                f" {self.feat_extract_norm!r}, but WavLM combines True with 'layer' and False with 'group'. One of"
+                " the two belongs to a different model."
             )
         if not self.max_bucket_distance > self.num_buckets // 4 > 0:
             raise ValueError(

@@ -18,17 +18,13 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_skill_student import CUT_TENSORS, refuse_training_checkpoint
+from .configuration_skill_student import CUT_TENSORS, PRUNED_FIELDS, READERS, refuse_training_checkpoint
 from .fast_layers import FastConv1d, FastDropout, FastPositionalConv, is_traced, lay_out
 from .student_layers import OutputBias, SkillStudentAttention, SkillStudentFeedForward, conv_layers
 from .weight_checks import check_declared, check_finite, check_weights, declared_weights, mismatched_weights
 
 
 logger = logging.get_logger(__name__)
-
-# What pruning changes in the config.
-_PRUNED = ("conv_dim", "remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
-
 
 # What acts on students from outside, by name. The skill-hf package puts its functions here when it is imported. This
 # file names none of its modules: they may move, but files that are published stay as they are.
@@ -100,7 +96,7 @@ class SkillStudent:
                 "This student has gates, which other programs cannot read; call `prune()` before saving it."
             )
         self.base_model.refuse_fused("saved")
-        for name in _PRUNED:  # a head may have been given another encoder since it was made
+        for name in PRUNED_FIELDS:  # a head may have been given another encoder since it was made
             setattr(self.config, name, copy.deepcopy(getattr(self.base_model.config, name)))
         super().save_pretrained(*args, **kwargs)
 
@@ -204,7 +200,7 @@ class SkillStudentModel(SkillStudent):
         Like the stock model's, with support for `config.masked_group_norm`, which requires padding on the right, as
         feature extractors produce it.
         """
-        # To look at values costs nothing on the CPU alone. Subclasses of tensors may have none.
+        # Reading a mask on a GPU would wait for the device. Subclasses of tensors may have no values.
         readable = type(attention_mask) is torch.Tensor and attention_mask.is_cpu and not is_traced()
         if readable and attention_mask.all():
             attention_mask = None  # nothing is padded
@@ -235,19 +231,12 @@ class SkillStudentModel(SkillStudent):
         fields = {name: value for name, value in self.config.to_dict().items() if name not in added}
         stock, weights = stock_class(config_class(**fields)), self.state_dict()
         state = stock.state_dict()
-        for index, layer in enumerate(self.encoder.layers):
-            for block, projection, kept, number in (
-                ("attention", "out_proj", layer.attention.heads, self.config.num_attention_heads),
-                (
-                    "feed_forward",
-                    "output_dense",
-                    range(self.config.intermediate_sizes[index]),
-                    self.config.intermediate_size,
-                ),
-            ):
+        for index in range(self.config.num_hidden_layers):
+            for block, reader in READERS.items():
+                kept, number = self.config.remaining_units(block, index)
                 prefix = f"encoder.layers.{index}.{block}."
                 if f"{prefix}output_bias.bias" in weights:
-                    weights[f"{prefix}{projection}.bias"] = weights.pop(f"{prefix}output_bias.bias")
+                    weights[f"{prefix}{reader}.bias"] = weights.pop(f"{prefix}output_bias.bias")
                 for name in [name for name in state if name.startswith(prefix)]:
                     whole, narrow = torch.zeros_like(state[name]), weights.pop(name, None)
                     dim = CUT_TENSORS[block].get(name.removeprefix(prefix))

@@ -188,7 +188,7 @@ def write_model_card(directory: str | Path, report: RunReport) -> None:
             printed = _run(_snippet(student, str(directory), rate))
         except Exception as error:
             raise RuntimeError(
-                f"The student was saved in `{directory}`, but the snippet of its model card fails, so no"
+                f"The student was saved in `{directory}`, but the code example in its model card fails, so no"
                 f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
             ) from error
     training = _training_content(report, described, printed, save_figures(directory, report))
@@ -301,7 +301,7 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
             cut = report.steps and report.steps.joint
             figures["training.png"] = plot_training(history, terms, cut, report.head_losses)
     except ImportError as error:
-        logger.info("The model card has tables instead of figures. %s", error)
+        logger.info("No figures were drawn; the model card has tables instead. %s", error)
     for name in FIGURES:
         (Path(directory) / name).unlink(missing_ok=True)  # that of an earlier run would be published with this one
     for name, figure in figures.items():

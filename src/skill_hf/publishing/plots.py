@@ -19,6 +19,7 @@ from ..losses import LOSS_TERMS
 # Okabe and Ito's colours, told apart by colour-blind readers too; those that are faint on white are left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LIGHT, DARK = "#D9D9D9", "#404040"
+HELD_OUT = COLOURS[3]  # of the loss on held-out data
 MARKERS = "osD^vP"
 MOST_NUMBERS = 14  # rows and columns of a matrix whose values are written into it
 FEW_POINTS = 20  # a line through no more of them gets marks, since a single one would not show
@@ -273,7 +274,7 @@ def plot_layer_distances(distances: dict, ylabel: str = "distance to the teacher
 
 def plot_training(
     log_history: list[dict],
-    loss_terms: Sequence[str] = ("l1_loss", "cosine_loss"),
+    loss_terms: Sequence[str] | None = None,
     cut: int | None = None,
     head_losses: Sequence[str] = (),
 ):
@@ -284,8 +285,8 @@ def plot_training(
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`. Lines without `distillation_loss` or
             `eval_distillation_loss` are ignored.
-        loss_terms (`Sequence[str]`, *optional*, defaults to `("l1_loss", "cosine_loss")`): terms to draw in addition
-            to their sum; `l2_loss` as well if its weight is not 0.
+        loss_terms (`Sequence[str]`, *optional*): terms to draw in addition to their weighted sum, such as `l1_loss`;
+            by default all of [`~skill_hf.losses.LOSS_TERMS`] that the log contains.
         cut (`int`, *optional*): the last step of stage 1; by default the last logged one.
         head_losses (`Sequence[str]`, *optional*): losses of a head, each in its own panel, since their scales differ.
 
@@ -300,7 +301,7 @@ def plot_training(
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     terms, *of_head, penalty, sparsity = panels
 
-    # A line would join the stages by a slope over what happens at once, the cut.
+    # The stages are drawn separately: one line would turn the sudden change at the cut into a slope.
     first_stage = [line for line in log_history if line.get("stage") == 1]
     later = [line for line in log_history if line.get("stage") != 1]
 
@@ -313,13 +314,15 @@ def plot_training(
                 label = None
 
     draw(terms, "distillation_loss", "distillation loss", DARK, lw=2.2)
-    for name, colour in zip(loss_terms, COLOURS, strict=False):
+    if loss_terms is None:
+        loss_terms = [name for name in LOSS_LABELS if any(name in line for line in lines)]
+    for name, colour in zip(loss_terms, cycle(colour for colour in COLOURS if colour != HELD_OUT)):
         draw(terms, name, LOSS_LABELS.get(name, name), colour)
     diamonds = {"ls": "", "marker": "D", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
-    draw(terms, "eval_distillation_loss", "held-out distillation loss", COLOURS[3], **diamonds)
+    draw(terms, "eval_distillation_loss", "held-out distillation loss", HELD_OUT, **diamonds)
     for axes, name, colour in zip(of_head, head_losses, COLOURS, strict=False):
         draw(axes, name, "training", colour)
-        draw(axes, f"eval_{name}", "held out", COLOURS[3], **diamonds)
+        draw(axes, f"eval_{name}", "held out", HELD_OUT, **diamonds)
     draw(penalty, "lagrangian_loss", None, COLOURS[0])
     draw(sparsity, "target_sparsity", "target", DARK, 100, ls="--")
     draw(sparsity, "sparsity", "student", COLOURS[0], 100, lw=2)

@@ -1,6 +1,8 @@
 """`RunRecord`: the measurements of a run, for the log, the model card, the figures and all_results.json."""
 
 import dataclasses
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -45,7 +47,20 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunRecord":
-        """Inverse of `to_dict`, also after a round trip through JSON, whose keys are strings."""
+        """
+        Inverse of `to_dict`, also after a round trip through JSON, whose keys are strings. Fields unknown to this
+        version are ignored.
+
+        Raises:
+            `ValueError`: if a value has the wrong type; the message names the field.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"it must be an object, but is {reprlib.repr(values)}")
+        values = {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
+        for name, value in values.items():
+            wanted, is_valid = _FIELDS[name]
+            if not is_valid(value):
+                raise ValueError(f"`{name}` must be {wanted}, but is {reprlib.repr(value)}")
         record = cls(**values)
         record.silhouettes = {int(count): score for count, score in record.silhouettes.items()}
         return record
@@ -99,3 +114,42 @@ class RunRecord:
             f" (below {MIN_COSINE_SIMILARITY} the student is of little use): train for more steps or lower"
             " `target_sparsity`."
         ]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value) -> bool:
+    return type(value) is int or isinstance(value, str) and value.isdecimal() and value.isascii()
+
+
+def _list_of(is_valid: Callable) -> Callable:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+
+
+def _object_of(is_valid: Callable, is_key: Callable = lambda key: True) -> Callable:
+    return lambda value: isinstance(value, dict) and all(map(is_key, value)) and all(map(is_valid, value.values()))
+
+
+def _has_numbers(*names: str) -> Callable:
+    return lambda value: isinstance(value, dict) and all(_is_number(value.get(name)) for name in names)
+
+
+_is_cut = _has_numbers("left", "wanted", "shift")
+_are_distances = _object_of(_list_of(_is_number))
+# Field of `RunRecord` -> what a file must contain for it.
+_FIELDS: dict[str, tuple[str, Callable]] = {
+    "silhouettes": ("numbers of groups with their silhouettes", _object_of(_is_number, _is_count)),
+    "half_groups": ("lists of groups", _list_of(_list_of(_list_of(lambda layer: type(layer) is int)))),
+    "cut": ("the numbers `left`, `wanted` and `shift`", lambda value: value is None or _is_cut(value)),
+    "measured_on": ("text", lambda value: isinstance(value, str)),
+    "losses": (
+        "`distillation_loss` and `cosine_similarity` at each moment",
+        _object_of(_has_numbers("distillation_loss", "cosine_similarity")),
+    ),
+    "layer_distances": (
+        "lists of numbers, `cka` among them",
+        lambda value: value == {} or _are_distances(value) and "cka" in value,
+    ),
+}

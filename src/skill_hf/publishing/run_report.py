@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from .run_record import RunRecord
 @dataclass
 class RunReport:
     """
-    The current state of a run. `None` or empty means not known yet; such values are left out everywhere.
+    The current state of a run. `None` or empty means not known yet; such values are left out everywhere. Sizes are
+    computed once: make a new report when the student has changed.
 
     Args:
         student, teacher (`PreTrainedModel`): the encoders, or both with their heads.
@@ -59,23 +61,33 @@ class RunReport:
     train_dataset: object = None
     eval_dataset: object = None
 
-    @property
+    @cached_property
     def budget(self) -> Budget:
         """The budget of the recipe."""
         return make_budget(self.skill_config, self.sampling_rate)
 
-    @property
+    @cached_property
     def num_teacher_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.teacher.parameters())
 
-    @property
+    @cached_property
+    def num_student_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.student.parameters())
+
+    @cached_property
     def teacher_cost(self) -> int:
+        """The teacher's cost in the unit of the budget."""
         return self.budget.total(self.teacher)
 
-    @property
+    @cached_property
+    def student_cost(self) -> int:
+        """The student's cost in the unit of the budget."""
+        return self.budget.total(self.student)
+
+    @cached_property
     def sparsity(self) -> float:
         """Removed share of the teacher's cost."""
-        return 1 - self.budget.total(self.student) / self.teacher_cost
+        return 1 - self.student_cost / self.teacher_cost
 
     def results(self) -> dict:
         """Values of the run for all_results.json: plain values, no local paths."""
@@ -83,7 +95,10 @@ class RunReport:
         return {
             "teacher": Path(name).name if name and Path(name).exists() else name,
             "teacher_parameters": self.num_teacher_parameters,
+            "student_parameters": self.num_student_parameters,
             f"teacher_{budget}": self.teacher_cost,
+            f"student_{budget}": self.student_cost,
+            "sparsity": self.sparsity,
             "budget": budget,
             "target_sparsity": self.skill_config.target_sparsity,
             "layer_groups": self.layer_groups,

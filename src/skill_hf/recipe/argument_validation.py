@@ -222,7 +222,7 @@ def check_trainer_arguments(arguments: dict[str, Any]) -> None:
     """
     for name, why in REFUSED_OF_TRAINER.items():
         if arguments.get(name) not in (None, (None, None)):
-            raise ValueError(f"`{name}` cannot be given: {why}.")
+            raise ValueError(f"`{name}` is not supported: {why}.")
     callbacks = arguments.get("callbacks") or []
     if not isinstance(callbacks, (list, tuple)):
         raise ValueError(f"`callbacks` must be a list, but is a {type(callbacks).__name__}.")
@@ -306,7 +306,7 @@ def _check_combinations(args: TrainingArguments) -> None:
             if getattr(args, name, None):
                 refuse(name, getattr(args, name), "there are no workers; set `dataloader_num_workers` above 0")
     if args.fp16 and args.bf16:
-        refuse("fp16", True, "so is `bf16`; choose one")
+        raise ValueError("`fp16` and `bf16` are both True; set only one.")
     if args.use_cpu or not torch.accelerator.is_available():
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
         if args.fp16 or (launched and not args.bf16):
@@ -317,7 +317,7 @@ def _check_combinations(args: TrainingArguments) -> None:
         refuse(
             "hub_strategy",
             args.hub_strategy,
-            "checkpoints are not published, only the finished student; use `end` or `every_save`",
+            "only the finished student is published; use `end` or `every_save`",
         )
     _check_reports(args)
     _check_debug(args)
@@ -341,14 +341,14 @@ def _check_reports(args) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             refuse("report_to", name, f"it must be none, all, or one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         if name not in installed and name != "flyte":
-            refuse("report_to", name, "that is not installed; install it or set `report_to` to none")
+            refuse("report_to", name, f"{name} is not installed; install it or set `report_to` to none")
 
 
 def _check_debug(args) -> None:
     options = args.debug.split() if isinstance(args.debug, str) else args.debug or []
     for option in options if isinstance(options, (list, tuple)) else [options]:
         if getattr(option, "value", option) != "underflow_overflow":
-            refuse("debug", option, "it must be underflow_overflow or left out")
+            refuse("debug", option, "only underflow_overflow is supported; leave it out")
 
 
 def _check_checkpointing(args) -> None:
@@ -401,7 +401,7 @@ def _check_accelerator_config(args) -> None:
         refuse(
             "accelerator_config.dispatch_batches",
             True,
-            "a process that reads for all would have to concatenate crops of different lengths; leave it out",
+            "one process would have to join crops of different lengths; leave it out",
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..compression.units import DEFAULT_KINDS, KINDS
 from ..files import parse_json
+from ..losses import LOSS_TERMS, check_weights, term_weights
 from . import fields
 from .latency_costs import check_latency_costs
 
@@ -181,18 +182,21 @@ class SkillConfig:
         for name, kind in FIELD_KINDS.items():
             setattr(self, name, kind(name, getattr(self, name)))
         if (self.budget == "latency") != (self.latency_costs is not None):
-            missing = "no " if self.latency_costs is None else ""
+            if self.latency_costs is None:
+                raise ValueError(
+                    "`budget` is latency, but there are no `latency_costs`; measure them with"
+                    " examples/calibrate_latency.py."
+                )
             raise ValueError(
-                f"`budget` is {self.budget}, but there are {missing}`latency_costs`: they are required for `latency`"
-                " and not allowed for other budgets. examples/calibrate_latency.py measures them."
+                f"`budget` is {self.budget}, but only latency uses `latency_costs`; leave them out or set `budget` to"
+                " latency."
             )
         if self.num_clusters is not None and self.distance_threshold is not None:
             raise ValueError(
                 f"`num_clusters` ({self.num_clusters}) and `distance_threshold` ({self.distance_threshold}) both cut"
                 " the tree; set one of them or neither."
             )
-        if self.l1_weight + self.l2_weight + self.cosine_weight == 0:
-            raise ValueError("`l1_weight`, `l2_weight` and `cosine_weight` are all 0; at least one must be above 0.")
+        check_weights(term_weights(self))
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
 
@@ -319,9 +323,7 @@ FIELD_KINDS = {
     "student_layers": fields.one_of(STUDENT_LAYERS),
     "calibration_samples": fields.whole(1),
     "calibration_seconds": fields.number(above=0),
-    "l1_weight": fields.number(least=0),
-    "l2_weight": fields.number(least=0),
-    "cosine_weight": fields.number(least=0),
+    **{f"{term}_weight": fields.number(least=0) for term in LOSS_TERMS},
     "logits_weight": fields.number(least=0),
     "logits_temperature": fields.number(above=0),
     "task_weight": fields.number(least=0),

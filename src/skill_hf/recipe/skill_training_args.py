@@ -1,10 +1,11 @@
 """`SkillTrainingArguments`: transformers' training arguments with the published recipe as defaults."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from .argument_validation import check_arguments, one_line
+from .fields import help_from_docstring
 from .skill_config import FULL_STEPS
 
 
@@ -12,6 +13,7 @@ FULL_LOGGING_STEPS = 50
 LOG_LINES = 20  # that even a short run has, so that there is something to see
 
 
+@help_from_docstring
 @dataclass
 class SkillTrainingArguments(TrainingArguments):
     r"""
@@ -21,50 +23,42 @@ class SkillTrainingArguments(TrainingArguments):
     > Changed defaults
 
     Args:
-        max_steps (`int`, *optional*): optimizer steps of both stages; -1 to use `num_train_epochs`. By default 75000,
-            or epochs if `num_train_epochs` is set.
-        num_train_epochs (`float`, *optional*): passes over the data in both stages together, if `max_steps` is not
-            set; 3 with a `max_steps` of -1.
-        learning_rate (`float`, *optional*, defaults to 2e-4): peak learning rate of the first stage.
-        warmup_steps (`float`, *optional*, defaults to 0.3): share of the first stage's steps, or a number of steps.
-        max_grad_norm (`float`, *optional*, defaults to 10.0): maximum gradient norm.
-        logging_steps (`float`, *optional*): optimizer steps between two log lines; by default 50, or fewer if a run
-            would have less than `LOG_LINES` lines.
-        per_device_train_batch_size (`int`, *optional*, defaults to 10): clips per step and device. The published
-            recipe uses 640 s of audio per step in total: set `gradient_accumulation_steps` and the number of devices
-            accordingly.
+        max_steps (`int`, *optional*):
+            Optimizer steps of both stages; -1 to use `num_train_epochs`. By default 75000, or epochs if
+            `num_train_epochs` is set.
+        num_train_epochs (`float`, *optional*):
+            Passes over the data in both stages together, if `max_steps` is not set; 3 with a `max_steps` of -1.
+        learning_rate (`float`, *optional*, defaults to 2e-4):
+            Peak learning rate of the first stage.
+        warmup_steps (`float`, *optional*, defaults to 0.3):
+            Share of the first stage's steps (below 1) or a number of steps.
+        max_grad_norm (`float`, *optional*, defaults to 10.0):
+            Maximum norm of the gradient; larger gradients are scaled down to it.
+        logging_steps (`float`, *optional*):
+            Optimizer steps between two log lines; by default 50, or fewer if a run would have less than 20 lines.
+        per_device_train_batch_size (`int`, *optional*, defaults to 10):
+            Clips per step and device. The published recipe uses 640 s of audio per step in total: set
+            `gradient_accumulation_steps` and the number of devices accordingly.
 
     > Of skill_hf
 
     Args:
-        overwrite_output_dir (`bool`, *optional*, defaults to `False`): whether a new run may start in an `output_dir`
-            that contains another run, whose checkpoints are then removed.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a new run may start in an `output_dir` that contains another run, whose checkpoints are then
+            removed.
 
     Raises:
         `ValueError`: if an argument is out of range, or a two-stage run cannot honour it.
     """
 
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps of both stages, 75000 by default; -1 to use num_train_epochs."},
-    )
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the data in both stages together, if max_steps is not set."}
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the first stage."})
-    warmup_steps: float = field(
-        default=0.3, metadata={"help": "Share of the first stage's steps (below 1) or a number of steps."}
-    )
-    max_grad_norm: float = field(
-        default=10.0, metadata={"help": "Maximum norm of the gradient; larger gradients are clipped."}
-    )
-    logging_steps: float | None = field(
-        default=None, metadata={"help": "Optimizer steps between log lines, 50 by default; fewer in short runs."}
-    )
-    per_device_train_batch_size: int = field(default=10, metadata={"help": "Clips per step and device."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Whether a new run may replace the one in output_dir and its checkpoints."}
-    )
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
+    learning_rate: float = 2e-4
+    warmup_steps: float = 0.3
+    max_grad_norm: float = 10.0
+    logging_steps: float | None = None
+    per_device_train_batch_size: int = 10
+    overwrite_output_dir: bool = False
 
     def __post_init__(self):
         if self.max_steps is None:

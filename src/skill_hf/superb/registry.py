@@ -61,7 +61,7 @@ class Columns:
         )
 
 
-TASKS = ("ks", "ic", "sid", "er", "asv", "pr", "asr", "sf", "sd")  # `qbe` trains nothing, and is none of them
+TASKS = ("ks", "ic", "sid", "er", "asv", "pr", "asr", "sf", "sd")  # without `qbe`, which trains nothing
 
 
 def load_task(

@@ -1,0 +1,272 @@
+"""What a checkpoint consists of, and whether one is complete and belongs to this run."""
+
+import json
+import logging
+import math
+import re
+import textwrap
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig, TrainerState
+
+from ..files import MAX_OWN_BYTES, parse_json
+from ..publishing.run_record import RunRecord
+from ..recipe.skill_config import SKILL_CONFIG_NAME
+from ..version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+SKILL_STATE_NAME = "skill_state.json"
+TRAINER_STATE_NAME = "trainer_state.json"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+# Written last: names, sizes and checksums of all other files.
+MANIFEST_NAME = "checkpoint_files.json"
+ALWAYS_THERE = (SKILL_STATE_NAME, SKILL_CONFIG_NAME, TRAINER_STATE_NAME, CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
+# The checkpoint of the cut starts stage 2 with an optimizer and a schedule of its own.
+NOT_AT_THE_CUT = ("optimizer.pt", "scheduler.pt")
+# Settings of a run that may change if their product, the clips of an optimizer step, stays.
+BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "processes")
+
+
+class CheckpointError(ValueError):
+    """An incomplete or damaged checkpoint: which file, and what is wrong with it."""
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name of a checkpoint's directory."""
+    match = re.fullmatch(r"checkpoint-(\d{1,18})", checkpoint.name)
+    return None if match is None else int(match[1])
+
+
+def fingerprint(path: Path) -> dict:
+    """Size and checksum of a file."""
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            checksum = zlib.crc32(block, checksum)
+    return {"bytes": size, "crc32": checksum}
+
+
+def check_checkpoint(directory: Path, trainer) -> None:
+    """
+    Checks a checkpoint completely before any of it is loaded: its files are complete and unchanged, its states are
+    within their ranges, it belongs to this run, and its weights fit and are finite.
+
+    Raises:
+        `CheckpointError`: if it is incomplete or damaged.
+        `ValueError`: if it belongs to a different run.
+    """
+    writer = ""
+    try:
+        for name in ALWAYS_THERE[:3]:
+            if not (directory / name).is_file():
+                raise CheckpointError(f"it has no {name}")
+        writer = _written_by_another_version(read_json(directory / SKILL_STATE_NAME))
+        state, step = _read_states(directory)
+        if "run" not in state:
+            raise ValueError(
+                f"`{directory}` does not record its run.{writer} Resume with that version, or start again in another"
+                " `output_dir`."
+            )
+        _check_same_run(directory, state, trainer, writer)
+        _check_files(directory, needed=() if state["stage"] == 2 and step == trainer.steps.joint else NOT_AT_THE_CUT)
+        layers = trainer.teacher.config.num_hidden_layers
+        for group in state["layer_groups"]:
+            if max(group) > layers:
+                raise CheckpointError(
+                    f"{SKILL_STATE_NAME} groups layer {max(group)}, but the teacher has only {layers} layers"
+                )
+        try:
+            distiller = trainer.blank_distiller(directory, state)
+        except RuntimeError as error:  # shapes beyond all bounds
+            raise CheckpointError(f"{CONFIG_NAME} does not describe a valid student ({_first_line(error)})") from error
+        _check_weights(directory, distiller)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"`{directory}` is not a complete checkpoint of SkillDistillationTrainer: {error}.{writer}"
+        ) from error.__cause__
+
+
+def read_json(path: Path) -> dict:
+    """Reads a file of a checkpoint; raises a `CheckpointError` if it does not contain a JSON object."""
+    try:
+        content = parse_json(path, MAX_OWN_BYTES)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} must contain a JSON object, but contains {_short(content)}")
+    return content
+
+
+def _read_states(directory: Path) -> tuple[dict, int]:
+    """Reads `skill_state.json` and the step, and checks that both are within their ranges."""
+    state, progress = (read_json(directory / name) for name in (SKILL_STATE_NAME, TRAINER_STATE_NAME))
+
+    def integer(name: str, value, low: int, high: float, file: str) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise CheckpointError(f"`{name}` in {file} must be from {low} to {high}, but is {_short(value)}")
+        return value
+
+    stage = integer("stage", state.get("stage"), 1, 2, SKILL_STATE_NAME)
+    steps = state.get("steps")
+    if not isinstance(steps, dict):
+        raise CheckpointError(f"`steps` in {SKILL_STATE_NAME} must be an object, but is {_short(steps)}")
+    joint, final = (
+        integer(f"steps.{name}", steps.get(name), 0, 10**12, SKILL_STATE_NAME) for name in ("joint", "final")
+    )
+    low, high = (0, joint) if stage == 1 else (joint, joint + final)
+    step = integer("global_step", progress.get("global_step"), low, high, TRAINER_STATE_NAME)
+    if step_of(directory) not in (None, step):
+        raise CheckpointError(f"`global_step` in {TRAINER_STATE_NAME} is {step}")
+    groups = state.get("layer_groups")
+    good = isinstance(groups, list) and groups and all(isinstance(group, list) and group for group in groups)
+    if not good or not all(type(layer) is int and layer >= 0 for group in groups for layer in group):
+        raise CheckpointError(f"`layer_groups` in {SKILL_STATE_NAME} must list layers, but is {_short(groups)}")
+    matrix = state.get("layer_similarity")
+    if matrix is not None:
+        good = isinstance(matrix, list) and all(isinstance(row, list) and len(row) == len(matrix) for row in matrix)
+        if not good or not all(type(value) in (int, float) for row in matrix for value in row):
+            raise CheckpointError(f"`layer_similarity` in {SKILL_STATE_NAME} must be a square matrix of numbers")
+    try:
+        RunRecord.from_dict(state.get("record", {}))
+    except ValueError as error:
+        raise CheckpointError(f"`record` in {SKILL_STATE_NAME} is not valid ({error})") from error
+    try:
+        TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
+    except Exception as error:
+        raise CheckpointError(f"{TRAINER_STATE_NAME} is not a valid Trainer state ({_first_line(error)})") from error
+    return state, step
+
+
+def _written_by_another_version(state: dict) -> str:
+    """A sentence for error messages, with a space before it; empty if this version wrote `state`."""
+    version = state.get("version")
+    if version == __version__:
+        return ""
+    name = "a version before this was recorded" if version is None else f"skill-hf {_short(version)}"
+    return f" It was written by {name}; this is skill-hf {__version__}."
+
+
+def _check_same_run(directory: Path, state: dict, trainer, writer: str) -> None:
+    """
+    Raises a `ValueError` that names each setting in which the run of a checkpoint differs from this one, and `writer`.
+    """
+    stored = read_json(directory / SKILL_CONFIG_NAME)
+    present = json.loads(json.dumps(trainer._skill_state(), default=str))
+    present_recipe = json.loads(json.dumps(trainer.skill_config.to_dict(), default=str))
+    pairs = [(name, stored.get(name), value) for name, value in present_recipe.items()]
+    pairs += [(name, state.get(name), present[name]) for name in ("steps", "teacher")]
+    recipe = [difference for pair in pairs for difference in _differences(*pair)]
+    stored_run, run = dict(state["run"]) if isinstance(state["run"], dict) else {}, dict(present["run"])
+    batches = [{name: settings.pop(name, None) for name in BATCH_SETTINGS} for settings in (stored_run, run)]
+    try:
+        same_batch = math.prod(batches[0].values()) == math.prod(batches[1].values())
+    except TypeError:
+        same_batch = False
+    differences = [
+        difference
+        for name in stored_run | run
+        for difference in _differences(name, stored_run.get(name), run.get(name))
+    ]
+    changed = [difference for name in BATCH_SETTINGS for difference in _differences(name, *(b[name] for b in batches))]
+    differences += [] if same_batch else changed
+    if recipe or differences:
+        what = "recipe" if recipe else "run"
+        raise ValueError(f"`{directory}` belongs to a different {what}: {'; '.join(recipe + differences)}.{writer}")
+    if changed:
+        logger.warning(
+            "%s was written with different settings for the same number of clips per step: %s. The resumed run will"
+            " not be bit-identical.",
+            directory,
+            "; ".join(changed),
+        )
+
+
+def _differences(name: str, stored, present) -> list[str]:
+    """Differences between two values, entry by entry if both are dicts."""
+    if isinstance(stored, dict) and isinstance(present, dict):
+        entries = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in stored | present]
+        return [difference for entry in entries for difference in _differences(*entry)]
+    return [] if stored == present else [f"{name} (checkpoint: {_short(stored)}, now: {_short(present)})"]
+
+
+def _check_files(directory: Path, needed: tuple[str, ...]) -> None:
+    """Raises a `CheckpointError` unless all listed and all `needed` files exist, with unchanged content."""
+    for name in ALWAYS_THERE:
+        if not (directory / name).is_file():
+            raise CheckpointError(f"it has no {name}")
+    listed = read_json(directory / MANIFEST_NAME).get("files")
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+        raise CheckpointError(f"{MANIFEST_NAME} must list files, but lists {_short(listed)}")
+    for name in needed:
+        if name not in listed:
+            raise CheckpointError(f"it was written without {name} (by `save_only_model`)")
+    for name, expected in listed.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"it has no {name}")
+        try:
+            size = path.stat().st_size
+            if size != expected.get("bytes"):
+                raise CheckpointError(
+                    f"{name} has {size} bytes instead of the {expected.get('bytes')} that were written"
+                )
+            if fingerprint(path) != expected:
+                raise CheckpointError(f"{name} has changed since it was written")
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read ({error.strerror})") from error
+
+
+def _check_weights(directory: Path, distiller: nn.Module) -> None:
+    """Raises a `CheckpointError` unless the weights are finite and have the names and shapes of `distiller`."""
+    expected = {name: list(tensor.shape) for name, tensor in distiller.state_dict().items()}
+    try:
+        with safe_open(directory / WEIGHTS_NAME, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            for name in expected | shapes:
+                if name not in shapes:
+                    raise CheckpointError(f"{WEIGHTS_NAME} lacks {name}")
+                if name not in expected:
+                    raise CheckpointError(f"{WEIGHTS_NAME} contains {name}, which {CONFIG_NAME} does not describe")
+                if shapes[name] != expected[name]:
+                    raise CheckpointError(
+                        f"{name} has shape {shapes[name]} in {WEIGHTS_NAME}, but {expected[name]} in {CONFIG_NAME}"
+                    )
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise CheckpointError(f"{name} in {WEIGHTS_NAME} contains NaN or infinite values")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{WEIGHTS_NAME} cannot be read ({_first_line(error)})") from error
+
+
+def read_student_config(directory: Path, like: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    The config of a checkpoint's student.
+
+    Raises:
+        `CheckpointError`: if it is not a config, or its sizes differ from `like` in anything that pruning does not
+            change.
+    """
+    fields, expected = read_json(directory / CONFIG_NAME), like.to_dict()
+    for name, value in fields.items():
+        # Whatever pruning changes is a list.
+        if type(value) is int and type(expected.get(name)) is int and value != expected[name]:
+            raise CheckpointError(f"`{name}` in {CONFIG_NAME} is {value}, not {expected[name]}")
+    try:
+        return type(like)(**fields)
+    except Exception as error:
+        raise CheckpointError(f"{CONFIG_NAME} is not a valid student config ({_first_line(error)})") from error
+
+
+def _short(value) -> str:
+    return textwrap.shorten(str(value), 100, placeholder=" ...")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
