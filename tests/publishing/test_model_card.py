@@ -619,8 +619,8 @@ def test_snippet_that_fails_leaves_the_student_and_says_so(tmp_path, report):
     saved(tmp_path, report)
     (tmp_path / "preprocessor_config.json").unlink()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    words = rf"The student was saved in `{re.escape(str(tmp_path))}`, but the code example .* no README.md was written:"
-    with pytest.raises(RuntimeError, match=f"{words} OSErr") as error:
+    words = rf"The student was saved in `{re.escape(str(tmp_path))}`, but the code example .* no README.md was written"
+    with pytest.raises(RuntimeError, match=f"{words}: OSErr") as error:
         write_model_card(tmp_path, report)
     assert isinstance(error.value.__cause__, OSError)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
