@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, TrainerState
 
 from ..files import MAX_OWN_BYTES, parse_json
 from ..publishing.run_record import RunRecord
-from ..recipe.skill_config import SKILL_CONFIG_NAME
+from ..recipe.skill_config import SKILL_CONFIG_NAME, SkillConfig
 from ..version import __version__
 
 
@@ -158,7 +158,8 @@ def _check_same_run(directory: Path, state: dict, trainer, writer: str) -> None:
     """
     Raises a `ValueError` that names each setting in which the run of a checkpoint differs from this one, and `writer`.
     """
-    stored = read_json(directory / SKILL_CONFIG_NAME)
+    # The default of a field that was added later is what was done before.
+    stored = json.loads(json.dumps(SkillConfig().to_dict())) | read_json(directory / SKILL_CONFIG_NAME)
     present = json.loads(json.dumps(trainer._skill_state(), default=str))
     present_recipe = json.loads(json.dumps(trainer.skill_config.to_dict(), default=str))
     pairs = [(name, stored.get(name), value) for name, value in present_recipe.items()]
