@@ -14,6 +14,7 @@ from ..files import keep_sources, try_directory
 from ..models.families import STUDENT_CLASSES
 from ..models.loading import load_config, num_parameters, valid_hub_id
 from .settings import run_script
+from .text import Parser
 
 
 FILE = "dphubert.pth"  # that `--to dphubert` writes
@@ -70,13 +71,8 @@ def _describe(student, checkpoint: Checkpoint, directory: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- command
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message}; --help lists all options.")
-
-
 def _parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Make a student of a checkpoint of DPHuBERT, DiariZen, torchaudio, fairseq or s3prl, or write a"
         " student in DPHuBERT's format. No code of the file is run.",
