@@ -177,6 +177,7 @@ def test_onnx_mask_of_ones_is_no_mask(encoders, layout):
         pytest.param(WavLMForAudioFrameClassification, "base", {}, marks=pytest.mark.nightly),
     ],
 )
+@pytest.mark.nightly
 def test_onnx_head(tmp_path, model_class, layout, kwargs):
     model = make_model(model_class, layout, one_layer=True, **kwargs)
     assert export_onnx(model, tmp_path / "model.onnx") < 1e-4
@@ -433,7 +434,7 @@ def test_head_compiles_for_other_lengths(fresh_compiler):
     assert_compiles(model, "eager", [padded_batch(), inputs_of(3, 9001, padded=True)])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiles_with_inductor(fresh_compiler):
     model = make_model(num_hidden_layers=1, remaining_heads=[[0, 2]], intermediate_sizes=[5], removed_ffn_blocks=[])
     assert_compiles(model, "inductor", [padded_batch()], atol=1e-4, output_hidden_states=True)

@@ -119,6 +119,7 @@ def test_encoder_and_head_train_and_the_convolutions_do_not(shared, finished):
     assert not any(name.startswith("feature_extractor.") for name in changed)
 
 
+@pytest.mark.nightly
 def test_one_clip_is_learnt_by_heart(shared, tmp_path):
     """The whole way from text to labels, loss and back to text: it must be able to reach no error at all."""
     rows = [row | {"text": "ONE TWO, three"} for row in read_metadata(shared / "speech" / "train")[:1]]

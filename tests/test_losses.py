@@ -87,7 +87,7 @@ def test_an_added_term_is_weighted_in_loss_and_similarity(monkeypatch):
     largest = LossTerm(
         "largest error",
         lambda prediction, target, error: error.abs().amax(-1),
-        lambda frames: torch.cdist(frames, frames, p=float("inf")).sum(0, dtype=torch.float64),
+        lambda frames, others: torch.cdist(frames, others, p=float("inf")).sum(0, dtype=torch.float64),
     )
     monkeypatch.setitem(LOSS_TERMS, "largest", largest)
     frames = torch.randn(5, 3, 4)

@@ -133,8 +133,15 @@ def test_check_of_the_saved_student_notices_other_weights(finished, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- the ways in
-@pytest.mark.parametrize("form", ["csv", "parquet"])
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("form", "streaming"),
+    [
+        ("csv", True),
+        ("parquet", False),
+        pytest.param("csv", False, marks=pytest.mark.nightly),
+        pytest.param("parquet", True, marks=pytest.mark.nightly),
+    ],
+)
 def test_datasets_in_memory_and_streaming(shared, tmp_path, form, streaming):
     corpus = tmp_path / "corpus"
     for split, folder in (("train", "audio"), ("test", "heldout")):

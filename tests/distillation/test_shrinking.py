@@ -384,7 +384,7 @@ def train_on_eight_clips(output, number):
     return trainer, (record.sizes, trainer.model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_equal_one(tmp_path):
     results = run_in_processes(train_on_eight_clips, tmp_path / "2", number=2)
     (sizes, weights), (other_sizes, other_weights) = results

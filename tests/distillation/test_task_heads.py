@@ -333,7 +333,7 @@ def run(tmp_path_factory, ctc_directory):
 def test_a_fine_tuned_model_becomes_a_smaller_one(run):
     assert type(run.model) is WavLMSkillStudentForCTC and run.stage == 3
     assert abs(run.model.num_parameters() / fine_tuned().num_parameters() - 0.5) < 0.01
-    assert run.num_teacher_parameters == run.teacher.num_parameters() == fine_tuned().num_parameters()
+    assert run.report().num_teacher_parameters == run.teacher.num_parameters() == fine_tuned().num_parameters()
     assert not torch.equal(run.model.lm_head.weight, run.teacher.lm_head.weight)
     rows = [row for row in run.state.log_history if "loss" in row]
     assert [row["stage"] for row in rows] == [1] * 4 + [2] * 2

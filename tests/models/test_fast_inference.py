@@ -145,6 +145,7 @@ def test_flex_attention_gives_the_same_hidden_states(layout, monkeypatch):
     assert biases == 2 * [(number, 2 * int(frames) - 1) for number in heads]
 
 
+@pytest.mark.nightly
 def test_flex_attention_is_compiled_once_for_each_number_of_heads(monkeypatch, fresh_compiler):
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))

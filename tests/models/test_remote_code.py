@@ -92,7 +92,10 @@ def publish(root: Path) -> None:
     (root / "broken" / "config.json").write_text(json.dumps(config | {"intermediate_sizes": [5, 0, 47]}))
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(
+    scope="module",
+    params=["installed", "4.57.6", pytest.param("5.18.0", marks=pytest.mark.nightly)],
+)
 def visit(request, tmp_path_factory) -> tuple[str, Path, dict]:
     """A version of transformers, the published directories, and what a process with that version saw there."""
     root = tmp_path_factory.mktemp("published")
