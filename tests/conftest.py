@@ -95,6 +95,7 @@ def tiny_teacher(layout: str = "base", **kwargs) -> WavLMModel:
 
 
 def with_noise(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` in eval mode, with noise on every parameter."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_teacher
+from conftest import TINY, tiny_teacher, with_noise
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -22,24 +22,7 @@ from skill_hf.models.families import build_student
 
 
 LENGTHS = (6000, 9000, 401, 9000, 12_000)
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "conv_dim": (16,) * 7,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "feat_extract_norm": "layer",
-}
-
-
-def noisy(model):
-    """At initialisation biases and norms would hide what is left out."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model.eval()
+SMALL = TINY | {"num_hidden_layers": 2, "feat_extract_norm": "layer"}
 
 
 def build(kind: str):
@@ -49,11 +32,11 @@ def build(kind: str):
         assert student.config.masked_group_norm
         return student.eval()
     if kind == "conformer":
-        return noisy(Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**SMALL)))
+        return with_noise(Wav2Vec2ConformerModel(Wav2Vec2ConformerConfig(**SMALL)))
     if kind == "batch_norm":
         model = HubertModel(HubertConfig(**SMALL, conv_pos_batch_norm=True))
         model.encoder.pos_conv_embed.batch_norm.running_mean.normal_()
-        return noisy(model)
+        return with_noise(model)
     return tiny_teacher(kind, num_hidden_layers=2)
 
 

@@ -11,8 +11,8 @@ from ..conversion.checkpoints import STUDENT_ENTRY, Checkpoint
 from ..conversion.converter import convert_checkpoint, convert_student, save_checkpoint
 from ..conversion.dphubert_format import ARGUMENTS
 from ..files import keep_sources, try_directory
-from ..models.families import STUDENT_CLASSES
 from ..models.loading import load_config, num_parameters, valid_hub_id
+from ..models.students import FAMILIES
 from .settings import run_script
 from .text import Parser
 
@@ -82,10 +82,9 @@ def _parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="Where the student, or the file, goes.")
     parser.add_argument("--to", choices=sorted(TARGETS), default="student", help="What to write; student by default.")
     parser.add_argument("--config", help="JSON file of the model's config, for pruned weights without one.")
-    families = sorted({student.config_class.stock_class().model_type for student in STUDENT_CLASSES.values()})
     parser.add_argument(
         "--family",
-        help=f"Family of the model where the file does not tell HuBERT from others: {', '.join(families)}.",
+        help=f"Family of the model where the file does not tell HuBERT from others: {', '.join(FAMILIES)}.",
     )
     parser.add_argument("--base_model", help="Hub id of the model's teacher, which the student's config then names.")
     args = parser.parse_args(arguments)

@@ -3,7 +3,6 @@
 position. Nothing is trained.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from ..compression.layer_dropping import ORDERS, block_influence, drop_layers, l
 from ..data.collator import calibration_waveforms
 from ..data.speech_datasets import load_audio_dir
 from ..encoders import feature_extractor_for
-from ..files import keep_sources, try_directory
+from ..files import keep_sources, try_directory, write_json
 from ..grouping.layer_similarity import layer_similarity
 from ..models.families import load_student
 from ..models.loading import load_feature_extractor
@@ -126,7 +125,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         result = {"removed_layers": [layer + 1 for layer in dropped], "order": args["order"]}
         if influence is not None:
             result |= {"similarity": args["similarity"], "influence": influence.round(6).tolist()}
-        Path(output_dir, "shortened.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(output_dir, "shortened.json"), result)
         print(report(student.config.num_hidden_layers + len(dropped), dropped, influence))
         print(f"\n{student.num_parameters():,} parameters; written to {output_dir}", flush=True)
 

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from ..models.families import STUDENT_CLASSES
+from ..models.loading import empty_model
+from ..models.students import STUDENT_CLASSES
 
 
 # What decides which layers go first.
@@ -122,7 +122,6 @@ def drop_layers(student: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
             weights[f"encoder.layers.0.{match[2]}"] = tensor
         elif int(match[1]) in new_index:
             weights[f"encoder.layers.{new_index[int(match[1])]}.{match[2]}"] = tensor
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        shorter = STUDENT_CLASSES[config.model_type](config)
+    shorter = empty_model(STUDENT_CLASSES[config.model_type], config)
     shorter.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     return shorter.requires_grad_(True).train(student.training)

@@ -9,7 +9,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_skill_student import TASKS
 from .loading import load_config, load_model, one_error
-from .students import STUDENT_CLASSES, STUDENTS
+from .students import FAMILIES, STUDENT_CLASSES
 
 
 def check_student_config(config: PreTrainedConfig, name) -> None:
@@ -21,9 +21,9 @@ def check_student_config(config: PreTrainedConfig, name) -> None:
 def check_family(model_type: str, name) -> None:
     """Raises a `ValueError` unless the family of a model has a student class; errors call the model `name`."""
     if model_type not in STUDENT_CLASSES:
-        families = ", ".join(sorted(student.config_class.stock_class().model_type for student in STUDENTS))
         raise ValueError(
-            f"`{name}` is a `{model_type}`; teachers and students must be of one of the families {families}."
+            f"`{name}` is a `{model_type}`; teachers and students must be of one of the families"
+            f" {', '.join(FAMILIES)}."
         )
 
 

@@ -16,6 +16,8 @@ STUDENTS = (
     Wav2Vec2ForSkillStudent,
     WavLMForSkillStudent,
 )
+# Types of the stock models.
+FAMILIES = tuple(sorted(student.config_class.stock_class().model_type for student in STUDENTS))
 # By the type of the stock model and by that of the student, which can be a teacher, too.
 STUDENT_CLASSES = {student.config_class.stock_class().model_type: student for student in STUDENTS}
 STUDENT_CLASSES |= {student.config_class.model_type: student for student in STUDENTS}
