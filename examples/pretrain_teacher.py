@@ -46,6 +46,7 @@ from transformers.trainer_utils import set_seed
 from skill_hf.cli.settings import Count, NotNegative, Seconds, Seed, Share, Whole, parse, require, run_script
 from skill_hf.distillation.checkpointing import last_complete_checkpoint
 from skill_hf.files import keep_sources, try_directory
+from skill_hf.models.families import build_student
 from skill_hf.models.loading import load_model
 
 
@@ -352,12 +353,13 @@ def run(args: PretrainArguments) -> None:
             encoder.load_state_dict(grown_from.state_dict(), strict=False)
         except RuntimeError as error:  # other shapes
             raise ValueError(f"`init_from`, {args.init_from}, has a different size: {error}") from error
+    encoder = build_student(encoder)  # the same network, computed faster
     logger.info("%.2f M parameters", encoder.num_parameters() / 1e6)
     for iteration, (steps, num_clusters) in enumerate(zip(args.steps, args.num_clusters, strict=True), start=1):
         directory = args.output_dir / f"iteration-{iteration}"
         finished, targets_file = directory / "model", args.output_dir / f"targets-{iteration}.npz"
         if finished.is_dir():
-            encoder = AutoModel.from_pretrained(finished)
+            encoder = build_student(AutoModel.from_pretrained(finished))
             continue
         if targets_file.is_file():
             targets = read_targets(targets_file, len(utterances))
@@ -372,9 +374,9 @@ def run(args: PretrainArguments) -> None:
             part.replace(targets_file)
         logger.info("iteration %d: %d steps, %d clusters", iteration, steps, num_clusters)
         pretrain(encoder, utterances, targets, num_clusters, steps, directory, args)
-        encoder.save_pretrained(finished)
+        encoder.to_stock().save_pretrained(finished)
     # Half precision keeps the repository small; loading for use is float32 (`dtype=torch.float32`).
-    encoder.half().save_pretrained(args.output_dir / "model")
+    encoder.to_stock().half().save_pretrained(args.output_dir / "model")
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(args.output_dir / "model")
 
 

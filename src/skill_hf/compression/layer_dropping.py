@@ -18,7 +18,7 @@ from ..models.students import STUDENT_CLASSES
 # What decides which layers go first.
 ORDERS = ("influence", "bottom", "top")
 # Lists of the config with an entry for each layer, and lists of indices of layers.
-_BY_LAYER = ("remaining_heads", "intermediate_sizes")
+_BY_LAYER = ("remaining_heads", "intermediate_sizes", "remaining_layers")
 _OF_LAYERS = ("removed_attention_blocks", "removed_ffn_blocks")
 # WavLM's first layer stores what all layers use, whichever layer of the teacher that is.
 _OF_FIRST_LAYER = "attention.rel_attn_embed.weight"

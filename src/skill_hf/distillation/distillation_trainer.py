@@ -156,6 +156,7 @@ class DistillationTrainer(Trainer):
     def distiller_settings(self) -> dict:
         config = self.skill_config
         return {
+            "num_teacher_layers": self.teacher.config.num_hidden_layers,
             "teacher_cost": self.teacher_cost,
             "loss_weights": term_weights(config),
             "projection_groups": config.projection_groups,
@@ -166,7 +167,7 @@ class DistillationTrainer(Trainer):
     def _make_distiller(self, projections: nn.ModuleList | None = None) -> SkillDistiller:
         costs = self.budget.unit_costs(self.student)
         distiller = SkillDistiller(
-            self.student, self.layer_groups, costs, projections=projections, **self.distiller_settings
+            self.student, self.layer_groups, costs=costs, projections=projections, **self.distiller_settings
         )
         return distiller.to(self.args.device)
 

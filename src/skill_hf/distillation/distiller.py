@@ -8,7 +8,7 @@ from torch import nn
 from ..compression.budgets import UnitCosts
 from ..compression.pruning import expected_cost, seed_gates
 from ..losses import attended, distillation_sums, group_means, lagrangian
-from ..models.properties import has_gates
+from ..models.properties import has_gates, student_states
 from .task_heads import HeadLoss
 
 
@@ -19,7 +19,8 @@ class SkillDistiller(nn.Module):
 
     Args:
         student (`PreTrainedModel`): with gates in the first stage, pruned in the second; with a head or without.
-        layer_groups (`list[list[int]]`): hidden-state indices of each group.
+        layer_groups (`list[list[int]]`): the teacher's hidden-state indices of each group.
+        num_teacher_layers (`int`): layers of the teacher, of which the student may lack some.
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units, in the unit of the budget.
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
         loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
@@ -34,6 +35,7 @@ class SkillDistiller(nn.Module):
         self,
         student: nn.Module,
         layer_groups: Sequence[Sequence[int]],
+        num_teacher_layers: int,
         costs: UnitCosts,
         teacher_cost: int,
         loss_weights: dict[str, float],
@@ -46,9 +48,10 @@ class SkillDistiller(nn.Module):
         self.student = student
         self.head_loss = head_loss
         self.layer_groups = layer_groups
+        self.num_teacher_layers = num_teacher_layers
+        self.student_layers = student_layers
         self.costs = costs
         self.teacher_cost = teacher_cost
-        self.student_groups = layer_groups if student_layers == "group" else [[-1]] * len(layer_groups)
         self.loss_weights = loss_weights
         sharing = projection_groups or [[index] for index in range(len(layer_groups))]
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
@@ -63,6 +66,14 @@ class SkillDistiller(nn.Module):
     @property
     def config(self):
         return self.student.config
+
+    @property
+    def student_groups(self) -> list[list[int]]:
+        """Indices of the student's hidden states that predict each group."""
+        if self.student_layers == "last":
+            return [[-1]] * len(self.layer_groups)
+        states = student_states(self.config, self.num_teacher_layers)
+        return [[states[index] for index in group] for group in self.layer_groups]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         # Reentrant checkpoints would go through the graph of a gate's value once for each part of a batch.

@@ -60,7 +60,8 @@ def validate_recipe(
 
     Raises:
         `ValueError`: if there are more clusters than layers, a group contains a layer that the teacher does not have,
-            the student's width, depth or number of classes differs from the teacher's, the budget's clips are too
+            the student's width or number of classes differs from the teacher's, it has layers that the teacher does
+            not have, the budget's clips are too
             short for one frame, latency was measured for a different architecture, or the gates cannot reach the
             sparsity.
     """
@@ -79,12 +80,17 @@ def validate_recipe(
                     f"`layer_groups` names layer {layer}, but the teacher's hidden states are 0 to {last}."
                 )
     head_sizes = {"CTC": ("vocab_size",), None: ()}.get(head_of(teacher), ("num_labels",))
-    for name in ("hidden_size", "num_hidden_layers", *head_sizes):
+    for name in ("hidden_size", *head_sizes):
         if getattr(student.config, name) != getattr(teacher.config, name):
             raise ValueError(
                 f"`model` has `{name}` {getattr(student.config, name)}, but the teacher has"
                 f" {getattr(teacher.config, name)}; they must be equal."
             )
+    if max(student.config.remaining_layers) >= last:
+        raise ValueError(
+            f"`model` has the teacher's layers {student.config.remaining_layers}, but the teacher has only {last}"
+            " layers, numbered from 0."
+        )
     samples, min_samples = round(config.budget_seconds * sampling_rate), receptive_field(teacher.config)
     if config.budget == "macs" and samples < min_samples:
         raise ValueError(

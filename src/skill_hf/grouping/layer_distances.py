@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.properties import student_states
 from .forward_pass import check_models, run_over_clips
 from .similarity import FrameCosine, LinearCKA
 
@@ -32,8 +33,8 @@ def layer_distances(
 
     Args:
         teacher, student ([`~transformers.PreTrainedModel`]):
-            Speech encoders with the input `input_values` and the same number and size of hidden states. Each runs in
-            eval mode on its own device.
+            Speech encoders with the input `input_values` and hidden states of the same size. The student may lack some
+            layers of the teacher. Each runs in eval mode on its own device.
         audio (iterable of waveforms):
             Each a 1-D float `numpy.ndarray`, `torch.Tensor` or list of samples at the models' sampling rate,
             preferably not used in training. It is read once and lazily.
@@ -45,8 +46,9 @@ def layer_distances(
             Whether to show a progress bar.
 
     Returns:
-        `dict[str, numpy.ndarray]`: `cka` and `cosine`, each float64 of shape `(num_hidden_layers + 1,)`; index 0 is
-        the input of the first layer.
+        `dict[str, numpy.ndarray]`: `cka` and `cosine`, each float64 of shape `(num_hidden_layers + 1,)`, as many as
+        the teacher has; index 0 is the input of the first layer. Where the student lacks layers, the output of the
+        layer below is compared (see [`~skill_hf.models.properties.student_states`]).
 
     Raises:
         `ValueError`: if the hidden states of the two models do not match, there is no audio, a waveform is not 1-D
@@ -66,19 +68,16 @@ def layer_distances(
     (5,)
     ```
     """
-    for name in ("num_hidden_layers", "hidden_size"):
-        sizes = [getattr(model.config, name) for model in (teacher, student)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"The teacher has `{name}` {sizes[0]}, but the student has {sizes[1]}; they must be equal."
-            )
+    _check_sizes(teacher.config, student.config)
     layers = range(teacher.config.num_hidden_layers + 1)
+    counterparts = student_states(student.config, len(layers) - 1)
     measures = {"cka": [LinearCKA() for _ in layers], "cosine": [FrameCosine() for _ in layers]}
     models, extractors = [teacher, student], [feature_extractor] * 2
     check_models(models, extractors, ["teacher", "student"])
 
-    def consume(teacher_states, student_states) -> None:
-        pairs = zip(_frames(teacher_states, "teacher"), _frames(student_states, "student"), strict=True)
+    def consume(teacher_states, states) -> None:
+        states = [states[index] for index in counterparts]
+        pairs = zip(_frames(teacher_states, "teacher"), _frames(states, "student"), strict=True)
         for layer, (teacher_frames, student_frames) in enumerate(pairs):
             for accumulators in measures.values():
                 accumulators[layer].update([teacher_frames, student_frames.to(teacher_frames.device)])
@@ -89,6 +88,25 @@ def layer_distances(
         name: np.array([_distance(accumulator, layer) for layer, accumulator in enumerate(accumulators)])
         for name, accumulators in measures.items()
     }
+
+
+def _check_sizes(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    remaining = getattr(student, "remaining_layers", None)
+    if teacher.hidden_size != student.hidden_size:
+        raise ValueError(
+            f"The teacher has `hidden_size` {teacher.hidden_size}, but the student has {student.hidden_size}; they must"
+            " be equal."
+        )
+    if remaining is None and student.num_hidden_layers != teacher.num_hidden_layers:
+        raise ValueError(
+            f"The teacher has `num_hidden_layers` {teacher.num_hidden_layers}, but the student has"
+            f" {student.num_hidden_layers}; they must be equal, unless its config has `remaining_layers`."
+        )
+    if remaining is not None and max(remaining) >= teacher.num_hidden_layers:
+        raise ValueError(
+            f"The student has the layers {remaining} of a teacher, but this one has only {teacher.num_hidden_layers}"
+            " layers, numbered from 0."
+        )
 
 
 def _frames(states: Sequence[torch.Tensor], role: str) -> Iterator[torch.Tensor]:

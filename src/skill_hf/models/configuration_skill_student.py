@@ -23,7 +23,7 @@ TASKS = {
 FORMAT_VERSION = 2
 # What pruning changes: the fields that a stock config does not have, and all.
 _PRUNED_LAYERS = ("remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
-PRUNED_FIELDS = ("conv_dim", *_PRUNED_LAYERS)
+PRUNED_FIELDS = ("conv_dim", "num_hidden_layers", *_PRUNED_LAYERS, "remaining_layers")
 # What a published config cannot leave out: the defaults are those of an unpruned model.
 _REQUIRED = ("format_version", *_PRUNED_LAYERS)
 # No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
@@ -166,6 +166,9 @@ class SkillStudentConfig:
             Whether each channel of the last convolution is multiplied by its own factor before the norm of the feature
             projection (`feature_extractor.scale` in the weights). Students converted from DPHuBERT's format may have
             it: the remaining values of the gates of these channels.
+        remaining_layers (`list[int]`, *optional*):
+            The index in the teacher of each of the `num_hidden_layers`, in ascending order; by default the lowest
+            ones. Training needs it, to compare a student of fewer layers with its teacher.
 
     Raises:
         `ValueError`: if a field has a wrong type, is out of range or does not fit the others; the message names the
@@ -190,6 +193,7 @@ class SkillStudentConfig:
         base_model=None,
         format_version=FORMAT_VERSION,
         scaled_features=False,
+        remaining_layers=None,
         **kwargs,
     ):
         # A bool is an int, and 1.0 == 1: neither is a version.
@@ -229,6 +233,7 @@ class SkillStudentConfig:
         )
         self.removed_attention_blocks = [] if removed_attention_blocks is None else removed_attention_blocks
         self.removed_ffn_blocks = [] if removed_ffn_blocks is None else removed_ffn_blocks
+        self.remaining_layers = list(range(layers)) if remaining_layers is None else remaining_layers
         self.masked_group_norm = masked_group_norm
         self.scaled_features = scaled_features
         self.format_version = 2 if scaled_features else 1
@@ -236,7 +241,7 @@ class SkillStudentConfig:
         self._validate_pruned_shapes()
         # Pruning changes them in place.
         self.remaining_heads = [list(left) for left in self.remaining_heads]
-        for name in ("intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks"):
+        for name in ("intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks", "remaining_layers"):
             setattr(self, name, list(getattr(self, name)))
 
     @classmethod
@@ -300,7 +305,7 @@ class SkillStudentConfig:
 
     def _validate_pruned_shapes(self):
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        for name in ("remaining_heads", "intermediate_sizes"):
+        for name in ("remaining_heads", "intermediate_sizes", "remaining_layers"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or len(value) != layers:
                 raise ValueError(f"`{name}` must list one entry for each of {layers} layers, but is {_short(value)}.")
@@ -313,6 +318,13 @@ class SkillStudentConfig:
                 raise ValueError(
                     f"`remaining_heads[{layer}]` must be ascending head indices below {heads}, but is {_short(left)}."
                 )
+        if not all(_is_index(layer, MAX_LAYERS) for layer in self.remaining_layers) or list(
+            self.remaining_layers
+        ) != sorted(set(self.remaining_layers)):
+            raise ValueError(
+                f"`remaining_layers` must be ascending indices below {MAX_LAYERS}, but is"
+                f" {_short(self.remaining_layers)}."
+            )
         for layer, size in enumerate(self.intermediate_sizes):
             if not _is_index(size, MAX_SIZE + 1):
                 raise ValueError(
