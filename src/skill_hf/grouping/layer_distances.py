@@ -94,8 +94,8 @@ def _check_sizes(teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
     remaining = getattr(student, "remaining_layers", None)
     if teacher.hidden_size != student.hidden_size:
         raise ValueError(
-            f"The teacher has `hidden_size` {teacher.hidden_size}, but the student has {student.hidden_size}; they must"
-            " be equal."
+            f"The teacher has `hidden_size` {teacher.hidden_size}, but the student has {student.hidden_size}; they"
+            " must be equal."
         )
     if remaining is None and student.num_hidden_layers != teacher.num_hidden_layers:
         raise ValueError(
