@@ -88,6 +88,7 @@ def test_a_student_beside_its_teacher(shared, capsys):
         "conv_channels": [16] * 7,
         "attention_heads": [3, 0],
         "ffn_dims": models[0].config.intermediate_sizes,
+        "remaining_layers": [0, 1],
         "removed_attention_blocks": [],
         "removed_ffn_blocks": [],
         "weights": {
@@ -367,7 +368,8 @@ def test_students_that_cannot_be_used(shared, tmp_path, capsys, damage, message)
     ("change", "message"),
     [
         ({}, None),
-        ({"num_hidden_layers": 3}, "its `num_hidden_layers` is 3, but the student's is 2"),
+        ({"num_hidden_layers": 1}, "it has only 1 layers, but the student has layer 2"),
+        ({"num_hidden_layers": 3}, None),
         ({"hidden_size": 16}, "its `hidden_size` is 16, but the student's is 32"),
         ({"intermediate_size": 40}, "its `intermediate_size` is 40, but the student's is 48"),
         ({"num_attention_heads": 2}, "its `num_attention_heads` is 2, but the student's is 4"),
@@ -442,6 +444,7 @@ def test_a_large_student_fits_a_terminal(tmp_path, capsys):
         "conv_channels": [512] * 7,
         "attention_heads": [1024] * 256,
         "ffn_dims": [2**20] * 256,
+        "remaining_layers": list(range(255)),
         "removed_attention_blocks": [],
         "removed_ffn_blocks": [255],
         "weights": {"files": ["a", "b", "c"], "bytes": 2**35, "dtypes": ["float16", "float32"], "head_parameters": 9},

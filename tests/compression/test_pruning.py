@@ -329,8 +329,8 @@ def test_misuse():
     student = build_student(tiny_teacher())
     with pytest.raises(ValueError, match="add_gates"):
         student.prune()
-    with pytest.raises(ValueError, match="layers"):
-        student.add_gates(["layers"])
+    with pytest.raises(ValueError, match="neurons"):
+        student.add_gates(["neurons"])
     student.add_gates()
     with pytest.raises(ValueError, match="already"):
         student.add_gates()

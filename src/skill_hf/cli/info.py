@@ -20,7 +20,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..compression.macs import count_macs
-from ..compression.units import KINDS, sizes_of, units_of
+from ..compression.units import KINDS, units_by_kind, units_in_teacher
 from ..models.families import STUDENT_CLASSES
 from ..models.loading import (
     empty_model,
@@ -42,7 +42,7 @@ SAMPLING_RATE = 16_000  # Hz, of a model without a feature extractor
 Length = Annotated[float, Range(above=0, most=120)]
 WEIGHTS_ON_HUB = (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin")
 # What a teacher and its student share.
-SHARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_kernel", "conv_stride")
+SHARED = ("hidden_size", "num_attention_heads", "intermediate_size", "conv_kernel", "conv_stride")
 
 
 def describe(source: str, teacher: str | None = None, seconds: float = 10.0) -> dict[str, Any]:
@@ -70,11 +70,13 @@ def describe(source: str, teacher: str | None = None, seconds: float = 10.0) -> 
         )
     extractor = load_feature_extractor(source)
     rate = SAMPLING_RATE if extractor is None else extractor.sampling_rate
-    size, notes = _size(source, config, seconds, rate), []
+    size, notes = _size(source, config, units_in_teacher(config), seconds, rate), []
     weights = _weights_of_directory(source, config) if Path(source).is_dir() else _weights_on_hub(source, notes)
     teacher_size = left = None
     if is_student:
         teacher_size = _teacher_size(source, config, size, teacher, seconds, rate, notes)
+        for name in _shown_kinds("layer"):  # of the teacher's layers, the highest may be missing
+            size[name] += [0] * (len(teacher_size[name] or ()) - len(size[name]))
         if teacher_size["model"] is not None:
             left = {name: size[name] / teacher_size[name] for name in ("parameters", "macs")}
     return {
@@ -86,13 +88,19 @@ def describe(source: str, teacher: str | None = None, seconds: float = 10.0) -> 
         "seconds": seconds,
         "sampling_rate": rate,
         **size,
-        **{f"removed_{name}": getattr(config, f"removed_{name}", None) for name in KINDS if KINDS[name].shown_by},
+        "remaining_layers": getattr(config, "remaining_layers", None),
+        **{f"removed_{name}": _removed_blocks(config, name) for name in KINDS if KINDS[name].shown_by},
         "weights": weights,
         "teacher": teacher_size,
         "left": left,
         "sparsity": None if left is None else 1 - left["parameters"],
         "notes": notes,
     }
+
+
+def _removed_blocks(config: PreTrainedConfig, kind: str) -> list[int] | None:
+    removed = getattr(config, f"removed_{kind}", None)
+    return None if removed is None else [config.remaining_layers[layer] for layer in removed]
 
 
 def _architecture(config: PreTrainedConfig) -> str | None:
@@ -107,13 +115,16 @@ def _load_config(source: str, what: str) -> PreTrainedConfig:
     return config
 
 
-def _size(source: str, config: PreTrainedConfig, seconds: float, rate: int) -> dict[str, Any]:
-    """Parameters and multiply-accumulates of the encoder without a head, and the units of each of its layers."""
+def _size(source: str, config: PreTrainedConfig, units: dict, seconds: float, rate: int) -> dict[str, Any]:
+    """
+    Parameters and multiply-accumulates of the encoder without a head, and the number of its `units`: by kind, those in
+    each place, or `None`.
+    """
     with one_error(f"The size of `{source}` cannot be determined."):
         model = empty_model(AutoModel._model_mapping[type(config)], config)
         macs = count_macs(model, seconds, rate)
-    sizes = sizes_of(config)
-    return {"parameters": num_parameters(model), "macs": macs, **{name: sizes[name] for name in _shown_kinds()}}
+    sizes = {name: [0 if place is None else place.size for place in units[name]] for name in _shown_kinds()}
+    return {"parameters": num_parameters(model), "macs": macs, **sizes}
 
 
 def _shown_kinds(places: str | None = None) -> list[str]:
@@ -132,15 +143,16 @@ def _teacher_size(
         if teacher is None:
             raise ValueError("The student does not name a teacher on the Hub.")
         teacher_config = _load_config(_base_model_files(teacher) if named is None else teacher, "The teacher")
-        found = _size(teacher, teacher_config, seconds, rate)
+        found = _size(teacher, teacher_config, units_by_kind(teacher_config), seconds, rate)
         _check_teacher(source, config, size, teacher, teacher_config, found)
         return {"model": teacher} | found
     except ValueError as error:
         if named is not None:
             raise
         notes.append(f"The teacher is unknown; pass it with --teacher. {error}")
-    known = {name: [units.whole for units in units_of(config) if units.kind == name] for name in _shown_kinds()}
-    return dict.fromkeys(("model", *size)) | {name: sizes for name, sizes in known.items() if None not in sizes}
+    places = units_in_teacher(config)
+    wholes = {name: [next(filter(None, places[name])).whole] * len(places[name]) for name in _shown_kinds()}
+    return dict.fromkeys(("model", *size)) | {name: sizes for name, sizes in wholes.items() if None not in sizes}
 
 
 def _base_model_files(repo_id: str) -> str:
@@ -166,10 +178,12 @@ def _check_teacher(source: str, config, size: dict, teacher: str, teacher_config
     elif differing := [name for name in SHARED if getattr(config, name) != getattr(teacher_config, name)]:
         ours, theirs = (getattr(one, differing[0]) for one in (config, teacher_config))
         problem = f"its `{differing[0]}` is {theirs}, but the student's is {ours}"
+    elif config.remaining_layers[-1] >= (depth := teacher_config.num_hidden_layers):
+        problem = f"it has only {depth} layers, but the student has layer {config.remaining_layers[-1] + 1}"
     elif wider := [
         name
         for name in _shown_kinds()
-        if any(ours > theirs for ours, theirs in zip(size[name], teacher_size[name], strict=True))
+        if any(ours > theirs for ours, theirs in zip(size[name], teacher_size[name], strict=False))
     ]:
         problem = f"the student has more {wider[0]}"
     else:
@@ -263,19 +277,24 @@ def _units_table(info: dict[str, Any], places: str) -> list[list[str]]:
     rows = [[str(index + 1)] for index in range(len(info[names[0]]))]
     for name in names:
         removed = {
-            index for other, kind in KINDS.items() if kind.shown_by == name for index in info[f"removed_{other}"] or ()
+            index: "block removed"
+            for other, kind in KINDS.items()
+            if kind.shown_by == name
+            for index in info[f"removed_{other}"] or ()
         }
+        if places == "layer" and info["remaining_layers"] is not None:
+            removed |= dict.fromkeys({*range(len(rows))} - {*info["remaining_layers"]}, "layer removed")
         wholes = teacher and teacher[name] or [None] * len(rows)
         for index, (row, count, whole) in enumerate(zip(rows, info[name], wholes, strict=True)):
-            row.append(_share(count, whole, index in removed))
+            row.append(_share(count, whole, removed.get(index)))
     return [[places, *(KINDS[name].label for name in names)], *rows]
 
 
-def _share(ours: int, theirs: int | None, is_removed: bool = False) -> str:
-    """Count of the model, and of the teacher if known."""
+def _share(ours: int, theirs: int | None, note: str | None = None) -> str:
+    """Count of the model, and of the teacher if known, with a note or the share that is left."""
     if theirs is None:
         return f"{ours:,}"
-    note = "block removed" if is_removed else f"{100 * ours / theirs:.1f} %" if theirs else "-"
+    note = note or (f"{100 * ours / theirs:.1f} %" if theirs else "-")
     return f"{ours:,} of {theirs:,}  {note:>{len('100.0 %')}}"
 
 

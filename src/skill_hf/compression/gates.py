@@ -33,14 +33,19 @@ class HardConcreteGate(nn.Module):
         multiple_of (`int`, *optional*, defaults to 1):
             The number of open units in eval mode is rounded to a multiple of this, if there are that many units. A
             `min_open` above 0 is then at least this.
+        is_binary (`bool`, *optional*, defaults to `False`):
+            Whether open gates have the value 1 in eval mode, for units that no weight can be scaled for.
 
     Attributes:
         shift (`float`): added by [`fit_gates`] to `log_alpha` only to choose units: a negative shift closes more
             units, but does not scale down those that stay.
     """
 
-    def __init__(self, size: int, drop_probability: float, min_open: int = 0, multiple_of: int = 1):
+    def __init__(
+        self, size: int, drop_probability: float, min_open: int = 0, multiple_of: int = 1, is_binary: bool = False
+    ):
         super().__init__()
+        self.is_binary = is_binary
         mean = math.log((1 - drop_probability) / drop_probability)
         self.log_alpha = nn.Parameter(torch.empty(size).normal_(mean, 0.01))
         self.multiple_of = multiple_of if multiple_of <= size else 1
@@ -72,6 +77,8 @@ class HardConcreteGate(nn.Module):
     def deterministic(self) -> torch.Tensor:
         """The value in eval mode, `(size,)`."""
         kept = torch.zeros_like(self.log_alpha).index_fill(0, self.log_alpha.topk(self.num_open()).indices, 1.0)
+        if self.is_binary:
+            return kept
         # The larger of the values before and after the shift: training knew the kept units by the first.
         return kept * torch.sigmoid(MAGIC * (self.log_alpha + max(self.shift, 0.0)) / BETA)
 
@@ -181,6 +188,22 @@ class GateHook:
         return output * self.gate.value.to(output.dtype)
 
 
+class BypassHook:
+    """
+    Forward hook that mixes a layer's input with its output by the value of a gate of one unit: the input where the
+    gate is 0, the output where it is 1. A class for the same reason as [`GatedForward`].
+    """
+
+    def __init__(self, gate: HardConcreteGate):
+        self.gate = gate
+
+    def __call__(self, module, args, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        # Layers of WavLM, and all in transformers 4, return more than the hidden state.
+        hidden_states = output if isinstance(output, torch.Tensor) else output[0]
+        mixed = torch.lerp(args[0], hidden_states, self.gate.value.to(hidden_states.dtype))
+        return mixed if isinstance(output, torch.Tensor) else (mixed, *output[1:])
+
+
 class Gating:
     """
     The gates of a student and their settings, stored as `gating`. As a forward pre-hook of the student it sets the
@@ -203,6 +226,8 @@ class Gating:
         self.handle = None
 
     def __call__(self, module, args):
+        if not self.gates:
+            return
         if not module.training:
             for gate in self.gates:
                 gate.value = gate.deterministic()

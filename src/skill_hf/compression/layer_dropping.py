@@ -4,25 +4,18 @@ Removes whole layers without training: those that change the hidden states least
 A student of fewer layers is an ordinary model with a smaller `num_hidden_layers`. Its remaining layers are unchanged.
 """
 
-import copy
-import re
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from ..models.loading import empty_model
-from ..models.students import STUDENT_CLASSES
+from .pruning import Cut
 
 
 # What decides which layers go first.
 ORDERS = ("influence", "bottom", "top")
-# Lists of the config with an entry for each layer, and lists of indices of layers.
-_BY_LAYER = ("remaining_heads", "intermediate_sizes", "remaining_layers")
-_OF_LAYERS = ("removed_attention_blocks", "removed_ffn_blocks")
-# WavLM's first layer stores what all layers use, whichever layer of the teacher that is.
-_OF_FIRST_LAYER = "attention.rel_attn_embed.weight"
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 
 
 def block_influence(similarity: np.ndarray) -> np.ndarray:
@@ -100,28 +93,14 @@ def drop_layers(student: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     if student.gating is not None:
         raise ValueError("The student has gates; call `prune()` before removing layers.")
     student.refuse_fused("copied without some of its layers")
-    config, dropped = copy.deepcopy(student.config), sorted(layers)
-    number = config.num_hidden_layers
+    dropped, number = sorted(layers), student.config.num_hidden_layers
     if len(set(dropped)) != len(dropped) or any(layer not in range(number) for layer in dropped):
         raise ValueError(f"`layers` must be indices from 0 to {number - 1}, each once, but is {list(layers)}.")
     if len(dropped) == number:
         raise ValueError("`layers` has all layers; leave at least one.")
-    new_index = {layer: index for index, layer in enumerate(sorted({*range(number)} - {*dropped}))}
-    for name in _BY_LAYER:
-        setattr(config, name, [getattr(config, name)[layer] for layer in new_index])
-    for name in _OF_LAYERS:
-        setattr(config, name, [new_index[layer] for layer in getattr(config, name) if layer in new_index])
-    config.num_hidden_layers = len(new_index)
-
-    weights = {}
-    for name, tensor in student.state_dict().items():
-        match = _LAYER.fullmatch(name)
-        if match is None:
-            weights[name] = tensor
-        elif match[2] == _OF_FIRST_LAYER:
-            weights[f"encoder.layers.0.{match[2]}"] = tensor
-        elif int(match[1]) in new_index:
-            weights[f"encoder.layers.{new_index[int(match[1])]}.{match[2]}"] = tensor
-    shorter = empty_model(STUDENT_CLASSES[config.model_type], config)
+    nothing = torch.tensor([], dtype=torch.long)
+    cut = Cut(student, {f"encoder.layers.{layer}.layer_gate": nothing for layer in dropped})
+    weights = cut(student.state_dict())
+    shorter = empty_model(type(student), cut.config)
     shorter.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     return shorter.requires_grad_(True).train(student.training)

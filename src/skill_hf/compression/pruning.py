@@ -10,6 +10,7 @@ import bisect
 import copy
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..models.properties import has_gates
 from .budgets import Left, ParameterBudget, UnitCosts
-from .gates import GateHook, Gating, HardConcreteGate, KeptLayerNorm, as_columns, gate_inputs, spread
+from .gates import BypassHook, GateHook, Gating, HardConcreteGate, KeptLayerNorm, as_columns, gate_inputs, spread
 from .units import DEFAULT_KINDS, KINDS, Units, factors_of, module_at, parts_of, units_of
 
 
@@ -30,6 +31,10 @@ CLOSED_PROBABILITY = 0.01
 # Share of the cost asked for within which `fit_gates` leaves it.
 FIT_TOLERANCE = 0.002
 
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+# WavLM's first layer stores what all layers use, whichever layer of the teacher that is.
+_OF_FIRST_LAYER = "attention.rel_attn_embed.weight"
+
 
 def add_gates(student, units: Iterable[str] | None = None, width_multiple: int = 1) -> None:
     """
@@ -40,7 +45,7 @@ def add_gates(student, units: Iterable[str] | None = None, width_multiple: int =
         student (`WavLMForSkillStudent`): may be pruned already; removed units stay removed.
         units (`Iterable[str]`, *optional*):
             Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
-            `ffn_blocks`. The first three by default.
+            `ffn_blocks`, `layers`. The first three by default. The first layer is never removed.
         width_multiple (`int`, *optional*, defaults to 1):
             `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of this,
             if there are that many. It does not apply to heads.
@@ -54,7 +59,7 @@ def add_gates(student, units: Iterable[str] | None = None, width_multiple: int =
     if has_gates(student):
         raise ValueError("The student already has gates; call `prune()` before adding new ones.")
     for group in units_of(student.config):
-        if group.kind in kinds and group.size:
+        if group.kind in kinds and group.size and group.place >= KINDS[group.kind].first_prunable:
             _add_gate(student, group, width_multiple)
     student.gating = Gating([gate for _, gate in named_gates(student)], kinds, width_multiple)
     student.gating.handle = student.register_forward_pre_hook(student.gating)
@@ -63,7 +68,9 @@ def add_gates(student, units: Iterable[str] | None = None, width_multiple: int =
 def _add_gate(student, units: Units, width_multiple: int) -> None:
     kind = KINDS[units.kind]
     multiple_of = width_multiple if kind.has_multiples else 1
-    gate = HardConcreteGate(units.size, kind.drop_probability, kind.min_open, multiple_of).to(student.device)
+    gate = HardConcreteGate(
+        units.size, kind.drop_probability, kind.min_open, multiple_of, is_binary=units.bypassed is not None
+    ).to(student.device)
     gate.train(student.training)
     _set_module(student, units.gate, gate)
     for name in units.norms:
@@ -76,6 +83,9 @@ def _add_gate(student, units: Units, width_multiple: int) -> None:
         module = module_at(student, name)
         if module is not None:
             module.register_forward_hook(GateHook(gate))
+    if units.bypassed is not None:
+        # Before the hooks that collect hidden states.
+        module_at(student, units.bypassed).register_forward_hook(BypassHook(gate), prepend=True)
 
 
 def _set_module(student, name: str, module: nn.Module) -> None:
@@ -290,7 +300,10 @@ class Cut:
         for units in groups:
             if empty.intersection(units.inside):
                 indices[units.gate] = indices[units.gate][:0]
+        for units in reversed(groups):
             KINDS[units.kind].record(self.config, units.place, indices[units.gate].tolist())
+        remaining = student.config.remaining_layers
+        self._new_index = {remaining.index(layer): new for new, layer in enumerate(self.config.remaining_layers)}
         empty = {gate for gate, of_gate in indices.items() if not len(of_gate)}
         parts = parts_of(groups)
         self._gone = {name for name in parts if any(gate in empty for gate, _ in factors_of(parts[name]))}
@@ -308,7 +321,13 @@ class Cut:
 
     def name_of(self, name: str) -> str | None:
         """Name of the parameter `name` in the smaller student; `None` if it is removed."""
-        return None if name in self._gone else self._renamed.get(name, name)
+        match = _LAYER.fullmatch(name)
+        if match is not None and match[2] == _OF_FIRST_LAYER:
+            return f"encoder.layers.0.{match[2]}"
+        if name in self._gone or match is not None and int(match[1]) not in self._new_index:
+            return None
+        name = self._renamed.get(name, name)
+        return name if match is None else _LAYER.sub(rf"encoder.layers.{self._new_index[int(match[1])]}.\2", name)
 
     def tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The remaining part of `tensor`, which has the shape of the parameter `name`."""
@@ -320,8 +339,8 @@ class Cut:
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The remaining parts of `tensors` (old name -> tensor), under their new names."""
-        kept = {name: tensor for name, tensor in tensors.items() if name not in self._gone}
-        return {self.name_of(name): self.tensor(name, tensor) for name, tensor in kept.items()}
+        names = {name: self.name_of(name) for name in tensors}
+        return {new: self.tensor(name, tensors[name]) for name, new in names.items() if new is not None}
 
 
 def _folded(student) -> dict[str, torch.Tensor]:
@@ -350,6 +369,7 @@ def _rebuild(student, config, state: dict[str, torch.Tensor], keep_gates: bool =
     `state`.
     """
     trainable = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+    layers = student.config.remaining_layers
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
@@ -362,23 +382,34 @@ def _rebuild(student, config, state: dict[str, torch.Tensor], keep_gates: bool =
     rebuilt.feature_extractor._requires_grad = student.feature_extractor._requires_grad
     for name, child in rebuilt.named_children():
         setattr(student, name, child)
-    set_trainable(student, trainable)
     # The object stays what it is, since a task head on top of the student has the same one.
     vars(student.config).update(vars(config))
     for module in student.modules():
         if hasattr(module, "config"):
             module.config = student.config
+    set_trainable(student, trainable, layers)
     # transformers installs the hooks that collect hidden states once; the new layers have none yet.
     student._output_capturing_hooks_installed = False
     if checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def set_trainable(student, trainable: dict[str, bool]) -> None:
+def set_trainable(student, trainable: dict[str, bool], layers: list[int]) -> None:
     """
-    Restores `requires_grad` of each parameter of a pruned student, with or without a head, by its name before pruning.
+    Restores `requires_grad` of each parameter of a pruned student, with or without a head.
+
+    Args:
+        student (`PreTrainedModel`): after pruning.
+        trainable (`dict[str, bool]`): the values by the parameters' names before pruning.
+        layers (`list[int]`): `remaining_layers` of its config before pruning.
     """
+
+    def name_before(match: re.Match) -> str:
+        index = 0 if match[2] == _OF_FIRST_LAYER else layers.index(student.config.remaining_layers[int(match[1])])
+        return f"encoder.layers.{index}.{match[2]}"
+
     prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
     before = {f"{prefix}{units.left_bias}.bias": f"{prefix}{units.reader}.bias" for units in units_of(student.config)}
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trainable[name if name in trainable else before[name]])
+        names = [_LAYER.sub(name_before, name) for name in (name, before.get(name, name))]
+        parameter.requires_grad_(trainable[names[0] if names[0] in trainable else names[1]])

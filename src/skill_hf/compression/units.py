@@ -37,6 +37,9 @@ class Units:
         shared (`tuple[str, ...]`): modules shared by all units; removed with the last of them.
         left_bias (`str`, *optional*): module that keeps the bias of `reader` when no unit is left.
         outputs (`tuple[str, ...]`): modules whose outputs the gate scales; removed with the unit.
+        bypassed (`str`, *optional*):
+            Module that a closed unit replaces by its input. No weight can take up another value of such a gate, so in
+            eval mode it is 0 or 1.
         contains (`tuple[str, ...]`): modules all of whose units are removed with this unit.
         inside (`tuple[str, ...]`):
             Gates of other units; if the last of those units is removed, so are these. [`units_of`] adds the gates of
@@ -56,6 +59,7 @@ class Units:
     shared: tuple[str, ...] = ()
     left_bias: str | None = None
     outputs: tuple[str, ...] = ()
+    bypassed: str | None = None
     contains: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
 
@@ -72,12 +76,15 @@ class Kind:
 
     Args:
         find (`Callable`): (config, place) -> [`Units`] of a stock model or a student, also if none is left.
-        record (`Callable`): (config, place, kept) writes the remaining units into a student's config, in place.
+        record (`Callable`):
+            (config, place, kept) writes the remaining units into a student's config, in place. Called from the last
+            unit of [`units_of`] to the first: places above may be gone.
         places (`str`): `convolution` or `layer`: where such units are.
         drop_probability (`float`): probability that a unit is closed when its gate is made.
         coarseness (`int`): rank by the size of a unit. The finest kinds compensate for the steps of coarser ones.
         is_default (`bool`): whether it is pruned by default.
         min_open (`int`): units of each place that are never cut.
+        first_prunable (`int`): first place that has gates.
         has_multiples (`bool`): whether `width_multiple` applies.
         label (`str`, *optional*):
             Name of the units in tables and figures, in the plural. `None` if the numbers of another kind show them.
@@ -97,6 +104,7 @@ class Kind:
     coarseness: int
     is_default: bool = False
     min_open: int = 0
+    first_prunable: int = 0
     has_multiples: bool = False
     label: str | None = None
     shown_by: str | None = None
@@ -142,12 +150,34 @@ def _gates_around(units: Units, containers: dict[str, list[Units]]) -> Iterator[
                 yield container.gate
 
 
+def units_by_kind(config) -> dict[str, list[Units]]:
+    """The units of each place, by kind."""
+    by_kind = {kind: [] for kind in KINDS}
+    for units in units_of(config):
+        by_kind[units.kind].append(units)
+    return by_kind
+
+
 def sizes_of(config) -> dict[str, list[int]]:
     """Number of units in each place, by kind."""
-    sizes = {kind: [] for kind in KINDS}
-    for units in units_of(config):
-        sizes[units.kind].append(units.size)
-    return sizes
+    return {kind: [units.size for units in places] for kind, places in units_by_kind(config).items()}
+
+
+def units_in_teacher(config, num_layers: int | None = None) -> dict[str, list[Units | None]]:
+    """
+    The units of a student in each place of its teacher, by kind; `None` for a layer that the student lacks.
+
+    Args:
+        config (`PreTrainedConfig`): of the student, or of a stock model with all layers.
+        num_layers (`int`, *optional*): of the teacher; by default up to the highest layer of the student.
+    """
+    layers = list(getattr(config, "remaining_layers", range(config.num_hidden_layers)))
+    by_kind = units_by_kind(config)
+    for name, groups in by_kind.items():
+        if KINDS[name].places == "layer":
+            of_layer = dict(zip(layers, groups, strict=True))
+            by_kind[name] = [of_layer.get(layer) for layer in range(num_layers or layers[-1] + 1)]
+    return by_kind
 
 
 def parts_of(groups: Iterable[Units]) -> dict[str, list[Part]]:
@@ -283,6 +313,33 @@ def _removed(removed: Iterable[int], layer: int, kept: Sequence[int]) -> list[in
     return sorted({*removed} if kept else {*removed, layer})
 
 
+def _layer(config, layer: int) -> Units:
+    """A whole layer with its norms and, in a fine-tuned wav2vec 2.0, its adapter."""
+    name = f"encoder.layers.{layer}"
+    adapter = tuple(f"adapter_layer.{module}" for module in ("norm", "linear_1", "linear_2"))
+    return Units(
+        "layers",
+        layer,
+        f"{name}.layer_gate",
+        1,
+        whole=1,
+        shared=tuple(f"{name}.{module}" for module in ("layer_norm", "final_layer_norm", *adapter)),
+        bypassed=name,
+        contains=tuple(f"{name}.{block}" for block in READERS),
+    )
+
+
+def _record_layer(config, layer: int, kept: Sequence[int]) -> None:
+    if kept:
+        return
+    for name in ("remaining_heads", "intermediate_sizes", "remaining_layers"):
+        del getattr(config, name)[layer]
+    for name in ("removed_attention_blocks", "removed_ffn_blocks"):
+        removed = getattr(config, name)
+        setattr(config, name, [index - (index > layer) for index in removed if index != layer])
+    config.num_hidden_layers -= 1
+
+
 def _tensors_of_block(name: str, block: str) -> dict[str, int]:
     return {f"{name}.{tensor}": dim for tensor, dim in CUT_TENSORS[block].items()}
 
@@ -341,6 +398,14 @@ KINDS = {
     ),
     "ffn_blocks": Kind(
         _ffn_block, _record_ffn_block, "layer", drop_probability=0.01, coarseness=3, shown_by="ffn_dims"
+    ),
+    "layers": Kind(
+        _layer,
+        _record_layer,
+        "layer",
+        drop_probability=0.01,
+        coarseness=4,
+        first_prunable=1,  # without its first layer a model loses most (arXiv 2409.16302), and none may be left
     ),
 }
 

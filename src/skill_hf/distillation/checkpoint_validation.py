@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, TrainerState
 
 from ..files import MAX_OWN_BYTES, parse_json
+from ..models.configuration_skill_student import PRUNED_FIELDS
 from ..publishing.run_record import RunRecord
 from ..recipe.skill_config import SKILL_CONFIG_NAME, SkillConfig
 from ..version import __version__
@@ -256,13 +257,19 @@ def read_student_config(directory: Path, like: PreTrainedConfig) -> PreTrainedCo
     """
     fields, expected = read_json(directory / CONFIG_NAME), like.to_dict()
     for name, value in fields.items():
-        # Whatever pruning changes is a list.
-        if type(value) is int and type(expected.get(name)) is int and value != expected[name]:
+        is_size = type(value) is int and type(expected.get(name)) is int and name not in PRUNED_FIELDS
+        if is_size and value != expected[name]:
             raise CheckpointError(f"`{name}` in {CONFIG_NAME} is {value}, not {expected[name]}")
     try:
-        return type(like)(**fields)
+        config = type(like)(**fields)
     except Exception as error:
         raise CheckpointError(f"{CONFIG_NAME} is not a valid student config ({_first_line(error)})") from error
+    if not {*config.remaining_layers} <= {*like.remaining_layers}:
+        raise CheckpointError(
+            f"`remaining_layers` in {CONFIG_NAME} is {_short(config.remaining_layers)}, but the initial student had"
+            f" {_short(like.remaining_layers)}"
+        )
+    return config
 
 
 def _short(value) -> str:

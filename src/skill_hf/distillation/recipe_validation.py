@@ -63,7 +63,7 @@ def validate_recipe(
             the student's width or number of classes differs from the teacher's, it has layers that the teacher does
             not have, the budget's clips are too
             short for one frame, latency was measured for a different architecture, or the gates cannot reach the
-            sparsity.
+            sparsity, or whole layers have gates under a head that weighs them.
     """
     last = teacher.config.num_hidden_layers
     rows = last + int(config.include_embeddings)
@@ -86,6 +86,11 @@ def validate_recipe(
                 f"`model` has `{name}` {getattr(student.config, name)}, but the teacher has"
                 f" {getattr(teacher.config, name)}; they must be equal."
             )
+    if "layers" in config.pruning_units and head_of(student) and student.config.use_weighted_layer_sum:
+        raise ValueError(
+            "`pruning_units` contains layers, but the teacher's head weighs the hidden states of all layers"
+            " (`use_weighted_layer_sum`): leave them out."
+        )
     if max(student.config.remaining_layers) >= last:
         raise ValueError(
             f"`model` has the teacher's layers {student.config.remaining_layers}, but the teacher has only {last}"

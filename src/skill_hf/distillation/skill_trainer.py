@@ -441,9 +441,10 @@ class SkillDistillationTrainer(PublishingTrainer):
         config = read_student_config(Path(checkpoint), self.student.config)
         config._attn_implementation = self.student.config._attn_implementation
         trainable = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
+        layers = self.student.config.remaining_layers
         with torch.random.fork_rng(devices=[]):
             self.student = type(self.student)(config)
-            pruning.set_trainable(self.student, trainable)
+            pruning.set_trainable(self.student, trainable, layers)
             if self.stage == 1:
                 self._add_gates(self.student)
             self.distiller = self._make_distiller()

@@ -75,6 +75,13 @@ def empty_student(config: PreTrainedConfig, head: str | None = None) -> PreTrain
 
 def build_student(teacher: PreTrainedModel) -> PreTrainedModel:
     """An unpruned student with the same outputs as `teacher`, with its head if it has one, in train mode."""
+    student = _copy_as_student(teacher)
+    # A teacher that is a student itself has been given these numbers by its own teacher.
+    student.config.remaining_layers = list(range(student.config.num_hidden_layers))
+    return student
+
+
+def _copy_as_student(teacher: PreTrainedModel) -> PreTrainedModel:
     # The weights are replaced at once: no memory for them, and no draw from the random generator.
     student = empty_student(teacher.config, head_of(teacher))
     weights = {name: tensor.detach().clone() for name, tensor in weights_for_student(student, teacher).items()}
@@ -104,4 +111,4 @@ def load_student(source: str | os.PathLike, head: str | None = None) -> PreTrain
     check_family(config.model_type, source)
     check_student_config(config, source)
     model = load_model(source, auto_class_of(head), config=config, what="Student", new_head=head is None)
-    return build_student(model)
+    return _copy_as_student(model)

@@ -264,7 +264,7 @@ class SkillStudentModel(SkillStudent):
 
         Args:
             units (`Iterable[str]`, *optional*, defaults to `("conv_channels", "attention_heads", "ffn_dims")`):
-                Kinds of units; `attention_blocks` and `ffn_blocks` are possible as well.
+                Kinds of units; `attention_blocks`, `ffn_blocks` and `layers` are possible as well.
             width_multiple (`int`, *optional*, defaults to 1):
                 The cut rounds widths of convolutions and feed-forward blocks to a multiple of this.
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..compression.macs import count_macs
-from ..compression.units import KINDS, units_of
+from ..compression.units import KINDS, sizes_of, units_in_teacher
 from ..losses import LOSS_TERMS, term_weights
 from ..models.loading import hub_id_of, valid_hub_id
 from ..recipe.skill_config import SkillConfig
@@ -314,17 +314,15 @@ def _render(data: ModelCardData, content: StudentContent, training: TrainingCont
 
 
 def _units_content(config: PreTrainedConfig, teacher_config: PreTrainedConfig | None) -> list[UnitsContent]:
-    groups, teacher_sizes = units_of(config), {}
-    if teacher_config is not None:
-        teacher_sizes = {units.gate: units.size for units in units_of(teacher_config)}
-    content = []
+    num_layers = None if teacher_config is None else teacher_config.num_hidden_layers
+    units, content = units_in_teacher(config, num_layers), []
     for name, kind in KINDS.items():
         if kind.label is not None:
-            groups_of_kind = [units for units in groups if units.kind == name]
-            whole = [teacher_sizes.get(units.gate, units.whole) for units in groups_of_kind]
-            content.append(
-                UnitsContent(kind.label.capitalize(), kind.places, [units.size for units in groups_of_kind], whole)
-            )
+            left = [0 if group is None else group.size for group in units[name]]
+            whole = [next(filter(None, units[name])).whole] * len(left)
+            if teacher_config is not None:
+                whole = sizes_of(teacher_config)[name]
+            content.append(UnitsContent(kind.label.capitalize(), kind.places, left, whole))
     return content
 
 

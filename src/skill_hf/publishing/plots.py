@@ -12,7 +12,7 @@ from string import ascii_uppercase
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram
 
-from ..compression.units import KINDS, Units, units_of
+from ..compression.units import KINDS, Units, units_by_kind, units_in_teacher
 from ..losses import LOSS_TERMS
 
 
@@ -211,11 +211,12 @@ def plot_architecture(config, teacher_config):
     """
     bars = {"convolution": [], "layer": []}
     grids = []
+    units = units_in_teacher(config, teacher_config.num_hidden_layers), units_by_kind(teacher_config)
     for name, kind in KINDS.items():
         if kind.label is not None:
-            student, teacher = _units_of_kind(config, name), _units_of_kind(teacher_config, name)
+            student, teacher = (by_place[name] for by_place in units)
             bars[kind.places].append((f"{kind.label.capitalize()} per {kind.places}", student, teacher))
-            if student[0].indices is not None:
+            if teacher[0].indices is not None:
                 grids.append((f"Which {kind.label}", student, teacher))
     panels = [(_plot_sizes, *panel) for panel in bars["convolution"]]
     panels += [(_plot_indices, *panel) for panel in grids]
@@ -378,26 +379,24 @@ def _letters(number: int) -> str:
     return (_letters(number // 26 - 1) if number >= 26 else "") + ascii_uppercase[number % 26]
 
 
-def _units_of_kind(config, kind: str) -> list[Units]:
-    return [units for units in units_of(config) if units.kind == kind]
-
-
-def _plot_sizes(axes, title: str, student: list[Units], teacher: list[Units]) -> None:
+def _plot_sizes(axes, title: str, student: list[Units | None], teacher: list[Units]) -> None:
     places, sizes = range(1, len(student) + 1), [units.size for units in teacher]
     axes.bar(places, sizes, color=LIGHT, label="teacher")
-    bars = axes.bar(places, [units.size for units in student], color=COLOURS[0], label="left in the student")
+    remaining = [0 if units is None else units.size for units in student]
+    bars = axes.bar(places, remaining, color=COLOURS[0], label="left in the student")
     axes.bar_label(bars, padding=2, fontsize=7, rotation=90 if len(student) > 8 and max(sizes) > 99 else 0)
     axes.set_ylim(0, 1.12 * max(sizes))
     label_axes(axes, title)
 
 
-def _plot_indices(axes, title: str, student: list[Units], teacher: list[Units]) -> None:
+def _plot_indices(axes, title: str, student: list[Units | None], teacher: list[Units]) -> None:
     from matplotlib.colors import ListedColormap
 
     grid = np.full((teacher[0].whole, len(teacher)), np.nan)
     for layer, (left, units) in enumerate(zip(student, teacher, strict=True)):
         grid[list(units.indices), layer] = 0
-        grid[list(left.indices), layer] = 1
+        if left is not None:
+            grid[list(left.indices), layer] = 1
     x, y = np.arange(grid.shape[1] + 1) + 0.5, np.arange(grid.shape[0] + 1) - 0.5
     colours = ListedColormap([LIGHT, COLOURS[0]])
     axes.pcolormesh(x, y, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=1)

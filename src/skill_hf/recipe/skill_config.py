@@ -104,8 +104,9 @@ class SkillConfig:
         sparsity_warmup_steps (`int`, *optional*):
             Steps over which the target rises from 0; a tenth of the first stage by default, at most 5000.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
-            Units that may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks` and
-            `ffn_blocks`.
+            Units that may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
+            `ffn_blocks` and `layers`. A student that loses layers has a smaller `num_hidden_layers`; the first layer
+            always stays.
         width_multiple (`int`, *optional*, defaults to 1):
             The cut rounds the numbers of convolution channels and feed-forward units to multiples of this. With 8 or
             16, matrix products in half precision run on the tensor cores of GPUs.
