@@ -266,7 +266,16 @@ def test_added_kind_is_in_recipe_card_figure_and_info(added, tmp_path):
         assert (info[kind], info["teacher"][kind]) == (left, sizes)
         lines = format_text(info).splitlines()
         first = next(index for index, line in enumerate(lines) if line.startswith("layer ")) + 1
-        assert lines[first - 1].split() == "layer attention heads feed-forward units pairs of blocks".split()
+        assert lines[first - 1].split() == [
+            "layer",
+            "attention",
+            "heads",
+            "feed-forward",
+            "units",
+            "pairs",
+            "of",
+            "blocks",
+        ]
         shares = [f"{number} of 1  {100 * number:5.1f} %" for number in left]
         assert [line[-len(shares[0]) :] for line in lines[first : first + 3]] == shares
 
