@@ -96,8 +96,8 @@ class PretrainArguments:
         default=8, metadata={"help": "Number of layers; those that `init_from` lacks are initialised at random."}
     )
     bf16: bool = field(
-        default=True,
-        metadata={"help": "Use bfloat16 autocast; slower on CPUs without AMX or AVX512-BF16."},
+        default=False,
+        metadata={"help": "Use bfloat16 autocast; ten times slower on CPUs without AMX or AVX512-BF16."},
     )
     seed: Seed = field(default=0, metadata={"help": "Random seed."})
     save_steps: Count = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
@@ -220,7 +220,7 @@ def mfcc(audio: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, audio: np.ndarray, layer: int, bf16: bool = True) -> np.ndarray:
+def hidden_states(model: PreTrainedModel, audio: np.ndarray, layer: int, bf16: bool = False) -> np.ndarray:
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         output = model(normalise(torch.from_numpy(audio)).to(model.device)[None], output_hidden_states=True)
     return output.hidden_states[layer][0].float().cpu().numpy()

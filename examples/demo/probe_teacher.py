@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import WavLMModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.trainer_utils import set_seed
 
@@ -152,7 +152,7 @@ def log_mel(audio: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def mean_hidden_states(model: WavLMModel, clips: list[np.ndarray]) -> np.ndarray:
+def mean_hidden_states(model: PreTrainedModel, clips: list[np.ndarray]) -> np.ndarray:
     """Mean over time of every hidden state, `(hidden states, clips, hidden size)`; index 0 enters the first layer."""
     model.eval()
     means = []
@@ -201,7 +201,7 @@ def _accuracy(features: np.ndarray, labels: np.ndarray, train: np.ndarray, test:
     return float(classifier.fit(features[train], labels[train]).score(features[test], labels[test]))
 
 
-def probe_task(task: Task, teacher: WavLMModel, untrained: list[WavLMModel], seed: int) -> dict:
+def probe_task(task: Task, teacher: PreTrainedModel, untrained: list[PreTrainedModel], seed: int) -> dict:
     """`probe` for MFCC, log-mel and each hidden state of each network."""
 
     def all_layers(model):
@@ -280,7 +280,7 @@ def run(args: ProbeArguments) -> None:
     untrained = []
     for offset in range(args.untrained_seeds):
         set_seed(args.seed + offset)
-        untrained.append(WavLMModel(config))
+        untrained.append(AutoModel.from_config(config))
     tasks = {
         "word": probe_task(word_task(args.speech_commands, args.share), teacher, untrained, args.seed),
         "speaker": probe_task(speaker_task(args.librispeech, args.share), teacher, untrained, args.seed),
