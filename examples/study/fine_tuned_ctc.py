@@ -4,19 +4,19 @@ has heard, for a small WavLM and speech recognition in characters (CTC).
 
     python examples/study/fine_tuned_ctc.py --data_dir DIR/librispeech-train-clean-5
 
-The directory has the audio and a `metadata.csv` with `file_name`, `speaker` and `text`. With `--text_column word`, single
-words of Speech Commands are transcribed instead: an easier task on shorter clips.
+The directory has the audio and a `metadata.csv` with `file_name`, `speaker` and `text`. With `--text_column word`,
+single words of Speech Commands are transcribed instead: an easier task on shorter clips.
 
-Every way consists of the same work on the same audio, `fine_tune_steps` updates with labels and `compress_steps` updates
-of compression:
+Every way consists of the same work on the same audio, `fine_tune_steps` updates with labels and `compress_steps`
+updates of compression:
 
 - *one run*: the teacher is fine-tuned once, then compressed with its head, without labels;
 - *one run, labels*: the same, and the compression has the loss of the labels, too (`task_weight`);
 - *compressed first*: the pretrained encoder is compressed, then the student is fine-tuned as the teacher was.
 
 It takes an hour or two on 2 cores and may be stopped at any time: finished parts are not repeated, and a part that was
-stopped resumes from its last checkpoint. Start the same command twice with `--num_threads 1` to use both cores fully: a
-process takes the next part that no other one is working on.
+stopped resumes from its last checkpoint. Start the same command twice with `--num_threads 1` to use both cores fully:
+a process takes the next part that no other one is working on.
 
 Results are in one JSON file. Without `--data_dir`, their table is printed.
 """
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import AutoModelForCTC, Wav2Vec2Processor, pipeline, set_seed
+from transformers import AutoModel, AutoModelForCTC, Wav2Vec2Processor, pipeline, set_seed
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -79,7 +79,7 @@ class FineTunedArguments:
     data_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "Directory with metadata.csv (file_name, speaker, text) and audio; without it, results are printed."
+            "help": "Directory with metadata.csv (file_name, speaker, text) and audio; without it, prints results."
         },
     )
     teacher: Path = field(
@@ -302,11 +302,9 @@ def do(args: FineTunedArguments, speech: Speech, part: Part) -> None:
     start = time.process_time()
     resumed = part.make(run, output)
     seconds = time.process_time() - start
-    weights = load_model(output)
-    result = {"parameters": sum(parameter.numel() for parameter in weights.parameters())}
-    if not part.name.startswith(ENCODER):
-        result["parameters"] = load_model(output, AutoModelForCTC, new_head=False).num_parameters()
-        result |= score(output, speech.test)
+    is_encoder = part.name.startswith(ENCODER)
+    model = load_model(output, AutoModel if is_encoder else AutoModelForCTC, new_head=False)
+    result = {"parameters": model.num_parameters()} | ({} if is_encoder else score(output, speech.test))
     # The time before a part was stopped is not known.
     result["cpu_seconds"] = None if resumed else round(seconds, 1)
     add_result(args, part.name, result)
@@ -319,11 +317,11 @@ def settings_of(args: FineTunedArguments, speech: Speech) -> dict:
     settings = {name: value for name, value in asdict(args).items() if name not in FREE}
     settings["teacher"] = args.teacher.name
     clips = {
+        "data": args.data_dir.resolve().name,
         "train_clips": len(speech.train),
         "train_minutes": round(speech.minutes, 1),
         "test_clips": len(speech.test),
     }
-    clips["data"] = args.data_dir.resolve().name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return json.loads(json.dumps({"settings": settings, "speech": clips, "machine": machine(device)}))
 
