@@ -179,7 +179,8 @@ def test_table_has_means_and_ranges_of_what_there_is():
         parts[f"one run {seed}"] = dict.fromkeys(("character_error_rate", "word_error_rate"), rate)
         parts[f"one run {seed}"] |= {"parameters": 500 + seed, "cpu_seconds": 120.0}
     parts["compressed first 0"] = parts["one run 0"] | {"parameters": 499, "cpu_seconds": 90.0}
-    settings = {"seeds": [0, 1, 2], "fine_tune_steps": 9, "compress_steps": 6, "batch_size": 2, "sparsity": 0.5}
+    settings = {"seeds": [0, 1, 2], "fine_tune_steps": 9, "compress_steps": 6, "sparsity": 0.5}
+    settings |= {"fine_tune_batch_size": 2, "compress_batch_size": 1}
     speech = {"data": "speech", "train_clips": 3, "train_minutes": 1.0, "test_clips": 2}
     machine = {"processor": "CPU", "torch": "2"}
     text = markdown({"parts": parts, "settings": settings, "speech": speech, "machine": machine})

@@ -97,12 +97,13 @@ class FineTunedArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Of the students; the teacher has the first."}
     )
-    fine_tune_steps: Count = field(default=900, metadata={"help": "Updates of a fine-tuning."})
+    fine_tune_steps: Count = field(default=600, metadata={"help": "Updates of a fine-tuning."})
     fine_tune_learning_rate: Positive = field(default=1e-3, metadata={"help": "Its peak learning rate."})
     compress_steps: Count = field(default=240, metadata={"help": "Updates of a compression, both stages."})
     compress_learning_rate: Positive = field(default=5e-4, metadata={"help": "Peak learning rate of both stages."})
     task_weight: Positive = field(default=1.0, metadata={"help": "Weight of the labels' loss where they are used."})
-    batch_size: Count = field(default=2, metadata={"help": "Clips per update."})
+    fine_tune_batch_size: Count = field(default=2, metadata={"help": "Clips per update of a fine-tuning."})
+    compress_batch_size: Count = field(default=1, metadata={"help": "Clips per update of a compression."})
     calibration_samples: Count = field(default=64, metadata={"help": "Clips to group the layers by."})
     max_test_clips: Count = field(default=120, metadata={"help": "Clips to test on."})
     num_threads: Count = field(default=2, metadata={"help": "CPU threads of this process."})
@@ -170,11 +171,11 @@ def as_rows(directory: Path, rows: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio(decode=False))
 
 
-def common_arguments(args: FineTunedArguments, directory: Path, steps: int, seed: int) -> dict:
+def common_arguments(directory: Path, steps: int, batch_size: int, seed: int) -> dict:
     return {
         "output_dir": str(directory),
         "max_steps": steps,
-        "per_device_train_batch_size": args.batch_size,
+        "per_device_train_batch_size": batch_size,
         "train_sampling_strategy": "group_by_length",
         "save_strategy": "steps",
         "save_steps": max(steps // 8, 1),
@@ -208,7 +209,7 @@ def fine_tune(args: FineTunedArguments, speech: Speech, source: Path, seed: int,
     trainer = FineTuner(
         model=model,
         args=FineTuningArguments(
-            **common_arguments(args, run, args.fine_tune_steps, seed),
+            **common_arguments(run, args.fine_tune_steps, args.fine_tune_batch_size, seed),
             learning_rate=args.fine_tune_learning_rate,
             remove_unused_columns=False,
         ),
@@ -243,7 +244,7 @@ def compress(
             task_weight=task_weight,
         ),
         args=SkillTrainingArguments(
-            **common_arguments(args, run, args.compress_steps, seed),
+            **common_arguments(run, args.compress_steps, args.compress_batch_size, seed),
             learning_rate=args.compress_learning_rate,
             overwrite_output_dir=True,
         ),
@@ -430,8 +431,9 @@ def markdown(results: dict) -> str:
         f"{table(header, rows)}\n\n"
         f"{speech['data']}: {speech['train_clips']} clips ({speech['train_minutes']:.0f} min) to train on,"
         f" {speech['test_clips']} clips of other speakers to test on; sparsity {settings['sparsity']:g};"
-        f" {settings['fine_tune_steps']} updates of each fine-tuning and {settings['compress_steps']} of each"
-        f" compression, of {settings['batch_size']} clips; seeds {seeds}. {device['processor']}, {versions}."
+        f" {settings['fine_tune_steps']} updates of {settings['fine_tune_batch_size']} clips in each fine-tuning,"
+        f" {settings['compress_steps']} of {settings['compress_batch_size']} in each compression; seeds {seeds}."
+        f" {device['processor']}, {versions}."
     )
 
 
