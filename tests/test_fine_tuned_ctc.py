@@ -12,6 +12,7 @@ import soundfile
 import torch
 from conftest import tiny_teacher
 from example_helpers import EXAMPLES, isolate, run_main, save_feature_extractor
+from filelock import FileLock
 from transformers import AutoModelForCTC, AutoProcessor
 
 from skill_hf import SkillConfig
@@ -168,6 +169,23 @@ def test_measurement_goes_on_where_it_was(shared, tmp_path, capsys, monkeypatch)
     args.sparsity = 0.75
     with pytest.raises(ValueError, match="results with `sparsity` 0.5, now it is 0.75: choose another `results`"):
         run(args)
+
+
+def test_a_part_that_another_process_is_working_on_is_left_to_it(shared, tmp_path, monkeypatch):
+    args = arguments_of(shared, tmp_path, max_parts=2)
+    made = []
+
+    def note(args, speech, part):
+        made.append(part.name)
+        fine_tuned_ctc.add_result(args, part.name, {})
+
+    monkeypatch.setattr(fine_tuned_ctc, "do", note)
+    args.work_dir.mkdir()
+    with FileLock(args.work_dir / "teacher.lock"):
+        run(args)
+    assert made == ["encoder 0", "compressed first 0"]  # what needs no teacher
+    run(args)
+    assert made[2:] == ["teacher", "one run 0"]
 
 
 def test_table_has_means_and_ranges_of_what_there_is():

@@ -98,19 +98,14 @@ def measure(args: DropArguments) -> dict:
 
 
 def markdown(results: dict) -> str:
-    """A row for each order and number of layers that were removed."""
-    rows = [
-        [
-            row["order"],
-            ", ".join(map(str, row["removed"])),
-            f"{row['parameters']:,}",
-            number(row["distances"][-1], 3),
-            number(sum(row["distances"]) / len(row["distances"]), 3),
-        ]
-        for row in results["rows"]
-    ]
-    header = [f"order ({results['layers']} layers)", "removed", "parameters", "last state", "mean of states"]
-    return table(header, rows, texts=2)
+    """A row for each order: distance of the last hidden state, and in brackets the layers that were removed."""
+    rows, sizes = {}, {}
+    for row in results["rows"]:
+        removed = ", ".join(map(str, row["removed"]))
+        rows.setdefault(row["order"], []).append(f"{number(row['distances'][-1], 3)} ({removed})")
+        sizes[len(row["removed"])] = f"{row['parameters']:,}"
+    header = [f"order, of {results['layers']} layers", *(f"{count} removed" for count in sizes)]
+    return table(header, [*([order, *cells] for order, cells in rows.items()), ["*parameters left*", *sizes.values()]])
 
 
 def run(args: DropArguments) -> None:
