@@ -139,7 +139,7 @@ def test_onnx_encoder(encoders, layout):
         assert (batch, type(frames), hidden_size) == ("batch", str, 32)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_files_tell_nothing_of_the_machine(encoders, program):
     for path in (encoders["base"][1], program[1]):
         for module in (skill_hf, torch, transformers):

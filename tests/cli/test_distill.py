@@ -467,7 +467,7 @@ def test_program_ends_with_one_line_and_a_code(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_accelerate_launches_the_module(shared, tmp_path):
     settings = on_folder(shared, tmp_path / "out")
     launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"]
