@@ -7,16 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import family_teacher, noise_clips, tiny_teacher, with_noise
+from huggingface_hub import ModelCardData
+from short_distillation import command_line, on_folder, results_of, write_inputs
 from test_skill_trainer import RECIPE, Kill, KillAt
 from transformers import SEWConfig, TrainingArguments, Wav2Vec2FeatureExtractor
 
 from skill_hf import SkillConfig, SkillDistillationTrainer
+from skill_hf.cli import distill
 from skill_hf.data.collator import SpeechCollator
 from skill_hf.distillation.distiller import same_relative_depth
 from skill_hf.distillation.ensemble import zero_mean_unit_variance
 from skill_hf.distillation.projection_start import RIDGE, LeastSquares
 from skill_hf.distillation.run_validation import check_data
 from skill_hf.models.model_modes import padding_ignored
+from skill_hf.publishing.run_record import RunRecord
+from skill_hf.publishing.run_report import OtherTeacher
+from skill_hf.publishing.teacher_metadata import add_other_teachers
 
 
 RAW = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
@@ -373,3 +379,78 @@ def test_audio_that_is_normalised_already_cannot_be_given_to_a_teacher_that_is_n
 
     with pytest.raises(ValueError, match="needs a Wav2Vec2FeatureExtractor, but `processing_class` is a Louder"):
         make_trainer(tmp_path, raw_first, recordings(), processing_class=Louder(do_normalize=False))
+
+
+# ---- What is written ----
+
+
+def test_advice_counts_from_what_the_copy_of_the_first_teacher_reaches():
+    at = {moment: {"distillation_loss": 0.0, "cosine_similarity": cosine} for moment, cosine in (("start", 0.8),)}
+    for cosine, sentences in ((0.7, 0), (0.6, 1)):
+        losses = at | {"end": {"distillation_loss": 0.0, "cosine_similarity": cosine}}
+        advice = RunRecord(losses=losses, num_teachers=2).advice_on_student()
+        assert len(advice) == sentences and all("to the teachers' (below 0.64 " in sentence for sentence in advice)
+        assert len(RunRecord(losses=losses).advice_on_student()) == 1
+    assert "exact prediction of all targets: -1 and 1" in RunRecord(losses=losses, num_teachers=2).summary()[0]
+    assert RunRecord.from_dict(RunRecord(num_teachers=2).to_dict()).num_teachers == 2
+
+
+@pytest.fixture(scope="module")
+def on_the_command_line(tmp_path_factory):
+    """A run of a WavLM and a wider HuBERT from directories, with separate targets; the directory of the student."""
+    folder = write_inputs(tmp_path_factory.mktemp("several"))
+    family_teacher("hubert-base", hidden_size=48).save_pretrained(folder / "hubert")
+    RAW.save_pretrained(folder / "hubert")
+    settings = on_folder(folder, folder / "out", teacher_name_or_path=None, eval_audio_dir=str(folder / "heldout"))
+    settings |= {"teacher": [str(folder / "teacher"), str(folder / "hubert")], "teacher_targets": "separate"}
+    assert distill.main(command_line(settings | {"num_clusters": 2})) == 0
+    return folder / "out"
+
+
+def test_a_run_on_the_command_line_names_all_teachers(on_the_command_line):
+    results = results_of(on_the_command_line)
+    assert results["teacher"] == "teacher" and results["teacher_targets"] == "separate"
+    (other,) = results["other_teachers"]
+    assert other["teacher"] == "hubert" and len(other["layer_groups"]) == 2
+    assert other["teacher_parameters"] == family_teacher("hubert-base", hidden_size=48).num_parameters()
+    assert json.loads((on_the_command_line / "skill_config.json").read_text())["teacher_targets"] == "separate"
+    card = (on_the_command_line / "README.md").read_text()
+    assert card.count("\n# SKILL student of a `wavlm` model and a `hubert` model\n") == 1
+    assert "fewer than the first of its teachers, a `wavlm` model. It was distilled" in card
+    assert "also learned from a `hubert` model ([Ensemble" in card and "each teacher has targets of its own." in card
+    groups = ", ".join(str(group)[1:-1] for group in other["layer_groups"])
+    assert "\nGroups of a `hubert` model: {" in card and "Each group of each teacher has its own map" in card, groups
+
+
+@pytest.mark.parametrize("names", [["me/a", "you/b"], [None, "you/b"], ["me/a", None], ["me/a", "me/a"]])
+def test_metadata_lists_the_teachers_that_have_a_name(names):
+    data = ModelCardData(base_model=names[0])
+    add_other_teachers(data, [OtherTeacher(names[1], tiny_teacher())])
+    known = list(dict.fromkeys(filter(None, names)))
+    assert data.base_model == known
+    assert data.to_dict().get("base_model_relation") == ("finetune" if len(known) > 1 else None)
+
+
+@pytest.mark.parametrize("licences", [("mit", "mit"), ("mit", "apache-2.0"), ("mit", None), (None, "mit")])
+def test_a_licence_is_stated_only_if_all_teachers_have_it(licences, tmp_path):
+    header = f"license: {licences[1]}\n" if licences[1] else "tags: [x]\n"
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n")
+    data = ModelCardData(license=licences[0])
+    add_other_teachers(data, [OtherTeacher(tmp_path, tiny_teacher())])
+    assert data.license == (licences[0] if licences[0] == licences[1] else None)
+
+
+def test_one_value_and_lists_are_teachers_in_settings_of_every_kind(tmp_path):
+    needed = {"audio_dir": "a", "output_dir": str(tmp_path / "out")}
+    for value, expected in (("one", "one"), (["one"], "one"), (["one", "two"], ["one", "two"])):
+        path = tmp_path / "settings.json"
+        path.write_text(json.dumps(needed | {"teacher_name_or_path": value}))
+        assert distill.parse([str(path)])[0].teacher_name_or_path == expected
+        words = command_line(needed | {"teacher": value})
+        assert distill.parse(words)[0].teacher_name_or_path == expected
+    assert distill.parse(command_line(needed))[0].teacher_name_or_path == "microsoft/wavlm-base-plus"
+    recipe = distill.parse(command_line(needed | {"recipe": "hubert-base-075"}))[0]
+    assert recipe.teacher_name_or_path == "facebook/hubert-base-ls960"
+    path.write_text(json.dumps(needed | {"teacher_name_or_path": 3}))
+    with pytest.raises(ValueError, match="`teacher_name_or_path` in .* must be .* but is 3"):
+        distill.parse([str(path)])

@@ -182,7 +182,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.start_checksum = None if model is None else checksum(student)
         self.run: dict | None = None  # what `train()` tells it from other runs by
         self.layer_similarity: np.ndarray | None = None
-        self.record = RunRecord()
+        self.record = RunRecord(num_teachers=len(teachers))
         self.measurements = StudentMeasurements(self)
         self._checkpoint_parent: str | None = None
         self.interruption = Interruption(self)
