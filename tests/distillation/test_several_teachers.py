@@ -190,6 +190,19 @@ def test_a_fitted_start_is_nearer_than_the_identity_and_survives_gates_and_cut(t
     assert trainer.record.losses["start"]["distillation_loss"] == pytest.approx(before, abs=1e-4)
 
 
+def test_the_last_layer_predicts_the_groups_of_all_teachers(tmp_path):
+    recipe = {"teacher_targets": "separate", "student_layers": "last", "layer_groups": [[1], [2, 3]]}
+    trainer = make_trainer(tmp_path, pair(average=False), recordings(), recipe | {"num_clusters": None})
+    trainer._setup()
+    distiller = trainer._make_distiller()
+    assert trainer.groups_of_teachers == [[[1], [2, 3]]] * 2 and distiller.student_groups == [[-1]] * 4
+    assert [tuple(start.weight.shape) for start in trainer.projection_starts] == [(48, 32)] * 2
+    trainer.steps = trainer.skill_config.resolve_steps(6)
+    loss = trainer.compute_loss(distiller.eval(), trainer.data_collator(recordings()))
+    loss.backward()
+    assert all(linear.weight.grad.abs().sum() > 0 for linear in distiller.projections)
+
+
 @pytest.mark.parametrize("layers, other", [(12, 24), (24, 12), (12, 12), (3, 5), (5, 3)])
 def test_depths_correspond_from_first_to_last(layers, other):
     states = [same_relative_depth(index, layers, other) for index in range(layers + 1)]
