@@ -204,13 +204,13 @@ def test_targets_are_the_stock_teacher_s_means(layout, padded, tied, tmp_path, c
     with torch.no_grad():
         states = teacher(**inputs, output_hidden_states=True).hidden_states
     expected = torch.stack([torch.stack([states[index] for index in group]).mean(0) for group in groups])
-    targets = trainer.teacher_targets(**inputs)
+    (targets,) = trainer.teacher_targets(**inputs)
     torch.testing.assert_close(targets, expected, atol=1e-5, rtol=0)
     assert not targets.requires_grad
     # One copy of the weights serves the teacher that users see and the one that runs.
     with torch.no_grad():
         teacher.feature_projection.projection.weight.zero_()
-    assert not torch.allclose(trainer.teacher_targets(**inputs), expected, atol=1e-3)
+    assert not torch.allclose(trainer.teacher_targets(**inputs)[0], expected, atol=1e-3)
 
 
 def test_evaluate_before_and_after(uninterrupted, tmp_path):
@@ -460,7 +460,7 @@ def test_targets_need_no_weights_in_float32_under_autocast(tmp_path, clips, auto
     trainer = make_trainer(tmp_path, clips, bf16=True)
     trainer.accelerator.native_amp = autocast  # False with DeepSpeed
     trainer.layer_groups = [[0, 1], [2]]
-    targets = trainer.teacher_targets(torch.randn(2, 4000))
+    (targets,) = trainer.teacher_targets(torch.randn(2, 4000))
     assert targets.dtype == torch.float32 and targets.isfinite().all()
     weight = trainer.encoders[1].encoder.layers[0].feed_forward.output_dense.weight
     assert weight.dtype == (torch.bfloat16 if autocast else torch.float32)

@@ -22,7 +22,7 @@ from skill_hf.compression.macs import count_macs
 from skill_hf.compression.pruning import fit_gates
 from skill_hf.grouping.clustering import layer_tree
 from skill_hf.models.families import build_student
-from skill_hf.publishing import model_card
+from skill_hf.publishing import model_card, teacher_metadata
 from skill_hf.publishing.model_card import (
     FIGURES,
     TASKS,
@@ -31,11 +31,11 @@ from skill_hf.publishing.model_card import (
     TrainingContent,
     card_data,
     student_card,
-    teacher_license,
     write_model_card,
 )
 from skill_hf.publishing.run_record import RunRecord
 from skill_hf.publishing.run_report import RunReport
+from skill_hf.publishing.teacher_metadata import teacher_license
 from skill_hf.recipe.skill_config import StageSteps
 
 
@@ -90,7 +90,7 @@ def student(teacher):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    model_card._card_on_hub.cache_clear()
+    teacher_metadata._card_on_hub.cache_clear()
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_a_hub_that_does_not_answer_does_not_hold_up_the_card(hub, monkeypatch):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/{{repo_id}}/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", url, raising=False)
-        monkeypatch.setattr(model_card, "HUB_TIMEOUT", 0.2)
+        monkeypatch.setattr(teacher_metadata, "HUB_TIMEOUT", 0.2)
         start = time.monotonic()
         assert teacher_license("some/teacher") is None
         assert time.monotonic() - start < 5

@@ -57,7 +57,10 @@ def test_fields_of_a_later_version_are_ignored():
     assert RunRecord.from_dict(record.to_dict()) == record
 
 
-@pytest.mark.parametrize("values", [None, [], 1, *({name: 1} for name in RunRecord().to_dict())], ids=str)
+WRONG = {name: 1 for name in RunRecord().to_dict()} | {"num_teachers": 0}
+
+
+@pytest.mark.parametrize("values", [None, [], 1, *({name: value} for name, value in WRONG.items())], ids=str)
 def test_values_of_a_wrong_type_are_named(values):
     named = f"`{next(iter(values))}` must be" if isinstance(values, dict) else "it must be an object"
     with pytest.raises(ValueError, match=named):

@@ -49,7 +49,7 @@ def test_impossible_values_are_named(fields, names):
 
 
 OPTIONAL = {field.name for field in dataclasses.fields(SkillConfig) if field.default is None}
-TEXTS = ("similarity", "linkage", "student_layers", "budget", "latency_costs")
+TEXTS = ("similarity", "linkage", "student_layers", "teacher_targets", "budget", "latency_costs")
 WHOLE = ("num_clusters", "calibration_samples", "width_multiple", "shrink_steps")
 WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
 FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise")

@@ -48,8 +48,13 @@ class ModelArguments:
             " wrong name lists all."
         },
     )
-    teacher_name_or_path: str = field(
-        default="microsoft/wavlm-base-plus", metadata={"help": "Hub id or local directory of the teacher."}
+    teacher_name_or_path: list[str] | str = field(
+        default_factory=lambda: ["microsoft/wavlm-base-plus"],
+        metadata={
+            "help": "Hub id or local directory of the teacher; several, separated by spaces, teach together, and the"
+            " student starts from the first.",
+            "aliases": ["--teacher"],
+        },
     )
     student_name_or_path: str | None = field(
         default=None,
@@ -62,6 +67,10 @@ class ModelArguments:
             "choices": list(TASK_NAMES),
         },
     )
+
+    def __post_init__(self):
+        if len(self.teacher_name_or_path) == 1 and isinstance(self.teacher_name_or_path, list):
+            self.teacher_name_or_path = self.teacher_name_or_path[0]
 
 
 @dataclass
@@ -276,9 +285,10 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
 
     with clock.measure("set_up"):
         trainer = make_trainer(model_args, data_args, skill_config, training_args, clock)
+    names = model_args.teacher_name_or_path
     logger.info(
         "Teacher %s: %s %s; target sparsity: %s",
-        model_args.teacher_name_or_path,
+        names if isinstance(names, str) else f"{names[0]}, with {' and '.join(names[1:])}",
         f"{trainer.teacher_cost:,}",
         trainer.budget.quantity,
         skill_config.target_sparsity,
@@ -303,7 +313,8 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
             results |= trainer.evaluate()
     if main_process:
         check_saved_student(trainer)
-        for line in (f"Groups of hidden states: {trainer.layer_groups}", *trainer.record.summary()):
+        logger.info("Groups of hidden states: %s", "; ".join(map(str, trainer.groups_of_teachers)))
+        for line in trainer.record.summary():
             logger.info(line)
         logger.info(
             "Student with %s parameters (sparsity %.4f of %s) saved in %s; load it with %s.from_pretrained",

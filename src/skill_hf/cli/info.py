@@ -32,7 +32,7 @@ from ..models.loading import (
     one_error,
     weight_files,
 )
-from ..publishing.model_card import HUB_TIMEOUT
+from ..publishing.teacher_metadata import HUB_TIMEOUT
 from .settings import Range, checked, run_script
 from .text import WIDTH, Parser, align, print_result, printable, shorten
 

@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 import zlib
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ MANIFEST_NAME = "checkpoint_files.json"
 ALWAYS_THERE = (SKILL_STATE_NAME, SKILL_CONFIG_NAME, TRAINER_STATE_NAME, CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
 # The checkpoint of the cut starts stage 2 with an optimizer and a schedule of its own.
 NOT_AT_THE_CUT = ("optimizer.pt", "scheduler.pt")
+# Records of all teachers but the first, and what is there if nothing was recorded.
+OF_OTHERS = {"silhouettes": {}, "half_groups": []}
 # Settings of a run that may change if their product, the clips of an optimizer step, stays.
 BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "processes")
 
@@ -78,11 +81,11 @@ def check_checkpoint(directory: Path, trainer) -> None:
             )
         _check_same_run(directory, state, trainer, writer)
         _check_files(directory, needed=() if state["stage"] == 2 and step == trainer.steps.joint else NOT_AT_THE_CUT)
-        layers = trainer.teacher.config.num_hidden_layers
-        for group in state["layer_groups"]:
-            if max(group) > layers:
+        for teacher, groups in zip(trainer.teachers, groups_in(state), strict=True):
+            layers, largest = teacher.config.num_hidden_layers, max(map(max, groups))
+            if largest > layers:
                 raise CheckpointError(
-                    f"{SKILL_STATE_NAME} groups layer {max(group)}, but the teacher has only {layers} layers"
+                    f"{SKILL_STATE_NAME} groups layer {largest}, but the teacher has only {layers} layers"
                 )
         try:
             distiller = trainer.blank_distiller(directory, state)
@@ -126,6 +129,27 @@ def _read_states(directory: Path) -> tuple[dict, int]:
     step = integer("global_step", progress.get("global_step"), low, high, TRAINER_STATE_NAME)
     if step_of(directory) not in (None, step):
         raise CheckpointError(f"`global_step` in {TRAINER_STATE_NAME} is {step}")
+    others = state.get("other_teachers", [])
+    if not isinstance(others, list) or not all(isinstance(other, dict) for other in others):
+        raise CheckpointError(f"`other_teachers` in {SKILL_STATE_NAME} must list objects, but is {_short(others)}")
+    for teacher in (state, *others):
+        _check_groups(teacher)
+    records = [state.get("record", {})]
+    records += [{name: other.get(name, empty) for name, empty in OF_OTHERS.items()} for other in others]
+    try:
+        for record in records:
+            RunRecord.from_dict(record)
+    except ValueError as error:
+        raise CheckpointError(f"`record` in {SKILL_STATE_NAME} is not valid ({error})") from error
+    try:
+        TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
+    except Exception as error:
+        raise CheckpointError(f"{TRAINER_STATE_NAME} is not a valid Trainer state ({_first_line(error)})") from error
+    return state, step
+
+
+def _check_groups(state: dict) -> None:
+    """Raises a `CheckpointError` unless groups and similarity of a teacher's layers have the right types."""
     groups = state.get("layer_groups")
     good = isinstance(groups, list) and groups and all(isinstance(group, list) and group for group in groups)
     if not good or not all(type(layer) is int and layer >= 0 for group in groups for layer in group):
@@ -135,15 +159,11 @@ def _read_states(directory: Path) -> tuple[dict, int]:
         good = isinstance(matrix, list) and all(isinstance(row, list) and len(row) == len(matrix) for row in matrix)
         if not good or not all(type(value) in (int, float) for row in matrix for value in row):
             raise CheckpointError(f"`layer_similarity` in {SKILL_STATE_NAME} must be a square matrix of numbers")
-    try:
-        RunRecord.from_dict(state.get("record", {}))
-    except ValueError as error:
-        raise CheckpointError(f"`record` in {SKILL_STATE_NAME} is not valid ({error})") from error
-    try:
-        TrainerState.load_from_json(str(directory / TRAINER_STATE_NAME))
-    except Exception as error:
-        raise CheckpointError(f"{TRAINER_STATE_NAME} is not a valid Trainer state ({_first_line(error)})") from error
-    return state, step
+
+
+def groups_in(state: dict) -> list[list[list[int]]]:
+    """Groups of each teacher, from the content of skill_state.json."""
+    return [teacher["layer_groups"] for teacher in (state, *state.get("other_teachers", []))]
 
 
 def _written_by_another_version(state: dict) -> str:
@@ -165,6 +185,10 @@ def _check_same_run(directory: Path, state: dict, trainer, writer: str) -> None:
     present_recipe = json.loads(json.dumps(trainer.skill_config.to_dict(), default=str))
     pairs = [(name, stored.get(name), value) for name, value in present_recipe.items()]
     pairs += [(name, state.get(name), present[name]) for name in ("steps", "teacher")]
+    others = (
+        [teacher.get("teacher") for teacher in content.get("other_teachers", [])] for content in (state, present)
+    )
+    pairs += [(f"teacher[{index}]", *pair) for index, pair in enumerate(zip_longest(*others), start=1)]
     recipe = [difference for pair in pairs for difference in _differences(*pair)]
     stored_run, run = dict(state["run"]) if isinstance(state["run"], dict) else {}, dict(present["run"])
     batches = [{name: settings.pop(name, None) for name in BATCH_SETTINGS} for settings in (stored_run, run)]

@@ -19,16 +19,18 @@ from ..compression.pruning import num_parameters
 from ..data.audio import AudioError
 from ..data.collator import SpeechCollator
 from ..data.speech_datasets import disable_audio_decoding
+from ..grouping.calibration import Calibration
 from ..losses import DISTILLATION_LOSSES, TRAINING_LOSSES, sparsity_at, term_weights
 from ..models.model_modes import padding_ignored
 from ..models.properties import receptive_field
 from ..recipe.skill_config import SkillConfig, StageSteps
 from .distiller import SkillDistiller
 from .divergence import FiniteWatch
+from .ensemble import TeacherEnsemble
 from .loss_sums import HeldOutLosses, LossSums
 from .optimization import make_optimizer
+from .projection_start import LinearFit, set_projections
 from .task_heads import BATCH_COUNTS, label_encoder, make_head_loss
-from .teacher import Teacher
 from .unreadable_clips import UnreadableClips
 
 
@@ -41,7 +43,7 @@ class DistillationTrainer(Trainer):
     [`~transformers.Trainer`]; [`SkillDistillationTrainer`] decides when to cluster, cut and stop.
 
     Args:
-        teachers (`list[Teacher]`): teachers of the student; currently one.
+        ensemble ([`~skill_hf.distillation.ensemble.TeacherEnsemble`]): the teachers, which give the targets.
         student (`PreTrainedModel`): the model to train, with the head that the teacher keeps.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): converts the output of a CTC head to text.
         skill_config ([`SkillConfig`]): the recipe.
@@ -59,7 +61,7 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        teachers: list[Teacher],
+        ensemble: TeacherEnsemble,
         student: PreTrainedModel,
         skill_config: SkillConfig,
         args: TrainingArguments,
@@ -70,7 +72,8 @@ class DistillationTrainer(Trainer):
         tokenizer=None,
         **kwargs,
     ):
-        self.teachers, self.student, self.skill_config = teachers, student, skill_config
+        teachers = ensemble.teachers
+        self.ensemble, self.teachers, self.student, self.skill_config = ensemble, teachers, student, skill_config
         self.tokenizer = tokenizer
         self.head_loss = make_head_loss(teachers[0].head, skill_config)
         self.head_losses = () if self.head_loss is None else tuple(self.head_loss.units)
@@ -85,8 +88,9 @@ class DistillationTrainer(Trainer):
         if data_collator is None:
             settings = {"min_samples": receptive_field(student.config), "seed": args.seed}
             settings["label_encoder"] = self.label_encoder
-            data_collator = SpeechCollator(processing_class, **settings)
-            self.eval_data_collator = SpeechCollator(processing_class, crop="none", **settings)
+            extractor = ensemble.collator_extractor()
+            data_collator = SpeechCollator(extractor, **settings)
+            self.eval_data_collator = SpeechCollator(extractor, crop="none", **settings)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: disable_audio_decoding(dataset) for name, dataset in eval_dataset.items()}
         else:
@@ -116,6 +120,8 @@ class DistillationTrainer(Trainer):
         self.stage = 0  # 0: not begun, 1: distil and prune, 2: distil after the cut, 3: done
         self.steps: StageSteps | None = None
         self.layer_groups: list[list[int]] | None = None
+        self.other_calibrations: list[Calibration] = []  # of each teacher but the first
+        self.projection_starts: list[LinearFit] = []  # of the groups of these teachers, where they are predicted
         self.finite_watch = FiniteWatch(self)
         self.unreadable_clips = UnreadableClips(self)
         self._micro_batch = 0
@@ -127,8 +133,13 @@ class DistillationTrainer(Trainer):
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """What the student learns from: an encoder, with the head that is kept."""
+        """The teacher that the student is a copy of, the first one: an encoder, with the head that is kept."""
         return self.teachers[0].model
+
+    @property
+    def groups_of_teachers(self) -> list[list[list[int]]]:
+        """Hidden-state indices of each group, for each teacher."""
+        return [self.layer_groups, *(calibration.groups for calibration in self.other_calibrations)]
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:
@@ -141,14 +152,17 @@ class DistillationTrainer(Trainer):
         """The models that run in a step: the student, and the copy of each teacher that computes targets."""
         return [self.student, *(teacher.fast_copy(self._autocast_dtype) for teacher in self.teachers)]
 
-    def teacher_targets(self, input_values, attention_mask=None) -> torch.Tensor:
-        """Mean hidden state of the teacher in each group, `(groups, batch, frames, hidden_size)`, without gradient."""
+    def teacher_targets(self, input_values, attention_mask=None) -> list[torch.Tensor]:
+        """
+        What the student is to predict for a batch of the collator, without gradient: mean hidden states of each group,
+        `(groups, batch, frames, width)`, one tensor for each set of [`~TeacherEnsemble.target_sets`].
+        """
         return self.teacher_outputs(input_values, attention_mask)[0]
 
-    def teacher_outputs(self, input_values, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def teacher_outputs(self, input_values, attention_mask=None) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """`teacher_targets`, and the logits of the head that the teacher keeps, if any, without gradient."""
         with self.accelerator.autocast():
-            return self.teachers[0].outputs(self.layer_groups, input_values, attention_mask, self._autocast_dtype)
+            return self.ensemble.outputs(self.groups_of_teachers, input_values, attention_mask, self._autocast_dtype)
 
     # ---- What is trained ----
 
@@ -156,7 +170,6 @@ class DistillationTrainer(Trainer):
     def distiller_settings(self) -> dict:
         config = self.skill_config
         return {
-            "num_teacher_layers": self.teacher.config.num_hidden_layers,
             "teacher_cost": self.teacher_cost,
             "loss_weights": term_weights(config),
             "projection_groups": config.projection_groups,
@@ -166,9 +179,12 @@ class DistillationTrainer(Trainer):
 
     def _make_distiller(self, projections: nn.ModuleList | None = None) -> SkillDistiller:
         costs = self.budget.unit_costs(self.student)
+        targets = self.ensemble.target_sets(self.groups_of_teachers)
         distiller = SkillDistiller(
-            self.student, self.layer_groups, costs=costs, projections=projections, **self.distiller_settings
+            self.student, targets, costs=costs, projections=projections, **self.distiller_settings
         )
+        if projections is None and self.projection_starts:
+            set_projections(distiller, self.projection_starts)
         return distiller.to(self.args.device)
 
     # ---- The data ----
@@ -309,6 +325,7 @@ class DistillationTrainer(Trainer):
             counts = dict(zip(BATCH_COUNTS, items.unbind(), strict=True))
         penalty_scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         targets, target_logits = self.teacher_outputs(**inputs)
+        inputs["input_values"] = self.ensemble.prepare(0, **inputs)
         outputs = model(
             **inputs,
             targets=targets,

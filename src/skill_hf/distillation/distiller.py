@@ -9,6 +9,7 @@ from ..compression.budgets import UnitCosts
 from ..compression.pruning import expected_cost, seed_gates
 from ..losses import attended, distillation_sums, group_means, lagrangian
 from ..models.properties import has_gates, student_states
+from .ensemble import TargetSet
 from .task_heads import HeadLoss
 
 
@@ -19,23 +20,23 @@ class SkillDistiller(nn.Module):
 
     Args:
         student (`PreTrainedModel`): with gates in the first stage, pruned in the second; with a head or without.
-        layer_groups (`list[list[int]]`): the teacher's hidden-state indices of each group.
-        num_teacher_layers (`int`): layers of the teacher, of which the student may lack some.
+        target_sets (sequence of [`~skill_hf.distillation.ensemble.TargetSet`]): what is predicted; the first set is
+            of the teacher that the student is a copy of, of which it may lack some layers.
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units, in the unit of the budget.
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
         loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
         student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
             a group.
-        projections (`nn.ModuleList`, *optional*): those of the first stage; new identity maps by default.
+        projections (`nn.ModuleList`, *optional*): those of the first stage; by default new ones, identity maps where
+            the widths are equal.
         head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        layer_groups: Sequence[Sequence[int]],
-        num_teacher_layers: int,
+        target_sets: Sequence[TargetSet],
         costs: UnitCosts,
         teacher_cost: int,
         loss_weights: dict[str, float],
@@ -47,16 +48,16 @@ class SkillDistiller(nn.Module):
         super().__init__()
         self.student = student
         self.head_loss = head_loss
-        self.layer_groups = layer_groups
-        self.num_teacher_layers = num_teacher_layers
+        self.target_sets = target_sets
         self.student_layers = student_layers
         self.costs = costs
         self.teacher_cost = teacher_cost
         self.loss_weights = loss_weights
-        sharing = projection_groups or [[index] for index in range(len(layer_groups))]
+        widths = [targets.width for targets in target_sets for _ in targets.groups]
+        sharing = projection_groups or [[index] for index in range(len(widths))]
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
         self.projections = projections or nn.ModuleList(
-            identity_map(student.config.hidden_size) for _ in range(len(sharing))
+            identity_map(student.config.hidden_size, widths[groups[0]]) for groups in sharing
         )
         self.has_gates = has_gates(student)
         if self.has_gates:
@@ -69,11 +70,19 @@ class SkillDistiller(nn.Module):
 
     @property
     def student_groups(self) -> list[list[int]]:
-        """Indices of the student's hidden states that predict each group."""
+        """
+        Indices of the student's hidden states that predict each group, for one target set after the other. For a
+        teacher of another depth they are those at the same relative depth.
+        """
+        groups_and_depths = [(group, targets.num_layers) for targets in self.target_sets for group in targets.groups]
         if self.student_layers == "last":
-            return [[-1]] * len(self.layer_groups)
-        states = student_states(self.config, self.num_teacher_layers)
-        return [[states[index] for index in group] for group in self.layer_groups]
+            return [[-1]] * len(groups_and_depths)
+        num_layers = self.target_sets[0].num_layers
+        states = student_states(self.config, num_layers)
+        return [
+            [states[same_relative_depth(index, depth, num_layers)] for index in group]
+            for group, depth in groups_and_depths
+        ]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         # Reentrant checkpoints would go through the graph of a gate's value once for each part of a batch.
@@ -90,7 +99,7 @@ class SkillDistiller(nn.Module):
     def forward(
         self,
         input_values: torch.Tensor,
-        targets: torch.Tensor,
+        targets: Sequence[torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         target_sparsity: float = 0.0,
         gate_seed: int | None = None,
@@ -103,12 +112,14 @@ class SkillDistiller(nn.Module):
     ) -> dict[str, torch.Tensor]:
         r"""
         `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. One linear map for each
-        group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830). With a head, the
+        group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830). Terms are means
+        over the groups of all target sets, in which each group counts equally, whatever its width. With a head, the
         weighted losses of its logits and of the labels are added.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as prepared by the feature extractor.
-            targets (`torch.FloatTensor` of shape `(groups, batch, frames, hidden_size)`): teacher's group means.
+            targets (sequence of `torch.FloatTensor` of shape `(groups, batch, frames, width)`): group means of each
+                target set.
             attention_mask (`torch.LongTensor` of shape `(batch, samples)`, *optional*): 0 at padded samples.
             target_sparsity (`float`, *optional*): value of the schedule at this step.
             gate_seed (`int`, *optional*): fixes the noise of the gates.
@@ -127,12 +138,10 @@ class SkillDistiller(nn.Module):
             seed_gates(self.student.base_model, gate_seed)
         outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
         means = group_means(outputs.hidden_states, self.student_groups)
-        predictions = torch.stack(
-            [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
-        )
+        predictions = [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
-        sums = distillation_sums(predictions, targets, frame_mask)
+        sums = self._distillation_sums(predictions, targets, frame_mask)
         divisor = _divisor(frames, num_frames)
         terms = {name: value / divisor for name, value in sums.items()}
         loss = distillation_loss = sum(self.loss_weights[name] * term for name, term in terms.items())
@@ -157,6 +166,17 @@ class SkillDistiller(nn.Module):
         counts = {name: torch.as_tensor(count, device=loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
 
+    def _distillation_sums(self, predictions, targets, frame_mask) -> dict[str, torch.Tensor]:
+        """Sums over valid frames, averaged over all groups; `predictions` has an entry for each group."""
+        totals, first = {}, 0
+        for target in targets:
+            prediction = torch.stack(predictions[first : first + len(target)])
+            first += len(target)
+            share = len(target) / len(predictions)
+            for name, value in distillation_sums(prediction, target, frame_mask).items():
+                totals[name] = totals.get(name, 0.0) + share * value
+        return totals
+
 
 def _divisor(count: torch.Tensor | int, given: torch.Tensor | float | None) -> torch.Tensor | float:
     """What sums are divided by: `count`, or what was `given` for a larger batch; 1 where there is nothing to sum."""
@@ -172,9 +192,17 @@ def frame_mask_of(model, frames: int, attention_mask: torch.Tensor | None) -> to
     return mask & attention_mask.bool().any(-1, keepdim=True)
 
 
-def identity_map(size: int) -> nn.Linear:
-    """A linear map initialised to the identity."""
-    linear = nn.Linear(size, size)
+def same_relative_depth(index: int, num_layers: int, other_num_layers: int) -> int:
+    """
+    The hidden state of a model of `other_num_layers` at the depth of hidden state `index` of one of `num_layers`,
+    rounded half up; the input of the first layer and the last output stay what they are.
+    """
+    return (2 * index * other_num_layers + num_layers) // (2 * num_layers)
+
+
+def identity_map(size: int, out_size: int | None = None) -> nn.Linear:
+    """A linear map initialised to the identity; with another `out_size`, cut or filled with zeros."""
+    linear = nn.Linear(size, size if out_size is None else out_size)
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

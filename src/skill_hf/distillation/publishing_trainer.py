@@ -1,6 +1,7 @@
 """`PublishingTrainer`: writes a student's model card and publishes the student."""
 
 from concurrent.futures import Future
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +12,7 @@ from ..models.processors import save_processor
 from ..models.properties import has_gates
 from ..publishing import hub as publishing
 from ..publishing.model_card import write_model_card
-from ..publishing.run_report import RunReport
+from ..publishing.run_report import OtherTeacher, RunReport
 from .distillation_trainer import DistillationTrainer
 from .distiller import SkillDistiller
 
@@ -35,6 +36,11 @@ class PublishingTrainer(DistillationTrainer):
     def report(self) -> RunReport:
         """The run as it stands, for the model card, the figures and all_results.json."""
         args = self.args
+        groups_of_others = [calibration.groups for calibration in self.other_calibrations]
+        others = [
+            OtherTeacher(teacher.name, teacher.model, groups)
+            for teacher, groups in zip_longest(self.teachers[1:], groups_of_others)
+        ]
         return RunReport(
             student=self.student,
             teacher=self.teacher,
@@ -56,6 +62,7 @@ class PublishingTrainer(DistillationTrainer):
             sampling_rate=self.processing_class.sampling_rate,
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
+            other_teachers=others,
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

@@ -51,6 +51,12 @@ def describe_run(trainer) -> dict:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
         "teacher_weights": trainer.teachers[0].weights_checksum(),
+        **{
+            name: {"weights": other.weights_checksum(), "audio": _simple_fields(extractor)}
+            for (name, other), extractor in zip(
+                trainer.ensemble.others.items(), trainer.ensemble.feature_extractors[1:], strict=True
+            )
+        },
         "student_weights": trainer.start_checksum,
         "audio": _simple_fields(trainer.processing_class),
         "crops": _simple_fields(trainer.data_collator),

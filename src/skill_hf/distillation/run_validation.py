@@ -76,6 +76,9 @@ def check_data(trainer) -> None:
     for name, rows in heldout.items() if isinstance(heldout, dict) else [("", heldout)]:
         if rows is not None:
             check_rows(f"eval_dataset[{name!r}]" if name else "eval_dataset", rows)
+    collators = {"data_collator": trainer.data_collator, "eval_data_collator": trainer.eval_data_collator}
+    sets = heldout if isinstance(heldout, dict) else {"eval_dataset": heldout}
+    trainer.ensemble.check_batches(collators, {"train_dataset": dataset, **sets})
     strategy = args.train_sampling_strategy
     if not has_length(dataset):
         if args.max_steps < 0:

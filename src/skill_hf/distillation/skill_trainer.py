@@ -16,7 +16,7 @@ from .. import storage
 from ..compression import pruning
 from ..compression.cut import fit_to_cost
 from ..files import keep_sources, local_directory
-from ..grouping.calibration import calibrate, check_eval_clips
+from ..grouping.calibration import Calibration, check_eval_clips
 from ..grouping.clustering import layer_tree
 from ..models.families import build_student
 from ..models.loading import check_feature_extractor, plain_feature_extractor
@@ -28,7 +28,13 @@ from ..recipe.argument_validation import check_arguments, check_devices, check_t
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from ..version import __version__
-from .checkpoint_validation import SKILL_STATE_NAME, TRAINER_STATE_NAME, read_json, read_student_config
+from .checkpoint_validation import (
+    SKILL_STATE_NAME,
+    TRAINER_STATE_NAME,
+    groups_in,
+    read_json,
+    read_student_config,
+)
 from .checkpointing import (
     how_to_resume,
     run_directory,
@@ -39,14 +45,16 @@ from .checkpointing import (
 from .distiller import SkillDistiller
 from .divergence import refuse_non_finite
 from .early_stopping import restore_patience, stopped_early, without_early_stopping
+from .ensemble import TeacherEnsemble, load_teachers
 from .interruption import Interruption
+from .projection_start import fit_projections
 from .publishing_trainer import PublishingTrainer
 from .recipe_validation import check_recipe, check_student, validate_recipe, warn_of_slow_gates
 from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
 from .student_measurements import StudentMeasurements
-from .teacher import Teacher, find_tokenizer
+from .teacher import find_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -63,9 +71,11 @@ class SkillDistillationTrainer(PublishingTrainer):
     the recipe, stage 1 removes closed units during training (see [`ShrinkCallback`]).
 
     Args:
-        teacher (`str` or `PreTrainedModel`):
+        teacher (`str` or `PreTrainedModel`, or a list of these):
             A speech encoder, maybe fine-tuned (see `task`): Hub id, local directory or loaded model. It is never part
-            of a checkpoint.
+            of a checkpoint. With several (Ensemble Knowledge Distillation, arXiv 2302.12757) the student starts as a
+            copy of the first and learns from all, by `teacher_targets` of the recipe; they may be of any family, but
+            of one sampling rate and frame rate.
         skill_config ([`SkillConfig`], *optional*):
             The recipe.
         args ([`~transformers.TrainingArguments`], *optional*):
@@ -75,13 +85,13 @@ class SkillDistillationTrainer(PublishingTrainer):
         model (`PreTrainedModel`, *optional*):
             The initial student; by default an exact copy of the teacher. It may already be pruned.
         processing_class (*optional*):
-            The feature extractor, or a processor with a feature extractor and a tokenizer; by default the teacher's. A
-            `Wav2Vec2FeatureExtractor` with the same fields is saved with the student, whatever its class.
+            The feature extractor, or a processor with a feature extractor and a tokenizer; by default the first
+            teacher's. A `Wav2Vec2FeatureExtractor` with the same fields is saved with the student, whatever its class.
         data_collator (*optional*):
             [`SpeechCollator`] by default, which crops the clips of a batch to one length in training and pads them in
             evaluation.
         task (`str`, *optional*):
-            The head of the teacher that the student keeps and learns: `ctc`, `classification` or
+            The head of the first teacher that the student keeps and learns: `ctc`, `classification` or
             `frame-classification`, or `encoder` for none. By default the head of a loaded model, and none of a
             directory or Hub id.
         kwargs:
@@ -89,18 +99,20 @@ class SkillDistillationTrainer(PublishingTrainer):
             `compute_loss_func` and `preprocess_logits_for_metrics`.
 
     Attributes:
-        teacher (`PreTrainedModel`): the frozen encoder, with the head that is kept.
-        teachers (`list[Teacher]`): the teacher with its name, size and feature extractor; currently one.
+        teacher (`PreTrainedModel`): the frozen encoder, with the head that is kept; the first if there are several.
+        teachers (`list[Teacher]`): each teacher with its name, size and feature extractor.
         layer_groups (`list[list[int]]`): hidden-state indices of each group (0 is the input of the first layer),
-            available after clustering in `train()` or after resuming.
+            available after clustering in `train()` or after resuming; those of the first teacher.
         layer_similarity (`numpy.ndarray` of shape `(N, N)`): the clustered similarity matrix; `None` if `layer_groups`
             was set by hand.
+        other_calibrations (`list[Calibration]`): groups and similarity of each teacher but the first.
         model (`PreTrainedModel`): the student; pruned after `train()`.
 
     Raises:
-        `ValueError`: if the teacher cannot be loaded, belongs to an unknown family, or lacks the head of `task` or its
-            tokenizer, the recipe does not fit it (more clusters than layers, groups with a layer it does not have, a
-            sparsity that its gates cannot reach), or an argument is out of range or can't be honoured in both stages.
+        `ValueError`: if a teacher cannot be loaded, belongs to an unknown family, or lacks the head of `task` or its
+            tokenizer, several teachers cannot be used together, the recipe does not fit (more clusters than layers,
+            groups with a layer that does not exist, a sparsity that the gates cannot reach), or an argument is out of
+            range or can't be honoured in both stages.
 
     Example:
 
@@ -121,7 +133,7 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     def __init__(
         self,
-        teacher: str | PreTrainedModel,
+        teacher: str | PreTrainedModel | list[str | PreTrainedModel],
         skill_config: SkillConfig | None = None,
         args: TrainingArguments | None = None,
         train_dataset=None,
@@ -138,7 +150,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         args = SkillTrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
         check_devices(args)
-        teachers = [Teacher(teacher, task)]
+        teachers = load_teachers(teacher, task)
         student = build_student(teachers[0].model) if model is None else model
         check_student(student, teachers[0].model)
         tokenizer = find_tokenizer(teachers[0], processing_class)
@@ -146,13 +158,14 @@ class SkillDistillationTrainer(PublishingTrainer):
         processing_class = getattr(processing_class, "feature_extractor", processing_class)  # of a processor
         check_feature_extractor(processing_class)
         validate_recipe(skill_config, teachers[0].model, student, processing_class.sampling_rate)
+        ensemble = TeacherEnsemble(teachers, skill_config, processing_class)
         # LayerDrop and SpecAugment would shorten and mask the student's hidden states. What the student is later
         # fine-tuned with is the teacher's setting again.
         self._apply_spec_augment = student.config.apply_spec_augment
         student.config.layerdrop = 0.0
         student.config.base_model = teachers[0].hub_id or student.config.base_model
         super().__init__(
-            teachers,
+            ensemble,
             student,
             skill_config,
             args,
@@ -165,10 +178,11 @@ class SkillDistillationTrainer(PublishingTrainer):
         )
         start = local_directory(getattr(model, "name_or_path", None))
         self.sources = {"teacher": teachers[0].directory, "model": start}
+        self.sources |= {name: other.directory for name, other in ensemble.others.items()}
         self.start_checksum = None if model is None else checksum(student)
         self.run: dict | None = None  # what `train()` tells it from other runs by
         self.layer_similarity: np.ndarray | None = None
-        self.record = RunRecord()
+        self.record = RunRecord(num_teachers=len(teachers))
         self.measurements = StudentMeasurements(self)
         self._checkpoint_parent: str | None = None
         self.interruption = Interruption(self)
@@ -191,8 +205,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         if self.train_dataset is None:
             raise ValueError("There is no `train_dataset` to calibrate on; pass one.")
         check_eval_clips(self.eval_dataset, self.eval_data_collator, self.processing_class)
-        calibration = calibrate(
-            self.teachers[0].fast_copy().base_model,
+        calibration, *self.other_calibrations = self.ensemble.calibrate(
             self.train_dataset,
             self.skill_config,
             self.accelerator,
@@ -202,6 +215,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         )
         self.layer_groups, self.layer_similarity = calibration.groups, calibration.similarity
         self.record.half_groups, self.record.silhouettes = calibration.half_groups, calibration.silhouettes
+        if not self.ensemble.is_averaged:
+            self.projection_starts = fit_projections(self)
 
     def layer_tree(self) -> np.ndarray | None:
         """The clustering tree as scipy's linkage matrix, for a dendrogram; `None` if groups were set by hand."""
@@ -402,6 +417,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             "layer_similarity": None if self.layer_similarity is None else self.layer_similarity.tolist(),
             "record": self.record.to_dict(),
             "run": self.run,
+            **self.ensemble.state_of_others(self.other_calibrations),
         }
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -428,7 +444,8 @@ class SkillDistillationTrainer(PublishingTrainer):
             student = type(self.student)(config).to("meta")  # an old constructor may use another device
             if state["stage"] == 1:
                 self._add_gates(student)
-            return SkillDistiller(student, state["layer_groups"], costs=None, **self.distiller_settings)
+            targets = self.ensemble.target_sets(groups_in(state))
+            return SkillDistiller(student, targets, costs=None, **self.distiller_settings)
 
     def _restore(self, checkpoint: str) -> None:
         """Restores groups, stage and shapes from a checkpoint; the Trainer loads the weights."""
@@ -436,6 +453,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.layer_groups = state["layer_groups"]
         similarity = state.get("layer_similarity")
         self.layer_similarity = None if similarity is None else np.array(similarity)
+        self.other_calibrations = [Calibration.from_dict(other) for other in state.get("other_teachers", [])]
         self.record = RunRecord.from_dict(state.get("record", {}))
         self.stage = state["stage"]
         config = read_student_config(Path(checkpoint), self.student.config)

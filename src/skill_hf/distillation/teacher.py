@@ -110,9 +110,12 @@ class Teacher:
         """
         return load_tokenizer(self.name, "Teacher") if self.name and self.head == CTC else None
 
-    def feature_extractor(self) -> Wav2Vec2FeatureExtractor:
+    def feature_extractor(
+        self, what: str = "The teacher", advice: str = "Pass `processing_class` if that is wrong."
+    ) -> Wav2Vec2FeatureExtractor:
         """
-        The feature extractor saved with the model. Without one, a warning says what is assumed.
+        The feature extractor saved with the model. Without one, a warning says what is assumed of `what`, and gives
+        `advice`.
 
         Raises:
             `ValueError`: if it cannot be used.
@@ -122,10 +125,12 @@ class Teacher:
             return extractor
         normalise = self.config.feat_extract_norm == "layer"
         logger.warning(
-            "The teacher has no preprocessor_config.json; audio is %s. Pass `processing_class` if that is wrong.",
+            "%s has no preprocessor_config.json; audio is %s. %s",
+            what,
             "normalised, as usual for layer-norm models"
             if normalise
             else "not normalised, as usual for group-norm models",
+            advice,
         )
         return Wav2Vec2FeatureExtractor(do_normalize=normalise, return_attention_mask=True)
 

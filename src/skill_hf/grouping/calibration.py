@@ -39,6 +39,26 @@ class Calibration:
     half_groups: list[list[list[int]]]
     silhouettes: dict[int, float]
 
+    def to_dict(self) -> dict:
+        """JSON values, under the names that a checkpoint has for those of the first teacher."""
+        return {
+            "layer_groups": self.groups,
+            "layer_similarity": None if self.similarity is None else self.similarity.tolist(),
+            "half_groups": self.half_groups,
+            "silhouettes": self.silhouettes,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Calibration":
+        """Inverse of `to_dict`, also after a round trip through JSON, whose keys are strings."""
+        similarity = values.get("layer_similarity")
+        return cls(
+            groups=values["layer_groups"],
+            similarity=None if similarity is None else np.array(similarity),
+            half_groups=values.get("half_groups", []),
+            silhouettes={int(count): score for count, score in values.get("silhouettes", {}).items()},
+        )
+
 
 def calibrate(
     teacher: PreTrainedModel,
@@ -49,6 +69,8 @@ def calibrate(
     seed: int,
     progress: bool,
     reading: dict,
+    feature_extractor=None,
+    name: str = "",
 ) -> Calibration:
     """
     Reads the calibration clips, measures the similarity of the layers and groups them.
@@ -62,6 +84,8 @@ def calibrate(
         seed (`int`): seed of the selection and of the crops.
         progress (`bool`): whether to show a progress bar.
         reading (`dict`): arguments for reading clips with [`~skill_hf.data.collator.calibration_waveforms`].
+        feature_extractor (*optional*): prepares clips that are read unprepared.
+        name (`str`, *optional*): what the log calls the teacher, if there are several.
 
     Raises:
         `ValueError`: if there is no audio, most of it cannot be read, or the groups do not fit the recipe.
@@ -75,7 +99,7 @@ def calibrate(
         return Calibration(config.layer_groups, None, [], {})
     matrices = [None]
     if accelerator.is_main_process:
-        matrices = [_similarities(teacher, waveforms, config, seed, progress)]
+        matrices = [_similarities(teacher, waveforms, config, seed, progress, feature_extractor)]
     if accelerator.num_processes > 1:
         broadcast_object_list(matrices)
     similarity, *halves = matrices[0]
@@ -86,12 +110,12 @@ def calibrate(
     ]
     calibration = Calibration(groups, similarity, half_groups, silhouettes(similarity, config))
     config.validate_projection_groups(len(groups))
-    _tell(calibration)
+    _tell(calibration, f" of `{name}`" if name else "")
     return calibration
 
 
 def _similarities(
-    teacher: PreTrainedModel, waveforms: Iterable, config: SkillConfig, seed: int, progress: bool
+    teacher: PreTrainedModel, waveforms: Iterable, config: SkillConfig, seed: int, progress: bool, feature_extractor
 ) -> list[np.ndarray]:
     """Similarity of all clips, then of each half."""
     return layer_similarity(
@@ -100,19 +124,21 @@ def _similarities(
         similarity=config.similarity,
         include_embeddings=config.include_embeddings,
         seed=seed,
+        feature_extractor=feature_extractor,
         **{f"{term}_weight": weight for term, weight in term_weights(config).items()},
         progress=progress,
         num_parts=2,
     )
 
 
-def _tell(calibration: Calibration) -> None:
+def _tell(calibration: Calibration, whose: str) -> None:
     scores = ", ".join(f"{count}: {score:.3f}" for count, score in calibration.silhouettes.items())
-    logger.info("Groups of hidden states: %s; silhouette by number of groups: %s", calibration.groups, scores)
+    logger.info("Groups of hidden states%s: %s; silhouette by number of groups: %s", whose, calibration.groups, scores)
     if any(groups != calibration.groups for groups in calibration.half_groups):
         logger.warning(
-            "The groups depend on the audio: the whole calibration set gives %s, its halves give %s. Raise"
+            "The groups%s depend on the audio: the whole calibration set gives %s, its halves give %s. Raise"
             " `calibration_samples`, or set `num_clusters` or `layer_groups`.",
+            whose,
             calibration.groups,
             " and ".join(map(str, calibration.half_groups)),
         )

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_url
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -29,6 +27,7 @@ from ..version import __version__
 from .dataset_description import DatasetContent, code_text, describe_datasets
 from .plots import plot_architecture, plot_layer_distances, plot_layer_similarity, plot_training
 from .run_report import RunReport
+from .teacher_metadata import SeveralTeachers, add_other_teachers, several_teachers, teacher_license
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ PRECISIONS = {"bf16": "bfloat16 mixed", "fp16": "float16 mixed"}
 HEAD_LOSS_LABELS = {"logits_loss": "Divergence of logits", "task_loss": "Loss of labels"}
 EXAMPLE_SECONDS = 10.0  # what multiply-accumulates are counted for
 CURVE_ROWS = 8
-HUB_TIMEOUT = 5.0  # seconds; a card does not wait longer for the licence of the teacher
 
 
 class Task(NamedTuple):
@@ -160,6 +158,7 @@ class TrainingContent:
     losses: list[tuple[str, int, list[str]]]  # of what, at which step, values
     curve: list[tuple[int, float, float]]  # step, sparsity, target
     figures: list[str]
+    several: SeveralTeachers | None  # what the card says of others than the first
 
 
 def write_model_card(directory: str | Path, report: RunReport) -> None:
@@ -192,6 +191,7 @@ def write_model_card(directory: str | Path, report: RunReport) -> None:
                 f" {REPOCARD_NAME} was written: {type(error).__name__}: {error}"
             ) from error
     training = _training_content(report, described, printed, save_figures(directory, report))
+    add_other_teachers(data, report.other_teachers)
     _render(data, content, training).save(Path(directory) / REPOCARD_NAME)
 
 
@@ -239,37 +239,6 @@ def card_data(
     )
 
 
-def teacher_license(name: str | Path | None) -> str | None:
-    """
-    Licence in the card of a model, such as `"mit"`, or `None`: if there is no card or no licence in it, or the Hub
-    cannot be reached within a few seconds or must not be contacted (`HF_HUB_OFFLINE`).
-
-    Args:
-        name (`str` or `Path`, *optional*): local directory or Hub id of the model.
-    """
-    readme, hub_id = Path(name or "") / REPOCARD_NAME, hub_id_of(name)
-    try:
-        card = readme.read_text(encoding="utf-8") if name and readme.is_file() else hub_id and _card_on_hub(hub_id)
-        licence = ModelCard(card, ignore_metadata_errors=True).data.get("license") if card else None
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        logger.info("The card of %s cannot be read: %s", name, error)
-        return None
-    return licence if isinstance(licence, str) else None
-
-
-@functools.cache  # a run writes its card several times, and may have no network
-def _card_on_hub(repo_id: str) -> str | None:
-    # One request. `ModelCard.load` would go on for half a minute where there is no network.
-    url = hf_hub_url(repo_id, REPOCARD_NAME)
-    try:
-        response = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT)
-        hf_raise_for_status(response)
-    except Exception as error:  # the client's HTTP library has been three by now, each with errors of its own
-        logger.info("The card of %s could not be read on the Hub: %s", repo_id, error)
-        return None
-    return response.text
-
-
 def save_figures(directory: str | Path, report: RunReport) -> list[str]:
     """
     Draws the remaining units of each layer, the similarity of the teacher's layers with the tree of their clustering,
@@ -293,7 +262,7 @@ def save_figures(directory: str | Path, report: RunReport) -> list[str]:
         if record.layer_distances:
             figures["layer_distances.png"] = plot_layer_distances(
                 {"student": record.layer_distances["cka"]},
-                f"distance to the teacher (1 - CKA), {record.measured_on}",
+                f"distance to the {'first ' if report.other_teachers else ''}teacher (1 - CKA), {record.measured_on}",
                 {"student": report.layer_groups},
             )
         if any("distillation_loss" in line for line in history):
@@ -396,6 +365,7 @@ def _training_content(
         losses=_losses(report.log_history, ["distillation_loss", *(f"{term}_loss" for term in terms), *head_losses]),
         curve=_curve(report.log_history),
         figures=figures,
+        several=several_teachers(report),
     )
 
 

@@ -32,7 +32,10 @@ class RunRecord:
         measured_on (`str`): data of `losses`, such as "32 held-out clips".
         losses (`dict[str, dict[str, float]]`): `distillation_loss` and `cosine_similarity` at each of `MOMENTS`;
             with a head also `logits_loss`, and `task_loss` if there are labels.
-        layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state.
+        layer_distances (`dict[str, list[float]]`): `cka` and `cosine` distance to the teacher at each hidden state; to
+            the first of several.
+        num_teachers (`int`): teachers that give the targets. `cosine_similarity` is that to the targets: with several,
+            a copy of one of them does not reach 1.
     """
 
     silhouettes: dict[int, float] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class RunRecord:
     measured_on: str = ""
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     layer_distances: dict[str, list[float]] = field(default_factory=dict)
+    num_teachers: int = 1
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -83,7 +87,8 @@ class RunRecord:
         """Lines for the end of a run: losses, cut, and advice if something went wrong."""
         lines = []
         if self.losses:
-            lines.append(f"Distillation loss and cosine similarity on {self.measured_on} (the teacher: -1 and 1)")
+            best = "the teacher" if self.num_teachers == 1 else "exact prediction of all targets"
+            lines.append(f"Distillation loss and cosine similarity on {self.measured_on} ({best}: -1 and 1)")
             lines += [f"  {name:<32}{loss:>8.3f}{cosine:>8.3f}" for name, loss, cosine in self.loss_rows()]
         if self.cut is not None and self.cut["shift"]:
             lines.append(
@@ -106,13 +111,15 @@ class RunRecord:
         ]
 
     def advice_on_student(self) -> list[str]:
-        end = self.losses.get("end")
-        if end is None or end["cosine_similarity"] >= MIN_COSINE_SIMILARITY:
+        end, lowest, whose = self.losses.get("end"), MIN_COSINE_SIMILARITY, "the teacher's"
+        if self.num_teachers > 1:  # of which the unpruned copy of the first is not nearer than it is
+            start = self.losses.get("start", {"cosine_similarity": 1.0})
+            lowest, whose = lowest * start["cosine_similarity"], "the teachers'"
+        if end is None or end["cosine_similarity"] >= lowest:
             return []
         return [
-            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to the teacher's"
-            f" (below {MIN_COSINE_SIMILARITY} the student is of little use): train for more steps or lower"
-            " `target_sparsity`."
+            f"The student's hidden states have a cosine similarity of {end['cosine_similarity']:.2f} to {whose}"
+            f" (below {lowest:.2g} the student is of little use): train for more steps or lower `target_sparsity`."
         ]
 
 
@@ -140,6 +147,7 @@ _is_cut = _has_numbers("left", "wanted", "shift")
 _are_distances = _object_of(_list_of(_is_number))
 # Field of `RunRecord` -> what a file must contain for it.
 _FIELDS: dict[str, tuple[str, Callable]] = {
+    "num_teachers": ("a count", lambda value: type(value) is int and value > 0),
     "silhouettes": ("numbers of groups with their silhouettes", _object_of(_is_number, _is_count)),
     "half_groups": ("lists of groups", _list_of(_list_of(_list_of(lambda layer: type(layer) is int)))),
     "cut": ("the numbers `left`, `wanted` and `shift`", lambda value: value is None or _is_cut(value)),

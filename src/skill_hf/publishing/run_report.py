@@ -14,13 +14,29 @@ from .run_record import RunRecord
 
 
 @dataclass
+class OtherTeacher:
+    """
+    A teacher that the student is not a copy of.
+
+    Args:
+        name (`str` or `PathLike`, *optional*): Hub id or local directory.
+        model (`PreTrainedModel`): the encoder.
+        layer_groups (`list[list[int]]`, *optional*): hidden-state indices of each group.
+    """
+
+    name: str | os.PathLike | None
+    model: PreTrainedModel
+    layer_groups: list[list[int]] | None = None
+
+
+@dataclass
 class RunReport:
     """
     The current state of a run. `None` or empty means not known yet; such values are left out everywhere. Sizes are
     computed once: make a new report when the student has changed.
 
     Args:
-        student, teacher (`PreTrainedModel`): the encoders, or both with their heads.
+        student, teacher (`PreTrainedModel`): the encoders, or both with their heads; the first of several teachers.
         teacher_name (`str` or `PathLike`, *optional*): Hub id or local directory of the teacher.
         skill_config ([`SkillConfig`]): the recipe.
         record ([`~skill_hf.publishing.run_record.RunRecord`]): measurements of the run.
@@ -38,6 +54,7 @@ class RunReport:
         seed (`int`): seed of the run.
         sampling_rate (`int`): sampling rate in Hz.
         train_dataset, eval_dataset (*optional*): the data; `eval_dataset` may be a dict of several.
+        other_teachers (`list[OtherTeacher]`): all teachers but the first.
     """
 
     student: PreTrainedModel
@@ -60,6 +77,7 @@ class RunReport:
     sampling_rate: int = 16_000
     train_dataset: object = None
     eval_dataset: object = None
+    other_teachers: list[OtherTeacher] = field(default_factory=list)
 
     @cached_property
     def budget(self) -> Budget:
@@ -91,9 +109,20 @@ class RunReport:
 
     def results(self) -> dict:
         """Values of the run for all_results.json: plain values, no local paths."""
-        name, budget = self.teacher_name, self.skill_config.budget
+        budget = self.skill_config.budget
+        several = {}
+        if self.other_teachers:
+            several["teacher_targets"] = self.skill_config.teacher_targets
+            several["other_teachers"] = [
+                {
+                    "teacher": _public_name(other.name),
+                    "teacher_parameters": sum(parameter.numel() for parameter in other.model.parameters()),
+                    "layer_groups": other.layer_groups,
+                }
+                for other in self.other_teachers
+            ]
         return {
-            "teacher": Path(name).name if name and Path(name).exists() else name,
+            "teacher": _public_name(self.teacher_name),
             "teacher_parameters": self.num_teacher_parameters,
             "student_parameters": self.num_student_parameters,
             f"teacher_{budget}": self.teacher_cost,
@@ -104,4 +133,10 @@ class RunReport:
             "layer_groups": self.layer_groups,
             "record": self.record.to_dict(),
             **({"student_class": type(self.student).__name__} if self.head_losses else {}),
+            **several,
         }
+
+
+def _public_name(name: str | os.PathLike | None) -> str | os.PathLike | None:
+    """Without the path of a local directory."""
+    return Path(name).name if name and Path(name).exists() else name

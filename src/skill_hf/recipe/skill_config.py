@@ -15,6 +15,7 @@ from .latency_costs import check_latency_costs
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
 STUDENT_LAYERS = ("group", "last")
+TEACHER_TARGETS = ("average", "separate")
 BUDGETS = ("parameters", "macs", "latency")
 SKILL_CONFIG_NAME = "skill_config.json"
 
@@ -62,6 +63,10 @@ class SkillConfig:
             `layer_groups=[[0],[4],[8],[12]]` with `projection_groups=[[0],[1,2,3]]`.
         student_layers (`str`, *optional*, defaults to `"group"`):
             What predicts a group: `group`, the mean of the same layers of the student, or `last`, its last layer.
+        teacher_targets (`str`, *optional*, defaults to `"average"`):
+            What a student of several teachers predicts: `average`, the mean over teachers of each group, or
+            `separate`, each group of each teacher through a projection of its own. Only `separate` allows teachers of
+            different widths. No effect with one teacher.
         calibration_samples (`int`, *optional*, defaults to 256):
             Number of training clips to compute the similarity on.
         calibration_seconds (`float`, *optional*, defaults to 10.0):
@@ -148,6 +153,7 @@ class SkillConfig:
     layer_groups: list[list[int]] | str | None = None
     projection_groups: list[list[int]] | str | None = None
     student_layers: str = "group"
+    teacher_targets: str = "average"
     calibration_samples: int = 256
     calibration_seconds: float = 10.0
     l1_weight: float = 1.0
@@ -322,6 +328,7 @@ FIELD_KINDS = {
     "layer_groups": fields.optional(fields.index_groups),
     "projection_groups": fields.optional(fields.index_groups),
     "student_layers": fields.one_of(STUDENT_LAYERS),
+    "teacher_targets": fields.one_of(TEACHER_TARGETS),
     "calibration_samples": fields.whole(1),
     "calibration_seconds": fields.number(above=0),
     **{f"{term}_weight": fields.number(least=0) for term in LOSS_TERMS},
