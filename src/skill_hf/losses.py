@@ -113,10 +113,13 @@ def group_means(hidden_states: Sequence[torch.Tensor], groups: Sequence[Sequence
 
 
 def distillation_sums(
-    prediction: torch.Tensor, target: torch.Tensor, frame_mask: torch.Tensor | None = None
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    frame_mask: torch.Tensor | None = None,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""
-    Each of `LOSS_TERMS`, summed over valid frames and averaged over groups.
+    Each of `LOSS_TERMS`, summed over valid frames and averaged over groups, or summed with `weights`.
 
     Sums, because a caller that divides by the frames of a whole accumulated batch then gets the same update however
     the batch was split.
@@ -125,6 +128,7 @@ def distillation_sums(
         prediction (`torch.Tensor` of shape `(groups, batch, frames, hidden_size)`): the student's.
         target (`torch.Tensor` of the same shape): the teacher's.
         frame_mask (`torch.BoolTensor` of shape `(batch, frames)`, *optional*): True for frames that are not padding.
+        weights (`Sequence[float]`, *optional*): one for each group.
     """
     prediction, target = prediction.float(), target.float()
     error = prediction - target
@@ -132,7 +136,10 @@ def distillation_sums(
     if frame_mask is not None:
         # `where`, not a product: whatever padded frames hold, a NaN too, must not count.
         terms = {name: torch.where(frame_mask, term, 0.0) for name, term in terms.items()}
-    return {name: term.sum() / len(prediction) for name, term in terms.items()}
+    if weights is None:
+        return {name: term.sum() / len(prediction) for name, term in terms.items()}
+    weights = torch.tensor(weights, device=prediction.device)
+    return {name: term.flatten(1).sum(1) @ weights for name, term in terms.items()}
 
 
 def logits_divergence(prediction: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -185,9 +192,19 @@ def ctc_losses(
     return losses / num_labels.clamp(min=1) if per_label else losses
 
 
-def sparsity_at(step: int, target_sparsity: float, warmup_steps: int) -> float:
-    """Target sparsity at an optimizer step; it rises linearly from 0 over `warmup_steps`."""
-    return target_sparsity * min(1.0, step / warmup_steps) if warmup_steps else target_sparsity
+# How the target sparsity rises: share of its warm-up -> share of the target.
+SPARSITY_SCHEDULES = {
+    "linear": lambda share: share,
+    # Fast while there is much to spare (Zhu and Gupta, arXiv 1710.01878, equation 1).
+    "cubic": lambda share: 1 - (1 - share) ** 3,
+}
+
+
+def sparsity_at(step: int, target_sparsity: float, warmup_steps: int, schedule: str = "linear") -> float:
+    """Target sparsity at an optimizer step; it rises from 0 over `warmup_steps` by one of `SPARSITY_SCHEDULES`."""
+    if not warmup_steps:
+        return target_sparsity
+    return target_sparsity * SPARSITY_SCHEDULES[schedule](min(1.0, step / warmup_steps))
 
 
 def lagrangian(

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -121,6 +120,7 @@ class DistillationTrainer(Trainer):
         self.steps: StageSteps | None = None
         self.layer_groups: list[list[int]] | None = None
         self.other_calibrations: list[Calibration] = []  # of each teacher but the first
+        self.state_moments: list[dict] = []  # mean and deviation of the states of each teacher, if they are normalised
         self.projection_starts: list[LinearFit] = []  # of the groups of these teachers, where they are predicted
         self.finite_watch = FiniteWatch(self)
         self.unreadable_clips = UnreadableClips(self)
@@ -162,7 +162,13 @@ class DistillationTrainer(Trainer):
     def teacher_outputs(self, input_values, attention_mask=None) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """`teacher_targets`, and the logits of the head that the teacher keeps, if any, without gradient."""
         with self.accelerator.autocast():
-            return self.ensemble.outputs(self.groups_of_teachers, input_values, attention_mask, self._autocast_dtype)
+            return self.ensemble.outputs(
+                self.groups_of_teachers,
+                input_values,
+                attention_mask,
+                self._autocast_dtype,
+                self.distiller.state_norms if self.skill_config.normalize_states else (),
+            )
 
     # ---- What is trained ----
 
@@ -174,17 +180,28 @@ class DistillationTrainer(Trainer):
             "loss_weights": term_weights(config),
             "projection_groups": config.projection_groups,
             "student_layers": config.student_layers,
+            "group_weights": config.group_weights,
+            "root_weight": config.root_weight,
+            "root_schedule": config.root_schedule,
+            "state_sizes": self._state_sizes,
             "head_loss": self.head_loss,
         }
 
-    def _make_distiller(self, projections: nn.ModuleList | None = None) -> SkillDistiller:
+    @property
+    def _state_sizes(self) -> list[tuple[int, int]]:
+        """Number and width of the hidden states of each teacher, if they are normalised."""
+        configs = [teacher.config for teacher in self.teachers] if self.skill_config.normalize_states else []
+        return [(config.num_hidden_layers + 1, config.hidden_size) for config in configs]
+
+    def _make_distiller(self, previous: SkillDistiller | None = None) -> SkillDistiller:
         costs = self.budget.unit_costs(self.student)
         targets = self.ensemble.target_sets(self.groups_of_teachers)
-        distiller = SkillDistiller(
-            self.student, targets, costs=costs, projections=projections, **self.distiller_settings
-        )
-        if projections is None and self.projection_starts:
-            set_projections(distiller, self.projection_starts)
+        distiller = SkillDistiller(self.student, targets, costs=costs, previous=previous, **self.distiller_settings)
+        if previous is None:
+            for norms, moments in zip(distiller.state_norms, self.state_moments, strict=False):
+                norms.load_state_dict({name: torch.from_numpy(value) for name, value in moments.items()})
+            if self.projection_starts:
+                set_projections(distiller, self.projection_starts)
         return distiller.to(self.args.device)
 
     # ---- The data ----
@@ -352,7 +369,8 @@ class DistillationTrainer(Trainer):
         target = self.skill_config.target_sparsity
         if self.stage != 1:
             return target
-        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup)
+        schedule = self.skill_config.sparsity_schedule
+        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup, schedule)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -10,7 +10,12 @@ from ..compression.pruning import expected_cost, seed_gates
 from ..losses import attended, distillation_sums, group_means, lagrangian
 from ..models.properties import has_gates, student_states
 from .ensemble import TargetSet
+from .state_norms import StateNorms
 from .task_heads import HeadLoss
+
+
+# Share of a group's own layers in a mixture of layers at the start.
+MIXTURE_START = 0.95
 
 
 class SkillDistiller(nn.Module):
@@ -26,10 +31,16 @@ class SkillDistiller(nn.Module):
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
         loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
-        student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
-            a group.
-        projections (`nn.ModuleList`, *optional*): those of the first stage; by default new ones, identity maps where
-            the widths are equal.
+        student_layers (`str`, *optional*, defaults to `"group"`): `group`, `last` or `mixture`, the student's states
+            that predict a group.
+        group_weights (`str`, *optional*, defaults to `"equal"`): `equal` or `size`, how much a group counts.
+        root_weight (`float`, *optional*, defaults to 0.0): share of the loss of the roots, if there are any.
+        root_schedule (`str`, *optional*, defaults to `"constant"`): `constant`, or `sparsity` for a share that grows
+            with the target sparsity.
+        state_sizes (sequence of `tuple[int, int]`, *optional*): number and width of the hidden states of each teacher,
+            if they are normalised.
+        previous ([`SkillDistiller`], *optional*): the one of the first stage, whose projections, mixture and
+            normalisation go on; by default new projections, identity maps where the widths are equal.
         head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
     """
 
@@ -42,7 +53,11 @@ class SkillDistiller(nn.Module):
         loss_weights: dict[str, float],
         projection_groups: Sequence[Sequence[int]] | None = None,
         student_layers: str = "group",
-        projections: nn.ModuleList | None = None,
+        group_weights: str = "equal",
+        root_weight: float = 0.0,
+        root_schedule: str = "constant",
+        state_sizes: Sequence[tuple[int, int]] = (),
+        previous: "SkillDistiller | None" = None,
         head_loss: HeadLoss | None = None,
     ):
         super().__init__()
@@ -50,15 +65,27 @@ class SkillDistiller(nn.Module):
         self.head_loss = head_loss
         self.target_sets = target_sets
         self.student_layers = student_layers
+        self.group_weights, self.root_weight, self.root_schedule = group_weights, root_weight, root_schedule
         self.costs = costs
         self.teacher_cost = teacher_cost
         self.loss_weights = loss_weights
         widths = [targets.width for targets in target_sets for _ in targets.groups]
-        sharing = projection_groups or [[index] for index in range(len(widths))]
+        sharing = list(projection_groups or [[index] for index in range(len(widths))])
+        # Groups that were named by the user are not the roots, which follow the groups of a teacher.
+        named = {group for groups in sharing for group in groups}
+        sharing += [[index] for index in range(len(widths)) if index not in named]
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
-        self.projections = projections or nn.ModuleList(
-            identity_map(student.config.hidden_size, widths[groups[0]]) for groups in sharing
-        )
+        if previous is None:
+            self.projections = nn.ModuleList(
+                identity_map(student.config.hidden_size, widths[groups[0]]) for groups in sharing
+            )
+            self.state_norms = nn.ModuleList(StateNorms(*size) for size in state_sizes)
+            if student_layers == "mixture":
+                self.mixture_logits = nn.Parameter(self._first_mixture())
+        else:
+            self.projections, self.state_norms = previous.projections, previous.state_norms
+            if student_layers == "mixture":
+                self.mixture_logits = previous.mixture_logits
         self.has_gates = has_gates(student)
         if self.has_gates:
             self.lambda_1 = nn.Parameter(torch.zeros(()))
@@ -69,20 +96,76 @@ class SkillDistiller(nn.Module):
         return self.student.config
 
     @property
-    def student_groups(self) -> list[list[int]]:
+    def groups_at_depth(self) -> list[list[int]]:
         """
-        Indices of the student's hidden states that predict each group, for one target set after the other. For a
-        teacher of another depth they are those at the same relative depth.
+        The groups of one target set after the other, by hidden-state indices of the first teacher. Those of a teacher
+        of another depth are at the same relative depth.
         """
-        groups_and_depths = [(group, targets.num_layers) for targets in self.target_sets for group in targets.groups]
-        if self.student_layers == "last":
-            return [[-1]] * len(groups_and_depths)
         num_layers = self.target_sets[0].num_layers
-        states = student_states(self.config, num_layers)
         return [
-            [states[same_relative_depth(index, depth, num_layers)] for index in group]
-            for group, depth in groups_and_depths
+            [same_relative_depth(index, targets.num_layers, num_layers) for index in group]
+            for targets in self.target_sets
+            for group in targets.groups
         ]
+
+    @property
+    def student_groups(self) -> list[list[int]]:
+        """Indices of the student's hidden states of each group, as they are where `student_layers` is `group`."""
+        if self.student_layers == "last":
+            return [[-1]] * len(self.groups_at_depth)
+        states = student_states(self.config, self.target_sets[0].num_layers)
+        return [[states[index] for index in group] for group in self.groups_at_depth]
+
+    def _first_mixture(self) -> torch.Tensor:
+        """Logits of shape `(groups, hidden states of the first teacher)`; `MIXTURE_START` of a group is on its own."""
+        groups, num_states = self.groups_at_depth, self.target_sets[0].num_layers + 1
+        weights = torch.zeros(len(groups), num_states)
+        for row, group in zip(weights, groups, strict=True):
+            for index in group:
+                row[index] += 1 / len(group)
+        others = weights == 0
+        spread = torch.where(others, (1 - MIXTURE_START) / others.sum(-1, keepdim=True).clamp(min=1), 0.0)
+        return (MIXTURE_START * weights + spread).log()
+
+    def group_features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """
+        What the projections of the groups read, `(groups, batch, frames, hidden_size)`, float32, from the student's
+        hidden states.
+        """
+        num_layers = self.target_sets[0].num_layers
+        states, last = student_states(self.config, num_layers), num_layers
+        if self.student_layers != "mixture" and not self.state_norms:
+            return group_means(hidden_states, self.student_groups)
+        # By index of the first teacher, whose constants normalise them.
+        normed = [hidden_states[state].float() for state in states]
+        if self.state_norms:
+            normed = [self.state_norms[0](index, state) for index, state in enumerate(normed)]
+        if self.student_layers == "mixture":
+            weights = torch.softmax(self.mixture_logits.float(), dim=-1)
+            return torch.stack([sum(map(torch.mul, of_group, normed)) for of_group in weights])
+        groups = [[last]] * len(self.groups_at_depth) if self.student_layers == "last" else self.groups_at_depth
+        return group_means(normed, groups)
+
+    def weights_of_groups(self, target_sparsity: float) -> list[float] | None:
+        """How much each group of all target sets counts; they add up to 1. `None` if all count equally."""
+        if self.group_weights == "equal" and not self.root_weight:
+            return None
+        root_weight = self.root_weight
+        if self.root_schedule == "sparsity":
+            root_weight *= target_sparsity
+        weights = []
+        for targets in self.target_sets:
+            clusters = targets.groups[:-1] if targets.has_root else targets.groups
+            weights += [float(len(group)) if self.group_weights == "size" else 1.0 for group in clusters]
+            weights += [0.0] * targets.has_root
+        total = sum(weights)
+        weights = [(1 - root_weight) * weight / total for weight in weights]
+        end = 0
+        for targets in self.target_sets:
+            end += len(targets.groups)
+            if targets.has_root:
+                weights[end - 1] = root_weight / len(self.target_sets)
+        return weights
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         # Reentrant checkpoints would go through the graph of a gate's value once for each part of a batch.
@@ -137,11 +220,12 @@ class SkillDistiller(nn.Module):
         if self.has_gates:
             seed_gates(self.student.base_model, gate_seed)
         outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
-        means = group_means(outputs.hidden_states, self.student_groups)
+        means = self.group_features(outputs.hidden_states)
         predictions = [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
-        sums = self._distillation_sums(predictions, targets, frame_mask)
+        weights = self.weights_of_groups(target_sparsity)
+        sums = self._distillation_sums(predictions, targets, frame_mask, weights)
         divisor = _divisor(frames, num_frames)
         terms = {name: value / divisor for name, value in sums.items()}
         loss = distillation_loss = sum(self.loss_weights[name] * term for name, term in terms.items())
@@ -166,14 +250,15 @@ class SkillDistiller(nn.Module):
         counts = {name: torch.as_tensor(count, device=loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
 
-    def _distillation_sums(self, predictions, targets, frame_mask) -> dict[str, torch.Tensor]:
-        """Sums over valid frames, averaged over all groups; `predictions` has an entry for each group."""
+    def _distillation_sums(self, predictions, targets, frame_mask, weights) -> dict[str, torch.Tensor]:
+        """Sums over valid frames and weighted groups; `predictions` and `weights` have an entry for each group."""
         totals, first = {}, 0
         for target in targets:
-            prediction = torch.stack(predictions[first : first + len(target)])
+            groups = slice(first, first + len(target))
             first += len(target)
-            share = len(target) / len(predictions)
-            for name, value in distillation_sums(prediction, target, frame_mask).items():
+            prediction, of_set = torch.stack(predictions[groups]), weights and weights[groups]
+            share = len(target) / len(predictions) if weights is None else 1.0
+            for name, value in distillation_sums(prediction, target, frame_mask, of_set).items():
                 totals[name] = totals.get(name, 0.0) + share * value
         return totals
 

@@ -74,15 +74,14 @@ def _fit(trainer) -> list[LinearFit]:
         distiller = trainer._make_distiller()
     _, *others = distiller.target_sets
     fits = [LeastSquares() for targets in others for _ in targets.groups]
-    student_groups = distiller.student_groups[-len(fits) :]
 
     def consume(student_states, *states_of_teachers) -> None:
-        predictors = group_means(student_states, student_groups)
-        targets = [
-            mean
-            for states, targets in zip(states_of_teachers, others, strict=True)
-            for mean in group_means(states, targets.groups)
-        ]
+        predictors = distiller.group_features(student_states)[-len(fits) :]
+        targets = []
+        for index, (states, target_set) in enumerate(zip(states_of_teachers, others, strict=True), start=1):
+            if distiller.state_norms:
+                states = [distiller.state_norms[index](layer, state) for layer, state in enumerate(states)]
+            targets += group_means(states, target_set.groups)
         for fit, x, y in zip(fits, predictors, targets, strict=True):
             fit.update(x.flatten(0, 1), y.to(x.device).flatten(0, 1))
 

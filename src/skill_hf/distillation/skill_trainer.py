@@ -53,6 +53,7 @@ from .recipe_validation import check_recipe, check_student, validate_recipe, war
 from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
+from .state_norms import measure_states
 from .student_measurements import StudentMeasurements
 from .teacher import find_tokenizer
 
@@ -215,6 +216,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         )
         self.layer_groups, self.layer_similarity = calibration.groups, calibration.similarity
         self.record.half_groups, self.record.silhouettes = calibration.half_groups, calibration.silhouettes
+        if self.skill_config.normalize_states:
+            self.state_moments = measure_states(self)
         if not self.ensemble.is_averaged:
             self.projection_starts = fit_projections(self)
 
@@ -349,7 +352,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         encoder = self.student.base_model
         self.record.cut = fit_to_cost(encoder, self.target_cost, self.distiller.costs, self.teacher_cost)
         encoder.prune()
-        self.distiller = self._make_distiller(projections=self.distiller.projections)
+        self.distiller = self._make_distiller(previous=self.distiller)
         self.stage = 2
         self.measurements.loss("after_cut")
         for sentence in self.record.advice_on_cut():

@@ -3,7 +3,7 @@
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -97,9 +97,13 @@ class Teacher:
         input_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         autocast_dtype: torch.dtype | None = None,
+        norms: Callable | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `targets` gives, and the logits of the head, if there is one; of the same forward."""
-        return teacher_outputs(self.fast_copy(autocast_dtype), groups, input_values, attention_mask)
+        """
+        What `targets` gives, of hidden states that `norms` has normalised, if given; and the logits of the head, if
+        there is one. Both are of the same forward.
+        """
+        return teacher_outputs(self.fast_copy(autocast_dtype), groups, input_values, attention_mask, norms)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """
@@ -306,11 +310,17 @@ def teacher_outputs(
     groups: Sequence[Sequence[int]],
     input_values: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    norms: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What [`target_means`] gives, and the logits of the teacher's head, if it has one, float32; of one forward."""
+    """
+    What [`target_means`] gives, and the logits of the teacher's head, if it has one, float32; of one forward. `norms`:
+    (index, hidden state) -> the hidden state that is averaged.
+    """
     means: dict[int, torch.Tensor] = {}
 
     def add(index: int, hidden_state: torch.Tensor) -> None:
+        if norms is not None:
+            hidden_state = norms(index, hidden_state)
         for number, group in enumerate(groups):
             if index in group:
                 share = hidden_state.float() / len(group)

@@ -63,12 +63,15 @@ def whole(least: int) -> Kind:
     return check
 
 
-def number(least: float = -math.inf, above: float = -math.inf, below: float = math.inf) -> Kind:
-    """A finite number of at least `least`, above `above` and below `below`."""
+def number(
+    least: float = -math.inf, above: float = -math.inf, below: float = math.inf, most: float = math.inf
+) -> Kind:
+    """A finite number of at least `least` and at most `most`, above `above` and below `below`."""
     bounds = [
         f"of at least {least:g}" if least > -math.inf else "",
         f"above {above:g}" if above > -math.inf else "",
         f"below {below:g}" if below < math.inf else "",
+        f"at most {most:g}" if most < math.inf else "",
     ]
     wanted = f"a finite number {' and '.join(filter(None, bounds))}".rstrip()
 
@@ -79,7 +82,7 @@ def number(least: float = -math.inf, above: float = -math.inf, below: float = ma
             converted = float(value)
         except (OverflowError, ValueError):
             refuse(name, wanted, value)
-        if not math.isfinite(converted) or converted < least or not above < converted < below:
+        if not math.isfinite(converted) or not least <= converted <= most or not above < converted < below:
             refuse(name, wanted, value)
         return converted
 
