@@ -57,7 +57,7 @@ def test_fields_of_a_later_version_are_ignored():
     assert RunRecord.from_dict(record.to_dict()) == record
 
 
-WRONG = {name: 1 for name in RunRecord().to_dict()} | {"num_teachers": 0}
+WRONG = dict.fromkeys(RunRecord().to_dict(), 1) | {"num_teachers": 0}
 
 
 @pytest.mark.parametrize("values", [None, [], 1, *({name: value} for name, value in WRONG.items())], ids=str)
