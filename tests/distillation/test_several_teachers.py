@@ -178,7 +178,8 @@ def test_projections_start_at_the_ridge_regression_of_scikit_learn():
 
 
 def test_a_fitted_start_is_nearer_than_the_identity_and_survives_gates_and_cut(tmp_path):
-    trainer = make_trainer(tmp_path, pair(average=False), recordings(), {"teacher_targets": "separate"})
+    recipe = {"teacher_targets": "separate", "final_steps": 1}
+    trainer = make_trainer(tmp_path, pair(average=False), recordings(), recipe, max_steps=2, save_strategy="no")
     before = trainer.evaluate()["eval_distillation_loss"]
     starts, trainer.projection_starts = trainer.projection_starts, []
     trainer.distiller = None
@@ -216,7 +217,7 @@ def test_depths_correspond_from_first_to_last(layers, other):
 def test_the_average_of_identical_teachers_is_one_of_them_bit_for_bit(tmp_path):
     trainers = []
     for name, teachers in (("one", tiny_teacher()), ("two", [tiny_teacher(), tiny_teacher()])):
-        trainers.append(make_trainer(tmp_path / name, teachers, max_steps=3))  # seeds dropout
+        trainers.append(make_trainer(tmp_path / name, teachers, max_steps=3, save_strategy="no"))  # seeds dropout
         trainers[-1].train()
     one, two = trainers
     assert two.groups_of_teachers == [one.layer_groups] * 2
@@ -414,7 +415,7 @@ def on_the_command_line(tmp_path_factory):
     folder = write_inputs(tmp_path_factory.mktemp("several"))
     family_teacher("hubert-base", hidden_size=48).save_pretrained(folder / "hubert")
     RAW.save_pretrained(folder / "hubert")
-    settings = on_folder(folder, folder / "out", teacher_name_or_path=None, eval_audio_dir=str(folder / "heldout"))
+    settings = on_folder(folder, folder / "out", teacher_name_or_path=None, max_steps=2, num_heldout=0)
     settings |= {"teacher": [str(folder / "teacher"), str(folder / "hubert")], "teacher_targets": "separate"}
     assert distill.main(command_line(settings | {"num_clusters": 2})) == 0
     return folder / "out"

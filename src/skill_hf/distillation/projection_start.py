@@ -45,13 +45,14 @@ class LeastSquares:
         self.count += len(x)
 
     def solve(self) -> LinearFit:
-        x_mean, y_mean, xx, xy = (total / self.count for total in self.sums)
+        """The fit of all frames; on the CPU, whose solver takes matrices of any rank."""
+        x_mean, y_mean, xx, xy = (total.cpu() / self.count for total in self.sums)
         xx, xy = xx - torch.outer(x_mean, x_mean), xy - torch.outer(x_mean, y_mean)
-        start = torch.eye(*xy.shape, dtype=xy.dtype, device=xy.device)
-        ridge = RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        start = torch.eye(*xy.shape, dtype=xy.dtype)
+        ridge = RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype)
         weight = start + torch.linalg.lstsq(xx + ridge, xy - xx @ start).solution
         bias = y_mean - x_mean @ weight
-        return LinearFit(weight.T.float().cpu().numpy(), bias.float().cpu().numpy())
+        return LinearFit(weight.T.float().numpy(), bias.float().numpy())
 
 
 def fit_projections(trainer) -> list[LinearFit]:
