@@ -214,7 +214,10 @@ IMPOSSIBLE = {
     "losses as text": (edit(STATE, "record", "losses", value={"start": "1"}), "`losses` must be"),
     "a cut without numbers": (edit(STATE, "record", "cut", value={"left": 1}), "`cut` must be the numbers `left`,"),
     "distances without CKA": (edit(STATE, "record", "layer_distances", value={"cosine": [1.0]}), "`layer_distances`"),
-    "10**9 layers": (edit("config.json", "num_hidden_layers", value=10**9), "`num_hidden_layers` must be an integer from 1 to 256"),
+    "10**9 layers": (
+        edit("config.json", "num_hidden_layers", value=10**9),
+        "`num_hidden_layers` must be an integer from 1 to 256",
+    ),
     "hidden states of 10**9": (edit("config.json", "hidden_size", value=10**9), "`hidden_size` in config.json"),
     "heads that there are not": (
         edit("config.json", "remaining_heads", value=[[9]] * 3),
