@@ -9,9 +9,8 @@ from conftest import padded_batch, tiny_config, tiny_teacher
 from test_latency import PICOSECONDS
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 from test_pruning import num_macs, num_parameters
-from torch import nn
 
-from skill_hf import SkillConfig, WavLMForSkillStudent, WavLMSkillStudentConfig
+from skill_hf import SkillConfig
 from skill_hf.cli.info import describe, format_text
 from skill_hf.compression import units
 from skill_hf.compression.budgets import LatencyBudget, MacBudget, ParameterBudget
@@ -25,7 +24,6 @@ from skill_hf.compression.pruning import (
 )
 from skill_hf.compression.units import KINDS, Kind, Units, sizes_of, units_in_teacher, units_of
 from skill_hf.models.families import build_student, student_config
-from skill_hf.models.modeling_wavlm_skill_student import WavLMSkillStudentAttention
 from skill_hf.publishing.model_card import student_card
 from skill_hf.publishing.plots import plot_architecture
 
@@ -61,95 +59,22 @@ BOTH_BLOCKS = Kind(
 )
 
 
-# ---- A kind that needs a student of its own: dimensions of the values, the same ones in all heads of a layer ----
-class NarrowConfig(WavLMSkillStudentConfig):
-    def __init__(self, value_sizes=None, **kwargs):
-        super().__init__(**kwargs)
-        head_dim = self.hidden_size // self.num_attention_heads
-        self.value_sizes = [head_dim] * self.num_hidden_layers if value_sizes is None else list(value_sizes)
-
-
-class NarrowAttention(WavLMSkillStudentAttention):
-    """Attention that pads narrow values with zeros and cuts the padding off again."""
-
-    def __init__(self, config, layer_index):
-        super().__init__(config, layer_index)
-        self.value_size = config.value_sizes[layer_index]
-        if self.heads:
-            width = len(self.heads) * self.value_size
-            self.v_proj = nn.Linear(config.hidden_size, width)
-            self.out_proj = nn.Linear(width, config.hidden_size)
-            self.out_proj.register_forward_pre_hook(self.without_padding)
-
-    def without_padding(self, module, args):
-        return (args[0].unflatten(-1, (-1, self.head_dim))[..., : self.value_size].flatten(-2),)
-
-    def _project(self, hidden_states):
-        query, key, value = super()._project(hidden_states)
-        value = value.unflatten(-1, (-1, self.value_size))
-        return query, key, nn.functional.pad(value, (0, self.head_dim - self.value_size)).flatten(-2)
-
-
-class NarrowStudent(WavLMForSkillStudent):
-    config_class = NarrowConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        for index, layer in enumerate(self.encoder.layers):
-            layer.attention = NarrowAttention(self.config, index)
-
-
-def find_value_dims(config, layer: int) -> Units:
-    name, head_dim = f"encoder.layers.{layer}.attention", config.hidden_size // config.num_attention_heads
-    size = getattr(config, "value_sizes", [head_dim] * config.num_hidden_layers)[layer]
-    return Units(
-        "value_dims",
-        layer,
-        f"{name}.value_gate",
-        size if getattr(config, "remaining_heads", [True] * config.num_hidden_layers)[layer] else 0,
-        whole=head_dim,
-        tensors={f"{name}.v_proj.weight": 0, f"{name}.v_proj.bias": 0, f"{name}.out_proj.weight": 1},
-        reader=f"{name}.out_proj",
-        recurs=True,
-        inside=(f"{name}.head_gate",),
-    )
-
-
-def record_value_dims(config, layer: int, kept) -> None:
-    config.value_sizes[layer] = max(len(kept), 1)
-
-
-VALUE_DIMS = Kind(
-    find_value_dims,
-    record_value_dims,
-    "layer",
-    drop_probability=0.2,
-    coarseness=1,
-    min_open=1,
-    has_multiples=True,
-    label="value dimensions",
-)
-
-
-def narrow_student(layout: str) -> NarrowStudent:
-    teacher = build_student(tiny_teacher(layout))
-    student = NarrowStudent(NarrowConfig(**student_config(tiny_config(layout)).to_dict()))
-    student.load_state_dict(teacher.state_dict())
-    return student
-
-
 ADDED = {
+    "attention_value_dims": (
+        KINDS["attention_value_dims"],
+        lambda layout: build_student(tiny_teacher(layout)),
+        [8, 8, 8],
+    ),
     "both_blocks": (BOTH_BLOCKS, lambda layout: build_student(tiny_teacher(layout)), [1, 1, 1]),
-    "value_dims": (VALUE_DIMS, narrow_student, [8, 8, 8]),
 }
 
 
 @pytest.fixture(params=ADDED)
 def added(request, monkeypatch):
     """Name of a kind that is put into the table, and what makes a student that may have it, in eval mode."""
-    kind, make, sizes = ADDED[request.param]
+    kind, sizes = ADDED[request.param]
     monkeypatch.setitem(KINDS, request.param, kind)
-    return request.param, lambda layout: make(layout).eval(), sizes
+    return request.param, lambda layout: build_student(tiny_teacher(layout)).eval(), sizes
 
 
 def with_random_gates(student, kinds):
@@ -171,12 +96,13 @@ def total(budget, student) -> int:
 @pytest.mark.parametrize("others", [[], list(KINDS)], ids=["alone", "with_all_others"])
 def test_added_kind_is_gated_counted_and_pruned(added, layout, others):
     kind, make, sizes = added
-    student = with_random_gates(make(layout), [*others, kind])
-    if kind == "value_dims":  # and a layer that has no head left
+    student = with_random_gates(make(layout), list(dict.fromkeys([*others, kind])))
+    if kind == "attention_value_dims":  # and a layer that has no head left
         heads = dict(student.named_gates()).get("encoder.layers.2.attention.head_gate")
         if heads is not None:
             heads.log_alpha.data.fill_(-9)
-    assert sum(name.endswith(("both_gate", "value_gate")) for name, _ in student.named_gates()) == 3
+    suffix = {"both_blocks": "both_gate", "attention_value_dims": "value_gate"}[kind]
+    assert sum(name.endswith(suffix) for name, _ in student.named_gates()) == 3
     assert sizes_of(student.config)[kind] == sizes
     gated = copy.deepcopy(student)
     expected = [cost_after_pruning(student, budget.unit_costs(student)) for budget in BUDGETS]
@@ -186,7 +112,7 @@ def test_added_kind_is_gated_counted_and_pruned(added, layout, others):
     assert sizes_of(student.config)[kind] != sizes
     assert_same_hidden_states(gated, student, padded_batch(), atol=1e-4)
     # Once more, from what is left.
-    student = with_random_gates(student, [*others, kind])
+    student = with_random_gates(student, list(dict.fromkeys([*others, kind])))
     gated, expected = copy.deepcopy(student), cost_after_pruning(student, ParameterBudget().unit_costs(student))
     student.prune()
     assert num_parameters(student) == expected
@@ -286,6 +212,7 @@ def test_units_of_an_unpruned_model(config):
     assert sizes_of(config) == {
         "conv_channels": [16] * 7,
         "attention_heads": [4] * 3,
+        "attention_value_dims": [8] * 3,
         "ffn_dims": [48] * 3,
         "attention_blocks": [1] * 3,
         "ffn_blocks": [1] * 3,
@@ -293,9 +220,10 @@ def test_units_of_an_unpruned_model(config):
     }
     gates = [group.gate for group in units_of(config)]
     assert gates[:2] == [f"feature_extractor.conv_layers.{index}.channel_gate" for index in range(2)]
-    blocks = ("attention.head_gate", "attention.block_gate", "feed_forward.dim_gate", "feed_forward.block_gate")
-    assert gates[7:12] == [f"encoder.layers.0.{name}" for name in ("layer_gate", *blocks)]
-    assert len(set(gates)) == len(gates) == 7 + 3 * 5
+    blocks = ("attention.head_gate", "attention.value_gate", "attention.block_gate")
+    blocks += ("feed_forward.dim_gate", "feed_forward.block_gate")
+    assert gates[7:13] == [f"encoder.layers.0.{name}" for name in ("layer_gate", *blocks)]
+    assert len(set(gates)) == len(gates) == 7 + 3 * 6
 
 
 def test_every_prunable_tensor_is_of_the_student(layout):

@@ -20,7 +20,7 @@ from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..compression.macs import count_macs
-from ..compression.units import KINDS, units_by_kind, units_in_teacher
+from ..compression.units import KINDS, is_cut, units_by_kind, units_in_teacher
 from ..models.families import STUDENT_CLASSES
 from ..models.loading import (
     empty_model,
@@ -273,7 +273,12 @@ def format_text(info: dict[str, Any]) -> str:
 
 def _units_table(info: dict[str, Any], places: str) -> list[list[str]]:
     """Header and rows: the units that are left in each convolution or layer."""
-    teacher, names = info["teacher"], _shown_kinds(places)
+    teacher = info["teacher"]
+    names = []
+    for name in _shown_kinds(places):
+        wholes = (teacher or {}).get(name) or info[name]
+        if KINDS[name].is_default or any(map(is_cut, info[name], wholes)):
+            names.append(name)
     rows = [[str(index + 1)] for index in range(len(info[names[0]]))]
     for name in names:
         removed = {

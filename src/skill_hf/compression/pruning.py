@@ -44,8 +44,8 @@ def add_gates(student, units: Iterable[str] | None = None, width_multiple: int =
     Args:
         student (`WavLMForSkillStudent`): may be pruned already; removed units stay removed.
         units (`Iterable[str]`, *optional*):
-            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
-            `ffn_blocks`, `layers`. The first three by default. The first layer is never removed.
+            Kinds of units, any of [`KINDS`]: `conv_channels`, `attention_heads`, `ffn_dims`, `attention_value_dims`,
+            `attention_blocks`, `ffn_blocks`, `layers`. The first three by default. The first layer is never removed.
         width_multiple (`int`, *optional*, defaults to 1):
             `prune` rounds the channels of a convolution and the units of a feed-forward block to a multiple of this,
             if there are that many. It does not apply to heads.
@@ -58,11 +58,35 @@ def add_gates(student, units: Iterable[str] | None = None, width_multiple: int =
         raise ValueError(f"`units` must be one or more of {', '.join(KINDS)}, but is {kinds}.")
     if has_gates(student):
         raise ValueError("The student already has gates; call `prune()` before adding new ones.")
+    if "attention_value_dims" in kinds:
+        sort_values(student)
     for group in units_of(student.config):
         if group.kind in kinds and group.size and group.place >= KINDS[group.kind].first_prunable:
             _add_gate(student, group, width_multiple)
     student.gating = Gating([gate for _, gate in named_gates(student)], kinds, width_multiple)
     student.gating.handle = student.register_forward_pre_hook(student.gating)
+
+
+@torch.no_grad()
+def sort_values(student) -> None:
+    """
+    Sorts the dimensions of each head's values, in place, by the product of the norms of what they read and write: the
+    unit "dimension i of all heads" then is the i-th most important of each. Outputs stay the same, since a head sums
+    over these dimensions in any order.
+    """
+    for layer in student.encoder.layers:
+        attention = layer.attention
+        if not attention.heads:
+            continue
+        read, write = attention.v_proj, attention.out_proj
+        # (heads, value_size)
+        norms = (read.weight.norm(dim=1) * write.weight.norm(dim=0)).unflatten(0, (-1, attention.value_size))
+        order = norms.argsort(dim=1, descending=True, stable=True)
+        first = torch.arange(len(order), device=order.device)[:, None] * attention.value_size
+        order = (order + first).flatten()
+        read.weight.copy_(read.weight[order])
+        read.bias.copy_(read.bias[order])
+        write.weight.copy_(write.weight[:, order])
 
 
 def _add_gate(student, units: Units, width_multiple: int) -> None:

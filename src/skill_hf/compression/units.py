@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..models.configuration_skill_student import CUT_TENSORS, READERS
+from ..models.configuration_skill_student import CUT_TENSORS, CUT_VALUES, READERS
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,33 @@ def _record_heads(config, layer: int, kept: Sequence[int]) -> None:
     config.remaining_heads[layer] = [config.remaining_heads[layer][index] for index in kept]
 
 
+def _value_dims(config, layer: int) -> Units:
+    """Unit i is dimension i of the values of every head; [`sort_values`] makes the ones that matter most the first."""
+    name, head_dim = f"encoder.layers.{layer}.attention", config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "remaining_heads", None)
+    sizes = getattr(config, "value_sizes", None)
+    has_heads = heads is None or heads[layer]
+    return Units(
+        "attention_value_dims",
+        layer,
+        f"{name}.value_gate",
+        0 if not has_heads else head_dim if sizes is None else sizes[layer],
+        whole=head_dim,
+        tensors={f"{name}.{tensor}": CUT_TENSORS["attention"][tensor] for tensor in CUT_VALUES},
+        reader=f"{name}.{READERS['attention']}",
+        recurs=True,
+        inside=(f"{name}.head_gate",),
+    )
+
+
+def _record_value_dims(config, layer: int, kept: Sequence[int]) -> None:
+    # Without heads there is nothing to be told.
+    size = len(kept) or config.hidden_size // config.num_attention_heads
+    config.value_sizes[layer] = size
+    if size < config.hidden_size // config.num_attention_heads:
+        config.format_version = 3
+
+
 def _ffn_dims(config, layer: int) -> Units:
     sizes, name = getattr(config, "intermediate_sizes", None), f"encoder.layers.{layer}.feed_forward"
     return Units(
@@ -332,7 +359,7 @@ def _layer(config, layer: int) -> Units:
 def _record_layer(config, layer: int, kept: Sequence[int]) -> None:
     if kept:
         return
-    for name in ("remaining_heads", "intermediate_sizes", "remaining_layers"):
+    for name in ("remaining_heads", "intermediate_sizes", "remaining_layers", "value_sizes"):
         del getattr(config, name)[layer]
     for name in ("removed_attention_blocks", "removed_ffn_blocks"):
         removed = getattr(config, name)
@@ -376,6 +403,16 @@ KINDS = {
         first_measured=1,  # layer 0 also makes the position bias of all layers, which no gate changes
         products=_attention_products,
     ),
+    "attention_value_dims": Kind(
+        _value_dims,
+        _record_value_dims,
+        "layer",
+        drop_probability=0.1,
+        coarseness=1,
+        min_open=1,
+        has_multiples=True,
+        label="value dimensions",
+    ),
     "ffn_dims": Kind(
         _ffn_dims,
         _record_ffn_dims,
@@ -408,6 +445,27 @@ KINDS = {
         first_prunable=1,  # without its first layer a model loses most (arXiv 2409.16302), and none may be left
     ),
 }
+
+
+def shown_kinds(config, places: str | None = None) -> list[str]:
+    """
+    Names of the kinds that tables and figures of a student with `config` show: the usual ones, and others of which
+    units are removed; of all places or of those in `places`.
+    """
+    by_kind = units_by_kind(config)
+    return [
+        name
+        for name, kind in KINDS.items()
+        if kind.label is not None
+        and places in (None, kind.places)
+        and (kind.is_default or any(is_cut(units.size, units.whole) for units in by_kind[name]))
+    ]
+
+
+def is_cut(size: int, whole: int | None) -> bool:
+    """Whether units of one place were removed alone, not with all others of their layer."""
+    return whole is None or size < whole and (size > 0 or whole == 1)
+
 
 DEFAULT_KINDS = tuple(name for name, kind in KINDS.items() if kind.is_default)
 

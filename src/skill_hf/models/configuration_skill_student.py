@@ -19,11 +19,12 @@ TASKS = {
     "XVector": "AutoModelForAudioXVector",
 }
 # Raised when a published field changes its meaning. Version 1 is the first; version 2 has `scaled_features`, and only
-# students that have it set are of version 2, so that earlier code loads all others.
-FORMAT_VERSION = 2
+# students that have it set are of version 2, so that earlier code loads all others. Version 3 has `value_sizes`, also
+# only where values are cut.
+FORMAT_VERSION = 3
 # What pruning changes: the fields that a stock config does not have, and all.
 _PRUNED_LAYERS = ("remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
-PRUNED_FIELDS = ("conv_dim", "num_hidden_layers", *_PRUNED_LAYERS, "remaining_layers")
+PRUNED_FIELDS = ("conv_dim", "num_hidden_layers", *_PRUNED_LAYERS, "remaining_layers", "value_sizes")
 # What a published config cannot leave out: the defaults are those of an unpruned model.
 _REQUIRED = ("format_version", *_PRUNED_LAYERS)
 # No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
@@ -118,6 +119,8 @@ CUT_TENSORS = {
         "output_dense.weight": 1,
     },
 }
+# Of these, the ones that the dimensions of values are cut from: the last dimensions of each head.
+CUT_VALUES = ("v_proj.weight", "v_proj.bias", "out_proj.weight")
 # The linear map of each block that reads its heads or units; gates scale its columns.
 READERS = {"attention": "out_proj", "feed_forward": "output_dense"}
 # Arguments of transformers' own that are not among a config's fields.
@@ -159,7 +162,7 @@ class SkillStudentConfig:
             in a batch. Off by default, since the teacher was trained with statistics that include padding.
         base_model (`str`, *optional*):
             Hub id of the teacher.
-        format_version (`int`, *optional*, defaults to 2):
+        format_version (`int`, *optional*, defaults to 3):
             Version of these fields. Later versions are rejected. The first version that has all fields that are set is
             kept and saved.
         scaled_features (`bool`, *optional*, defaults to `False`):
@@ -169,6 +172,9 @@ class SkillStudentConfig:
         remaining_layers (`list[int]`, *optional*):
             The index in the teacher of each of the `num_hidden_layers`, in ascending order; by default the lowest
             ones. Training needs it, to compare a student of fewer layers with its teacher.
+        value_sizes (`list[int]`, *optional*):
+            For each layer, the number of remaining dimensions of the values in each of its heads, at least 1. All by
+            default: `hidden_size / num_attention_heads`.
 
     Raises:
         `ValueError`: if a field has a wrong type, is out of range or does not fit the others; the message names the
@@ -194,6 +200,7 @@ class SkillStudentConfig:
         format_version=FORMAT_VERSION,
         scaled_features=False,
         remaining_layers=None,
+        value_sizes=None,
         **kwargs,
     ):
         # A bool is an int, and 1.0 == 1: neither is a version.
@@ -234,14 +241,16 @@ class SkillStudentConfig:
         self.removed_attention_blocks = [] if removed_attention_blocks is None else removed_attention_blocks
         self.removed_ffn_blocks = [] if removed_ffn_blocks is None else removed_ffn_blocks
         self.remaining_layers = list(range(layers)) if remaining_layers is None else remaining_layers
+        self.value_sizes = [self.hidden_size // heads] * layers if value_sizes is None else value_sizes
         self.masked_group_norm = masked_group_norm
         self.scaled_features = scaled_features
-        self.format_version = 2 if scaled_features else 1
         self.base_model = base_model
         self._validate_pruned_shapes()
+        has_cut_values = any(size != self.hidden_size // heads for size in self.value_sizes)
+        self.format_version = 3 if has_cut_values else 2 if scaled_features else 1
         # Pruning changes them in place.
         self.remaining_heads = [list(left) for left in self.remaining_heads]
-        for name in ("intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks", "remaining_layers"):
+        for name in (*_PRUNED_LAYERS[1:], "remaining_layers", "value_sizes"):
             setattr(self, name, list(getattr(self, name)))
 
     @classmethod
@@ -305,7 +314,7 @@ class SkillStudentConfig:
 
     def _validate_pruned_shapes(self):
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        for name in ("remaining_heads", "intermediate_sizes", "remaining_layers"):
+        for name in ("remaining_heads", "intermediate_sizes", "remaining_layers", "value_sizes"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or len(value) != layers:
                 raise ValueError(f"`{name}` must list one entry for each of {layers} layers, but is {_short(value)}.")
@@ -325,6 +334,12 @@ class SkillStudentConfig:
                 f"`remaining_layers` must be ascending indices below {MAX_LAYERS}, but is"
                 f" {_short(self.remaining_layers)}."
             )
+        head_dim = self.hidden_size // heads
+        for layer, size in enumerate(self.value_sizes):
+            if not _is_index(size, head_dim + 1) or size == 0:
+                raise ValueError(
+                    f"`value_sizes[{layer}]` must be an integer from 1 to {head_dim}, but is {_short(size)}."
+                )
         for layer, size in enumerate(self.intermediate_sizes):
             if not _is_index(size, MAX_SIZE + 1):
                 raise ValueError(

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_skill_student import CUT_TENSORS, PRUNED_FIELDS, READERS, refuse_training_checkpoint
+from .configuration_skill_student import CUT_TENSORS, CUT_VALUES, PRUNED_FIELDS, READERS, refuse_training_checkpoint
 from .fast_layers import FastConv1d, FastDropout, FastPositionalConv, is_traced, lay_out
 from .student_layers import OutputBias, SkillStudentAttention, SkillStudentFeedForward, conv_layers
 from .weight_checks import check_declared, check_finite, check_weights, declared_weights, mismatched_weights
@@ -239,10 +239,13 @@ class SkillStudentModel(SkillStudent):
                     weights[f"{prefix}{reader}.bias"] = weights.pop(f"{prefix}output_bias.bias")
                 for name in [name for name in state if name.startswith(prefix)]:
                     whole, narrow = torch.zeros_like(state[name]), weights.pop(name, None)
-                    dim = CUT_TENSORS[block].get(name.removeprefix(prefix))
+                    tensor = name.removeprefix(prefix)
+                    dim = CUT_TENSORS[block].get(tensor)
                     if narrow is not None and dim is not None:
                         width = whole.shape[dim] // number  # neighbouring entries of one head or unit
                         entries = torch.tensor(kept)[:, None] * width + torch.arange(width)
+                        if tensor in CUT_VALUES:
+                            entries = entries[:, : self.config.value_sizes[index]]
                         whole.index_copy_(dim, entries.flatten(), narrow.to(whole))
                     elif narrow is not None:
                         whole = narrow.to(whole)

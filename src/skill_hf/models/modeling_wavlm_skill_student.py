@@ -82,7 +82,7 @@ class WavLMSkillStudentAttention(SkillStudentAttention):
         mask = None if attention_mask is None else attention_mask.bool()
         if position_bias.dim() == 2:
             output = flex_attention_forward(query, key, value, gate[..., 0], selected_bias, mask, self.head_dim**-0.5)
-            return self.out_proj(output.flatten(2)), None, position_bias
+            return self.join(output), None, position_bias
         bias = gate * selected_bias  # the largest tensor of a layer, (B, H, T, T)
         if mask is not None:
             # Half of the least number, so that the sum stays finite. onnxruntime adds five times as fast as it fills.

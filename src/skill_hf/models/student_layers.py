@@ -5,6 +5,7 @@ imports no family's code. Parameter names are those of the stock models, so ever
 """
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.activations import ACT2FN
@@ -64,13 +65,15 @@ class SkillStudentAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.dropout = config.attention_dropout
 
-        width = len(self.heads) * self.head_dim
+        # What is left of each head's values, which fused attention wants as wide as queries and keys.
+        self.value_size = config.value_sizes[layer_index]
+        width, value_width = (len(self.heads) * size for size in (self.head_dim, self.value_size))
         if self.heads:
             self.k_proj = nn.Linear(config.hidden_size, width)
-            self.v_proj = nn.Linear(config.hidden_size, width)
+            self.v_proj = nn.Linear(config.hidden_size, value_width)
             self.q_proj = nn.Linear(config.hidden_size, width)
             self.qkv_proj = None  # see `fuse`
-            self.out_proj = nn.Linear(width, config.hidden_size)
+            self.out_proj = nn.Linear(value_width, config.hidden_size)
             self.output_bias = None
         else:
             self.out_proj = None
@@ -103,10 +106,16 @@ class SkillStudentAttention(nn.Module):
         return output, hidden_states.new_zeros(batch, 0, frames, frames) if eager else None
 
     def project(self, hidden_states):
-        """Query, key and value, each `(batch, heads, frames, head_dim)`."""
-        return [
-            features.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for features in self._project(hidden_states)
-        ]
+        """Query, key and value, each `(batch, heads, frames, head_dim)`; values are padded with zeros."""
+        query, key, value = (
+            features.unflatten(-1, (len(self.heads), -1)).transpose(1, 2) for features in self._project(hidden_states)
+        )
+        spare = self.head_dim - self.value_size
+        return [query, key, F.pad(value, (0, spare)) if spare else value]
+
+    def join(self, output):
+        """The heads' outputs, `(batch, frames, heads, head_dim)`, projected to `(batch, frames, hidden_size)`."""
+        return self.out_proj(output[..., : self.value_size].flatten(2))
 
     def attend(self, query, key, value, mask, implementation):
         """
@@ -140,13 +149,14 @@ class SkillStudentAttention(nn.Module):
             scaling=self.head_dim**-0.5,
             is_causal=False,
         )  # (B, T, H, head_dim)
-        return self.out_proj(output.flatten(2)), None if in_steps else weights
+        return self.join(output), None if in_steps else weights
 
     def _project(self, hidden_states):
-        """Query, key and value, each `(batch, frames, heads * head_dim)`."""
+        """Query, key and value, `(batch, frames, heads * head_dim)`, the value with `value_size` in place of that."""
         if self.qkv_proj is None:
             return [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-        return self.qkv_proj(hidden_states).chunk(3, dim=-1)
+        sizes = [len(self.heads) * size for size in (self.head_dim, self.head_dim, self.value_size)]
+        return self.qkv_proj(hidden_states).split(sizes, dim=-1)
 
     def fuse(self):
         """Merges query, key and value into one linear map, unless they are not plain linear maps or have hooks."""

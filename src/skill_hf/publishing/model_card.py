@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..compression.macs import count_macs
-from ..compression.units import KINDS, sizes_of, units_in_teacher
+from ..compression.units import KINDS, shown_kinds, sizes_of, units_in_teacher
 from ..losses import LOSS_TERMS, term_weights
 from ..models.loading import hub_id_of, valid_hub_id
 from ..recipe.skill_config import SkillConfig
@@ -285,13 +285,12 @@ def _render(data: ModelCardData, content: StudentContent, training: TrainingCont
 def _units_content(config: PreTrainedConfig, teacher_config: PreTrainedConfig | None) -> list[UnitsContent]:
     num_layers = None if teacher_config is None else teacher_config.num_hidden_layers
     units, content = units_in_teacher(config, num_layers), []
-    for name, kind in KINDS.items():
-        if kind.label is not None:
-            left = [0 if group is None else group.size for group in units[name]]
-            whole = [next(filter(None, units[name])).whole] * len(left)
-            if teacher_config is not None:
-                whole = sizes_of(teacher_config)[name]
-            content.append(UnitsContent(kind.label.capitalize(), kind.places, left, whole))
+    for name in shown_kinds(config):
+        kind, left = KINDS[name], [0 if group is None else group.size for group in units[name]]
+        whole = [next(filter(None, units[name])).whole] * len(left)
+        if teacher_config is not None:
+            whole = sizes_of(teacher_config)[name]
+        content.append(UnitsContent(kind.label.capitalize(), kind.places, left, whole))
     return content
 
 

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram
 
-from ..compression.units import KINDS, Units, units_by_kind, units_in_teacher
+from ..compression.units import KINDS, Units, shown_kinds, units_by_kind, units_in_teacher
 from ..losses import LOSS_TERMS
 
 
@@ -212,12 +212,11 @@ def plot_architecture(config, teacher_config):
     bars = {"convolution": [], "layer": []}
     grids = []
     units = units_in_teacher(config, teacher_config.num_hidden_layers), units_by_kind(teacher_config)
-    for name, kind in KINDS.items():
-        if kind.label is not None:
-            student, teacher = (by_place[name] for by_place in units)
-            bars[kind.places].append((f"{kind.label.capitalize()} per {kind.places}", student, teacher))
-            if teacher[0].indices is not None:
-                grids.append((f"Which {kind.label}", student, teacher))
+    for name in shown_kinds(config):
+        kind, (student, teacher) = KINDS[name], (by_place[name] for by_place in units)
+        bars[kind.places].append((f"{kind.label.capitalize()} per {kind.places}", student, teacher))
+        if teacher[0].indices is not None:
+            grids.append((f"Which {kind.label}", student, teacher))
     panels = [(_plot_sizes, *panel) for panel in bars["convolution"]]
     panels += [(_plot_indices, *panel) for panel in grids]
     panels += [(_plot_sizes, *panel) for panel in bars["layer"]]

@@ -123,8 +123,9 @@ class SkillConfig:
         sparsity_schedule (`str`, *optional*, defaults to `"linear"`):
             How it rises: `linear` or `cubic`, fast at first.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
-            Units that may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_blocks`,
-            `ffn_blocks` and `layers`. A student that loses layers has a smaller `num_hidden_layers`; the first layer
+            Units that may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_value_dims`
+            (dimensions of the values, as many of each head of a layer), `attention_blocks`, `ffn_blocks` and `layers`.
+            A student that loses layers has a smaller `num_hidden_layers`; the first layer
             always stays.
         width_multiple (`int`, *optional*, defaults to 1):
             The cut rounds the numbers of convolution channels and feed-forward units to multiples of this. With 8 or
