@@ -140,7 +140,8 @@ def test_macs_of_wavlm_base_plus():
     assert channel_pairs(costs) == [3199 * 10, 1599 * 3, 799 * 3, 399 * 3, 199 * 3, 99 * 2, 49 * 2]
     for layer in range(12):
         attention, feed_forward = (f"encoder.layers.{layer}.{block}" for block in ("attention", "feed_forward"))
-        assert cost_of(costs, f"{attention}.head_gate") == 49 * 64 * (4 * 768 + 2 * 49 + 8)
+        assert cost_of(costs, f"{attention}.head_gate") == 49 * 64 * (2 * 768 + 2 * 49 + 8)
+        assert cost_of(costs, f"{attention}.head_gate", f"{attention}.value_gate") == 49 * 2 * 768
         assert cost_of(costs, f"{feed_forward}.dim_gate") == 49 * 2 * 768
     assert costs.fixed == 50 * 768 * 48 * 128  # the positional convolution, which no gate is on
 

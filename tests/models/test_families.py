@@ -198,8 +198,8 @@ def test_fields_are_checked_whatever_the_family(student_class):
     """Transformers 5 would write an `__init__` that checks nothing for a class without one."""
     with pytest.raises(ValueError, match=r"`remaining_heads\[0\]` must be ascending head indices"):
         student_class.config_class(num_hidden_layers=1, remaining_heads=[[99]])
-    with pytest.raises(ValueError, match="`format_version` is 3"):
-        student_class.config_class(format_version=3)
+    with pytest.raises(ValueError, match="`format_version` is 4"):
+        student_class.config_class(format_version=4)
 
 
 def test_models_that_cannot_be_teachers(tmp_path):

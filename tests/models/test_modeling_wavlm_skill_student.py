@@ -292,7 +292,7 @@ def test_a_student_with_gates_is_not_saved(tmp_path):
         ("conv_dim", [16, 16, 16, 0, 16, 16, 16]),
         ("masked_group_norm", "yes"),
         ("base_model", 7),
-        ("format_version", 3),
+        ("format_version", 4),
         ("format_version", "1"),
         ("format_version", None),
         ("removed_attention_blocks", 0),

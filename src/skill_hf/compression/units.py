@@ -403,16 +403,6 @@ KINDS = {
         first_measured=1,  # layer 0 also makes the position bias of all layers, which no gate changes
         products=_attention_products,
     ),
-    "attention_value_dims": Kind(
-        _value_dims,
-        _record_value_dims,
-        "layer",
-        drop_probability=0.1,
-        coarseness=1,
-        min_open=1,
-        has_multiples=True,
-        label="value dimensions",
-    ),
     "ffn_dims": Kind(
         _ffn_dims,
         _record_ffn_dims,
@@ -443,6 +433,16 @@ KINDS = {
         drop_probability=0.01,
         coarseness=4,
         first_prunable=1,  # without its first layer a model loses most (arXiv 2409.16302), and none may be left
+    ),
+    "attention_value_dims": Kind(
+        _value_dims,
+        _record_value_dims,
+        "layer",
+        drop_probability=0.1,
+        coarseness=1,
+        min_open=1,
+        has_multiples=True,
+        label="value dimensions",
     ),
 }
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..compression import pruning
 from ..compression.budgets import make_budget
 from ..compression.gates import OPEN_SHIFT
-from ..compression.units import KINDS
+from ..compression.units import KINDS, units_of
 from ..models.families import empty_student, head_of, student_class
 from ..models.loading import check_encoder
 from ..models.properties import has_gates, receptive_field
@@ -110,6 +110,12 @@ def validate_recipe(
                 f"`latency_costs` were measured for a different teacher: {'; '.join(differing)}. Measure this one with"
                 " examples/calibrate_latency.py."
             )
+        for units in units_of(student.config):
+            if units.kind in config.pruning_units and KINDS[units.kind].part is None and not units.contains:
+                raise ValueError(
+                    f"`pruning_units` contains {units.kind}, but `latency_costs` do not tell what they cost: leave"
+                    " them out, or set another `budget`."
+                )
     gated = empty_student(student.config, head_of(student))
     pruning.add_gates(gated.base_model, config.pruning_units, config.width_multiple)
     budget = make_budget(config, sampling_rate)
