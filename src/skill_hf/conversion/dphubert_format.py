@@ -216,12 +216,6 @@ def student_fields(
             "`extractor_conv_layer_config` must list channels, kernel and stride of each convolution, but is"
             f" {_short(convolutions)}"
         )
-    head_dim = config.hidden_size // config.num_attention_heads
-    if any(size != head_dim for size in config.value_sizes):
-        raise ValueError(
-            f"The student's heads have values of {min(config.value_sizes)} to {max(config.value_sizes)} dimensions"
-            f" (`value_sizes`); in models of DPHuBERT's format all have {head_dim}."
-        )
     same = FIELDS | (WAVLM_FIELDS if structure.is_wavlm else {})
     missing = [name for name in same if name not in config]
     if missing:
@@ -271,12 +265,6 @@ def format_config(config: PreTrainedConfig, structure: Structure, normalize: boo
             raise ValueError(
                 f"`{name}` of the student is {getattr(config, name)!r}; models of DPHuBERT's format have {value!r}."
             )
-    head_dim = config.hidden_size // config.num_attention_heads
-    if any(size != head_dim for size in config.value_sizes):
-        raise ValueError(
-            f"The student's heads have values of {min(config.value_sizes)} to {max(config.value_sizes)} dimensions"
-            f" (`value_sizes`); in models of DPHuBERT's format all have {head_dim}."
-        )
     head_dim = config.hidden_size // config.num_attention_heads
     if any(size != head_dim for size in config.value_sizes):
         raise ValueError(
