@@ -125,5 +125,6 @@ def help_from_docstring(cls: type) -> type:
     for entry in dataclasses.fields(cls):
         if entry.name in texts:
             text = " ".join(texts[entry.name].split())
-            entry.metadata = MappingProxyType({"help": re.sub(r"\[?`~?([^`]*)`\]?", r"\1", text)})
+            text = re.sub(r"\[?`~?([^`]*)`\]?", r"\1", text)
+            entry.metadata = MappingProxyType({"help": text.replace("%", "%%")})  # as argparse wants it
     return cls
