@@ -184,10 +184,10 @@ class CloseLayer(TrainerCallback):
             gates["encoder.layers.1.layer_gate"].log_alpha.data.fill_(-40.0)
 
 
-def test_a_run_that_removes_a_layer_ends_the_same_after_every_kill(layout, tmp_path, clips):
+def test_a_run_that_removes_a_layer_ends_the_same_after_every_kill(tmp_path, clips):
     def make(name, *callbacks):
         callbacks = [CloseLayer(), *callbacks]
-        return make_trainer(tmp_path / name, clips, tiny_teacher(layout), RECIPE, callbacks, max_steps=8, save_steps=3)
+        return make_trainer(tmp_path / name, clips, tiny_teacher(), RECIPE, callbacks, max_steps=8, save_steps=3)
 
     reference = make("whole")
     reference.train()
@@ -198,11 +198,11 @@ def test_a_run_that_removes_a_layer_ends_the_same_after_every_kill(layout, tmp_p
     saved = json.loads((tmp_path / "whole" / "checkpoint-3" / "config.json").read_text())
     assert saved["remaining_layers"] == [0, 2]  # it was removed while the run went on
     expected = student.state_dict()
-    for step in (1, 4, 7):
+    for step in (4, 7):
         with pytest.raises(Kill):
             make(str(step), KillAt(step)).train()
         trainer = make(str(step))
-        trainer.train(resume_from_checkpoint=True) if step > 2 else trainer.train()
+        trainer.train(resume_from_checkpoint=True)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in trainer.model.state_dict().items())
     reference.save_model(str(tmp_path / "student"))
     assert_same_hidden_states(

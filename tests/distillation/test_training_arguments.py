@@ -58,6 +58,9 @@ HONOURED = {
     "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
     "load_best_model_at_end": {"load_best_model_at_end": True, "learning_rate": 0.05, **EVALUATED},
 }
+# Of these, numbers that reach the Trainer as others do.
+LIKE_OTHERS = ("max_steps", "lr_scheduler_kwargs", "optim_args", "weight_decay", "adam_beta1", "adam_beta2")
+LIKE_OTHERS += ("adam_epsilon", "data_seed", "dataloader_drop_last")
 # Others by the same test: kinds of the above, and options that must change nothing.
 MORE_KINDS = [
     {"train_sampling_strategy": "batch_rebalance"},
@@ -313,7 +316,13 @@ def test_every_method_is_classified():
 # ---- Honoured ----
 
 
-@pytest.mark.parametrize("kwargs", HONOURED.values(), ids=HONOURED)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param(kwargs, id=name, marks=[pytest.mark.nightly] if name in LIKE_OTHERS else [])
+        for name, kwargs in HONOURED.items()
+    ],
+)
 def test_honoured_in_both_stages(kwargs, plain, tmp_path):
     trainer = train_and_resume(tmp_path / "run", **{"save_steps": 2} | kwargs)
     weights = weights_of(trainer)

@@ -49,13 +49,15 @@ def test_impossible_values_are_named(fields, names):
 
 
 OPTIONAL = {field.name for field in dataclasses.fields(SkillConfig) if field.default is None}
-TEXTS = ("similarity", "linkage", "student_layers", "teacher_targets", "budget", "latency_costs")
+TEXTS = ("similarity", "linkage", "student_layers", "teacher_targets", "budget", "latency_costs", "group_weights")
+TEXTS += ("root_schedule", "sparsity_schedule")
 WHOLE = ("num_clusters", "calibration_samples", "width_multiple", "shrink_steps")
 WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
-FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise")
+FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise", "normalize_states")
 NUMBERS = ("distance_threshold", "calibration_seconds", "l1_weight", "l2_weight", "cosine_weight", "target_sparsity")
 NUMBERS += ("budget_seconds", "gate_learning_rate", "final_learning_rate")
-NUMBERS += ("logits_weight", "logits_temperature", "task_weight")
+NUMBERS += ("logits_weight", "logits_temperature", "task_weight", "root_weight")
+SHARES = ("target_sparsity", "root_weight")
 LISTS = ("layer_groups", "projection_groups", "pruning_units")
 
 
@@ -93,7 +95,7 @@ def test_every_field_has_a_kind():
 def test_a_value_of_another_type_is_one_line_that_names_the_field(name, value):
     fitting = value is None and name in OPTIONAL
     fitting |= value is True and name in FLAGS
-    fitting |= value == 4.5 if name in NUMBERS and name != "target_sparsity" and isinstance(value, float) else False
+    fitting |= value == 4.5 if name in NUMBERS and name not in SHARES and isinstance(value, float) else False
     fitting |= value == 10**400 and name in WHOLE if type(value) is int else False
     if fitting:
         SkillConfig(**{name: value})
@@ -227,7 +229,7 @@ def test_the_help_of_each_field_is_what_the_docstring_says(cls):
     own = [field for field in dataclasses.fields(cls) if field.name in vars(cls)["__annotations__"]]
     assert len(own) >= 8
     for field in own:
-        text = field.metadata["help"].replace("[", "").replace("]", "")
+        text = field.metadata["help"].replace("[", "").replace("]", "").replace("%%", "%")  # as argparse shows it
         assert text.endswith(".") and text.removesuffix(".").split("skill_hf.")[0] in described, field.name
     stock = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
     assert all(stock.get(field.name) != field.metadata["help"] for field in own)  # the class itself is unchanged
