@@ -88,6 +88,7 @@ def test_a_student_beside_its_teacher(shared, capsys):
         "conv_channels": [16] * 7,
         "attention_heads": [3, 0],
         "ffn_dims": models[0].config.intermediate_sizes,
+        "attention_value_dims": [8, 0],
         "remaining_layers": [0, 1],
         "removed_attention_blocks": [],
         "removed_ffn_blocks": [],
@@ -104,6 +105,7 @@ def test_a_student_beside_its_teacher(shared, capsys):
             "conv_channels": [16] * 7,
             "attention_heads": [4, 4],
             "ffn_dims": [48, 48],
+            "attention_value_dims": [8, 8],
         },
         "left": {"parameters": parameters[0] / parameters[1], "macs": macs[0] / macs[1]},
         "sparsity": 1 - parameters[0] / parameters[1],
@@ -135,6 +137,7 @@ def test_a_teacher_that_cannot_be_read_is_told(shared, tmp_path, capsys, monkeyp
         "macs": None,
         "conv_channels": None,
         "attention_heads": [4, 4],
+        "attention_value_dims": [8, 8],
         "ffn_dims": [48, 48],
     }
     (note,) = found["notes"]
@@ -444,6 +447,7 @@ def test_a_large_student_fits_a_terminal(tmp_path, capsys):
         "conv_channels": [512] * 7,
         "attention_heads": [1024] * 256,
         "ffn_dims": [2**20] * 256,
+        "attention_value_dims": [64] * 256,
         "remaining_layers": list(range(255)),
         "removed_attention_blocks": [],
         "removed_ffn_blocks": [255],
@@ -451,7 +455,8 @@ def test_a_large_student_fits_a_terminal(tmp_path, capsys):
         "sparsity": 0.0,
         "notes": ["word " * 100],
     }
-    teacher = {name: info_of[name] for name in ("parameters", "macs", "conv_channels", "attention_heads", "ffn_dims")}
+    units = ("conv_channels", "attention_heads", "ffn_dims", "attention_value_dims")
+    teacher = {name: info_of[name] for name in ("parameters", "macs", *units)}
     text = info.format_text(info_of | {"teacher": teacher | {"model": "microsoft/wavlm-large"}})
     assert max(map(len, text.splitlines())) <= 100
 

@@ -338,7 +338,8 @@ class SkillStudentConfig:
         for layer, size in enumerate(self.value_sizes):
             if not _is_index(size, head_dim + 1) or size == 0:
                 raise ValueError(
-                    f"`value_sizes[{layer}]` must be an integer from 1 to {head_dim}, but is {_short(size)}."
+                    f"`value_sizes[{layer}]` must be an integer from 1 to {head_dim} (`hidden_size` divided by"
+                    f" `num_attention_heads`), but is {_short(size)}."
                 )
         for layer, size in enumerate(self.intermediate_sizes):
             if not _is_index(size, MAX_SIZE + 1):
