@@ -24,7 +24,7 @@ TASKS = {
 FORMAT_VERSION = 3
 # What pruning changes: the fields that a stock config does not have, and all.
 _PRUNED_LAYERS = ("remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
-PRUNED_FIELDS = ("conv_dim", "num_hidden_layers", *_PRUNED_LAYERS, "remaining_layers", "value_sizes")
+PRUNED_FIELDS = ("conv_dim", "num_hidden_layers", *_PRUNED_LAYERS, "remaining_layers", "value_sizes", "format_version")
 # What a published config cannot leave out: the defaults are those of an unpruned model.
 _REQUIRED = ("format_version", *_PRUNED_LAYERS)
 # No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
