@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..models.configuration_skill_student import CUT_TENSORS, CUT_VALUES, READERS
+from ..models.configuration_skill_student import CUT_TENSORS, CUT_VALUES, PER_LAYER, READERS
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ def _layer(config, layer: int) -> Units:
 def _record_layer(config, layer: int, kept: Sequence[int]) -> None:
     if kept:
         return
-    for name in ("remaining_heads", "intermediate_sizes", "remaining_layers", "value_sizes"):
+    for name in PER_LAYER:
         del getattr(config, name)[layer]
     for name in ("removed_attention_blocks", "removed_ffn_blocks"):
         removed = getattr(config, name)

@@ -110,7 +110,7 @@ class SkillDistiller(nn.Module):
 
     @property
     def student_groups(self) -> list[list[int]]:
-        """Indices of the student's hidden states of each group, as they are where `student_layers` is `group`."""
+        """Indices of the student's hidden states that predict each group, unless it is a mixture."""
         if self.student_layers == "last":
             return [[-1]] * len(self.groups_at_depth)
         states = student_states(self.config, self.target_sets[0].num_layers)
@@ -132,19 +132,19 @@ class SkillDistiller(nn.Module):
         What the projections of the groups read, `(groups, batch, frames, hidden_size)`, float32, from the student's
         hidden states.
         """
-        num_layers = self.target_sets[0].num_layers
-        states, last = student_states(self.config, num_layers), num_layers
         if self.student_layers != "mixture" and not self.state_norms:
             return group_means(hidden_states, self.student_groups)
         # By index of the first teacher, whose constants normalise them.
-        normed = [hidden_states[state].float() for state in states]
+        states = [
+            hidden_states[state].float() for state in student_states(self.config, self.target_sets[0].num_layers)
+        ]
         if self.state_norms:
-            normed = [self.state_norms[0](index, state) for index, state in enumerate(normed)]
+            states = [self.state_norms[0](index, state) for index, state in enumerate(states)]
         if self.student_layers == "mixture":
             weights = torch.softmax(self.mixture_logits.float(), dim=-1)
-            return torch.stack([sum(map(torch.mul, of_group, normed)) for of_group in weights])
-        groups = [[last]] * len(self.groups_at_depth) if self.student_layers == "last" else self.groups_at_depth
-        return group_means(normed, groups)
+            return torch.stack([sum(map(torch.mul, of_group, states)) for of_group in weights])
+        groups = self.groups_at_depth
+        return group_means(states, [[-1]] * len(groups) if self.student_layers == "last" else groups)
 
     def weights_of_groups(self, target_sparsity: float) -> list[float] | None:
         """How much each group of all target sets counts; they add up to 1. `None` if all count equally."""
@@ -153,19 +153,14 @@ class SkillDistiller(nn.Module):
         root_weight = self.root_weight
         if self.root_schedule == "sparsity":
             root_weight *= target_sparsity
-        weights = []
+        counts = []  # of layers, or 1; `None` for a root
         for targets in self.target_sets:
             clusters = targets.groups[:-1] if targets.has_root else targets.groups
-            weights += [float(len(group)) if self.group_weights == "size" else 1.0 for group in clusters]
-            weights += [0.0] * targets.has_root
-        total = sum(weights)
-        weights = [(1 - root_weight) * weight / total for weight in weights]
-        end = 0
-        for targets in self.target_sets:
-            end += len(targets.groups)
-            if targets.has_root:
-                weights[end - 1] = root_weight / len(self.target_sets)
-        return weights
+            counts += [len(group) if self.group_weights == "size" else 1 for group in clusters]
+            counts += [None] * targets.has_root
+        total = sum(filter(None, counts))
+        of_root = root_weight / len(self.target_sets)
+        return [of_root if count is None else (1 - root_weight) * count / total for count in counts]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         # Reentrant checkpoints would go through the graph of a gate's value once for each part of a batch.

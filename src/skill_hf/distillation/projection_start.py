@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..data.collator import calibration_waveforms
-from ..grouping.forward_pass import run_over_clips
 from ..losses import group_means
 from .distiller import SkillDistiller
+from .state_norms import run_over_calibration_clips
 
 
 # Share of the mean variance of the student's features that is added to each of them.
@@ -70,7 +69,6 @@ def fit_projections(trainer) -> list[LinearFit]:
 
 
 def _fit(trainer) -> list[LinearFit]:
-    config, ensemble = trainer.skill_config, trainer.ensemble
     with torch.random.fork_rng(devices=[]):
         distiller = trainer._make_distiller()
     _, *others = distiller.target_sets
@@ -86,19 +84,8 @@ def _fit(trainer) -> list[LinearFit]:
         for fit, x, y in zip(fits, predictors, targets, strict=True):
             fit.update(x.flatten(0, 1), y.to(x.device).flatten(0, 1))
 
-    reading = trainer.reading | {"feature_extractor": ensemble.collator_extractor()}
-    clips = calibration_waveforms(
-        trainer.train_dataset, config.calibration_samples, config.calibration_seconds, trainer.args.seed, **reading
-    )
-    run_over_clips(
-        [trainer.student.base_model, *(teacher.fast_copy().base_model for teacher in trainer.teachers[1:])],
-        clips,
-        ensemble.extractors_for_waveforms,
-        consume,
-        batch_size=4,
-        title="Start of projections",
-        progress=not trainer.args.disable_tqdm,
-    )
+    models = [trainer.student.base_model, *(teacher.fast_copy().base_model for teacher in trainer.teachers[1:])]
+    run_over_calibration_clips(trainer, models, consume, "Start of projections")
     return [fit.solve() for fit in fits]
 
 

@@ -1,6 +1,6 @@
 """Hidden states that are normalised before they are averaged: constants of each layer, from the calibration clips."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -59,6 +59,27 @@ class Moments:
         return {"mean": mean.float().numpy(), "deviation": deviation.clamp(min=1e-6).float().numpy()}
 
 
+def run_over_calibration_clips(trainer, models: Sequence, consume: Callable, title: str) -> None:
+    """
+    [`~skill_hf.grouping.forward_pass.run_over_clips`] with one model for each teacher, which hears audio as that
+    teacher does.
+    """
+    config, ensemble = trainer.skill_config, trainer.ensemble
+    reading = trainer.reading | {"feature_extractor": ensemble.collator_extractor()}
+    clips = calibration_waveforms(
+        trainer.train_dataset, config.calibration_samples, config.calibration_seconds, trainer.args.seed, **reading
+    )
+    run_over_clips(
+        models,
+        clips,
+        ensemble.extractors_for_waveforms,
+        consume,
+        batch_size=4,
+        title=title,
+        progress=not trainer.args.disable_tqdm,
+    )
+
+
 def measure_states(trainer) -> list[dict[str, np.ndarray]]:
     """
     Mean and deviation of the hidden states of each teacher on the calibration clips. The first process computes them
@@ -74,24 +95,12 @@ def measure_states(trainer) -> list[dict[str, np.ndarray]]:
 
 
 def _measure(trainer) -> list[dict[str, np.ndarray]]:
-    config, ensemble = trainer.skill_config, trainer.ensemble
     moments = [Moments() for _ in trainer.teachers]
 
     def consume(*states_of_teachers) -> None:
         for one, states in zip(moments, states_of_teachers, strict=True):
             one.update(states)
 
-    reading = trainer.reading | {"feature_extractor": ensemble.collator_extractor()}
-    clips = calibration_waveforms(
-        trainer.train_dataset, config.calibration_samples, config.calibration_seconds, trainer.args.seed, **reading
-    )
-    run_over_clips(
-        [teacher.fast_copy().base_model for teacher in trainer.teachers],
-        clips,
-        ensemble.extractors_for_waveforms,
-        consume,
-        batch_size=4,
-        title="Scale of hidden states",
-        progress=not trainer.args.disable_tqdm,
-    )
+    models = [teacher.fast_copy().base_model for teacher in trainer.teachers]
+    run_over_calibration_clips(trainer, models, consume, "Scale of hidden states")
     return [one.compute() for one in moments]

@@ -25,6 +25,8 @@ FORMAT_VERSION = 3
 # What pruning changes: the fields that a stock config does not have, and all.
 _PRUNED_LAYERS = ("remaining_heads", "intermediate_sizes", "removed_attention_blocks", "removed_ffn_blocks")
 PRUNED_FIELDS = ("conv_dim", "num_hidden_layers", *_PRUNED_LAYERS, "remaining_layers", "value_sizes", "format_version")
+# Lists with one entry for each layer.
+PER_LAYER = ("remaining_heads", "intermediate_sizes", "remaining_layers", "value_sizes")
 # What a published config cannot leave out: the defaults are those of an unpruned model.
 _REQUIRED = ("format_version", *_PRUNED_LAYERS)
 # No speech encoder comes near: what is larger is a damaged file, and would hang or ask for all memory.
@@ -314,7 +316,7 @@ class SkillStudentConfig:
 
     def _validate_pruned_shapes(self):
         layers, heads = self.num_hidden_layers, self.num_attention_heads
-        for name in ("remaining_heads", "intermediate_sizes", "remaining_layers", "value_sizes"):
+        for name in PER_LAYER:
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or len(value) != layers:
                 raise ValueError(f"`{name}` must list one entry for each of {layers} layers, but is {_short(value)}.")

@@ -284,12 +284,11 @@ def _render(data: ModelCardData, content: StudentContent, training: TrainingCont
 
 def _units_content(config: PreTrainedConfig, teacher_config: PreTrainedConfig | None) -> list[UnitsContent]:
     num_layers = None if teacher_config is None else teacher_config.num_hidden_layers
+    teacher_sizes = None if teacher_config is None else sizes_of(teacher_config)
     units, content = units_in_teacher(config, num_layers), []
     for name in shown_kinds(config):
         kind, left = KINDS[name], [0 if group is None else group.size for group in units[name]]
-        whole = [next(filter(None, units[name])).whole] * len(left)
-        if teacher_config is not None:
-            whole = sizes_of(teacher_config)[name]
+        whole = [next(filter(None, units[name])).whole] * len(left) if teacher_sizes is None else teacher_sizes[name]
         content.append(UnitsContent(kind.label.capitalize(), kind.places, left, whole))
     return content
 
