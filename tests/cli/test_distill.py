@@ -20,6 +20,7 @@ from transformers import AutoModel, BertConfig, Data2VecAudioConfig, WavLMConfig
 
 from skill_hf.cli import distill
 from skill_hf.compression.macs import count_macs
+from skill_hf.models.loading import load_config
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -374,13 +375,22 @@ def test_bad_input_ends_with_one_line_before_training(shared, finished, tmp_path
 
 
 # ------------------------------------------------------------------------------------------------------------ the demo
-def test_settings_of_the_demo():
-    model_args, data_args, skill_config, training_args = distill.parse(run_skill.demo_arguments())
-    assert Path(model_args.teacher_name_or_path) == EXAMPLES / "demo" / "teacher"
+@pytest.mark.parametrize(
+    "name, teacher, output", [("wavlm", "teacher", "demo"), ("hubert", "teacher-hubert", "demo-hubert")]
+)
+def test_settings_of_the_demos(name, teacher, output):
+    model_args, data_args, skill_config, training_args = distill.parse(run_skill.demo_arguments(name))
+    assert Path(model_args.teacher_name_or_path) == EXAMPLES / "demo" / teacher
+    assert load_config(model_args.teacher_name_or_path).model_type == name
     assert Path(data_args.audio_dir).is_dir() and Path(data_args.eval_audio_dir).is_dir()
-    assert Path(training_args.output_dir) == EXAMPLES.parent / "outputs" / "demo"
+    assert Path(training_args.output_dir) == EXAMPLES.parent / "outputs" / output
     assert skill_config.target_sparsity == 0.75
     assert training_args.eval_on_start
+
+
+def test_demo_of_another_name(capsys):
+    assert run_skill.main(["--demo", "whisper"]) == 2
+    assert capsys.readouterr().err == "error: `--demo` must be one of wavlm, hubert, but is 'whisper'.\n"
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +404,7 @@ def demo(shared):
         printed = []
         patch.setattr(run_skill, "DEMO_SETTINGS", file)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        assert run_skill.main([]) == 0
+        assert run_skill.main(["--demo", "wavlm", "--logging_steps", "3"]) == 0
     return shared / "demo", "\n".join(printed)
 
 
