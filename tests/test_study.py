@@ -3,15 +3,12 @@
 import csv
 import json
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import tiny_teacher
 from example_helpers import EXAMPLES, isolate, save_feature_extractor
-
-from skill_hf import SkillConfig, cluster_layers
 
 
 sys.path.insert(0, str(EXAMPLES / "study"))
@@ -22,114 +19,90 @@ import study_design  # noqa: E402
 import study_probes  # noqa: E402
 import study_results  # noqa: E402
 from pretrain_teacher import HELDOUT_LIBRISPEECH_SPEAKERS  # noqa: E402
-from study_design import BASELINES, MEASURES, SEEDS, SPARSITIES, VARIANTS, plan, resolve  # noqa: E402
+from study_design import BASELINES, METHODS, OPTIONS, SEEDS, Block, Condition, Student, at, plan, recipe  # noqa: E402
 
 
-# Hidden states on a line: the nearer, the more alike.
-PLACES = {
-    "cka": [0, 1, 2, 10, 11, 12, 13, 20, 21, 22, 23, 24, 25],
-    "cosine": [0, 1, 2, 3, 4, 5, 20, 21, 22, 23, 24, 25, 26],
-    "distillation": [0, 1, 2, 3, 20, 21, 22, 23, 24, 25, 26, 27, 28],
-    "mutual_knn": [0, 1, 10, 11, 20, 21, 30, 31, 40, 41, 50, 51, 52],
-}
-SIMILARITY = {name: np.exp(-np.abs(np.subtract.outer(places, places)) / 100) for name, places in PLACES.items()}
-SKILL = ((0, 1, 2), (3, 4, 5, 6), (7, 8, 9, 10, 11, 12))
+def test_plan_compares_all_methods_at_all_sparsities_on_both_teachers():
+    planned = plan()
+    for sparsity, steps in [(0.5, 240), (0.75, 240), (0.9, 240), (0.9, 960), (0.95, 240)]:
+        for condition in at(sparsity, steps):
+            for method in ("SKILL", *BASELINES):
+                assert {Student(method, condition, seed) for seed in SEEDS} <= planned.keys()
+    assert {condition.teacher for condition in at(0.5)} == {"wavlm", "hubert"}
+    assert len({student.key for student in planned}) == len(planned)
 
 
-def test_plan_has_every_run_once():
-    runs = list(plan())
-    expected = {(name, sparsity, seed) for name in ("skill", *BASELINES) for sparsity in SPARSITIES for seed in SEEDS}
-    expected |= {(name, 0.75, seed) for name in VARIANTS for seed in SEEDS}
-    assert len(runs) == len(expected)
-    assert set(runs) == expected
-
-
-def test_plan_begins_with_what_matters():
-    runs = list(plan())
-    assert runs[:2] == [("skill", 0.75, 0), ("dphubert", 0.75, 0)]
-    both = [
-        index for index, (name, sparsity, _) in enumerate(runs) if name in ("skill", "dphubert") and sparsity == 0.75
+def test_students_of_two_blocks_are_planned_once_and_tested_if_one_block_says_so(monkeypatch):
+    (condition,) = at(0.9, teachers=("wavlm",))
+    blocks = (
+        Block(("SKILL", "one group"), (condition,), (0, 1)),
+        Block(("SKILL", "DPHuBERT"), (condition,), (0,), with_tasks=True),
+    )
+    monkeypatch.setattr(study_design, "BLOCKS", blocks)
+    assert [(student.method, student.seed, tested) for student, tested in plan().items()] == [
+        ("SKILL", 0, True),
+        ("one group", 0, False),
+        ("SKILL", 1, False),
+        ("one group", 1, False),
+        ("DPHuBERT", 0, True),
     ]
-    baselines = [index for index, (name, sparsity, _) in enumerate(runs) if name in BASELINES[1:] and sparsity == 0.75]
-    others = [index for index, (name, sparsity, _) in enumerate(runs) if name in VARIANTS or sparsity == 0.5]
-    assert max(both) < min(baselines) <= max(baselines) < min(others)
-    # Whenever it stops, SKILL and DPHuBERT, or the other baselines, differ by one seed at most.
-    for indices in (both, baselines):
-        started = Counter()
-        for index in indices:
-            started[runs[index][0]] += 1
-            assert max(started.values()) - min(started[name] for name in {runs[index][0] for index in indices}) <= 1
 
 
 @pytest.mark.parametrize(
-    "name, groups, student_layers",
+    "name, twelve, eight",
     [
-        ("skill", SKILL, "group"),
-        ("dphubert", ((0,), (4,), (8,), (12,)), "group"),
-        ("distilhubert", ((4,), (8,), (12,)), "last"),
-        ("last layer", ((12,),), "group"),
-        ("every layer", tuple((layer,) for layer in range(13)), "group"),
-        ("one group", (tuple(range(13)),), "group"),
-        ("measure cosine", (tuple(range(6)), tuple(range(6, 13))), "group"),
-        ("measure distillation", (tuple(range(4)), tuple(range(4, 13))), "group"),
-        ("measure mutual_knn", ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11, 12)), "group"),
-        ("3 clusters", SKILL, "group"),
-        ("2 clusters", (SKILL[0] + SKILL[1], SKILL[2]), "group"),
+        ("SKILL", None, None),
+        ("DPHuBERT", [[0], [4], [8], [12]], [[0], [3], [5], [8]]),
+        ("DistilHuBERT", [[4], [8], [12]], [[3], [5], [8]]),
+        ("last layer", [[12]], [[8]]),
+        ("every layer", [[layer] for layer in range(13)], [[layer] for layer in range(9)]),
+        ("one group", [[*range(13)]], [[*range(9)]]),
+        ("early cut", [[*range(4)], [*range(4, 13)]], [[*range(3)], [*range(3, 9)]]),
+        ("late cut", [[*range(10)], [*range(10, 13)]], [[*range(7)], [*range(7, 9)]]),
+        ("first two apart", [[0, 1], [*range(2, 13)]], [[0, 1], [*range(2, 9)]]),
+        ("first apart", [[0], [*range(1, 7)], [*range(7, 13)]], [[0], [*range(1, 5)], [*range(5, 9)]]),
     ],
 )
-def test_methods_have_the_groups_of_their_names(name, groups, student_layers):
-    method = resolve(name, SIMILARITY, seed=0)
-    assert method.layer_groups == groups
-    assert method.student_layers == student_layers
-    assert method.projection_groups == (((0,), (1, 2, 3)) if name == "dphubert" else None)
+def test_methods_have_the_groups_of_their_names(name, twelve, eight):
+    for layers, groups in ((12, twelve), (8, eight)):
+        config = recipe(name, 0.9, 240, layers)
+        assert config.layer_groups == groups and config.target_sparsity == 0.9
+        assert config.projection_groups == ([[0], [1, 2, 3]] if name == "DPHuBERT" else None)
+        assert config.student_layers == ("last" if name == "DistilHuBERT" else "group")
 
 
-@pytest.mark.parametrize("linkage", ["single", "complete", "ward"])
-def test_linkages_are_those_of_their_names(linkage):
-    features = np.random.default_rng(12).normal(size=(13, 3))  # of which every linkage makes groups of its own
-    similarity = dict.fromkeys(MEASURES, np.exp(-np.linalg.norm(features[:, None] - features, axis=-1)))
-    expected = cluster_layers(similarity["cka"], SkillConfig(linkage=linkage))
-    found = resolve(f"linkage {linkage}", similarity, seed=0).layer_groups
-    assert [list(group) for group in found] == expected
-    assert found != resolve("skill", similarity, seed=0).layer_groups
-
-
-@pytest.mark.parametrize("name", ("skill", *BASELINES, *VARIANTS))
-def test_every_method_is_a_recipe(name):
-    method = resolve(name, SIMILARITY, seed=1)
-    fields = json.loads(json.dumps(method.fields()))
-    SkillConfig(target_sparsity=0.75, **fields)
-    if name.endswith("clusters"):
-        assert len(method.layer_groups) == int(name.split()[0])
-
-
-def test_random_groups_have_the_sizes_of_skill_and_differ_by_seed():
-    found = [resolve("random groups", SIMILARITY, seed).layer_groups for seed in SEEDS]
-    for groups in found:
-        assert sorted(map(len, groups)) == [3, 4, 6]
-        assert sorted(layer for group in groups for layer in group) == list(range(13))
-    assert len(set(found)) == len(SEEDS)
-    assert found[2] == resolve("random groups", SIMILARITY, 2).layer_groups
-
-
-def test_methods_with_the_same_groups_share_a_run():
-    def key(name, sparsity=0.75, seed=0):
-        return run_study.run_key(resolve(name, SIMILARITY, seed), sparsity, seed)
-
-    assert key("skill") == key("3 clusters")
-    others = [key("dphubert"), key("skill", 0.5), key("skill", seed=1), key("distilhubert"), key("last layer")]
-    assert len({key("skill"), *others}) == 6
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_changes_a_method(method, option):
+    plain, changed = (recipe(name, 0.75, 240, 12).to_dict() for name in (method, f"{method} + {option}"))
+    assert {name for name in plain if plain[name] != changed[name]} == study_design.OPTIONS[option](160).keys()
+    both = recipe(f"{method} + {option} + by size", 0.75, 240, 12).to_dict()
+    assert both == changed | {"group_weights": "size"}
 
 
 def test_torn_line_takes_no_other_along(tmp_path, caplog):
-    path = tmp_path / "runs.1.jsonl"
+    path = tmp_path / "students.1.jsonl"
     run_study.append(path, {"key": "first"})
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"key": "torn", "scor')
     run_study.append(path, {"key": "second"})
-    run_study.append(tmp_path / "runs.0.jsonl", {"key": "third"})
-    assert run_study.finished(tmp_path) == {"first", "second", "third"}
-    assert "torn" in caplog.text
+    run_study.append(tmp_path / "students.0.jsonl", {"key": "third"})
+    assert run_study.read_rows(tmp_path).keys() == {"first", "second", "third"}
+    assert "students.1.jsonl has an incomplete line" in caplog.text
+
+
+def test_first_row_of_a_student_counts_unless_only_the_second_has_scores(tmp_path):
+    rows = [
+        {"key": "a", "number": 1},
+        {"key": "a", "number": 2, "scores": {}},
+        {"key": "a", "number": 3, "scores": {}},
+        {"key": "a", "number": 4},
+        {"key": "b", "number": 5},
+        {"key": "b", "number": 6},
+    ]
+    for row in rows:
+        run_study.append(tmp_path / "students.0.jsonl", row)
+    assert {key: row["number"] for key, row in run_study.read_rows(tmp_path).items()} == {"a": 2, "b": 5}
 
 
 def write_clips(directory, rows: list[dict]):
@@ -248,52 +221,50 @@ def test_directory_without_metadata_is_an_error(speech, tmp_path):
 
 @pytest.mark.nightly
 def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypatch):
-    for module in (run_study, study_design):
-        monkeypatch.setattr(module, "SEEDS", (0,))
-    monkeypatch.setattr(run_study, "CALIBRATION_SIZES", (4, 8))
-    monkeypatch.setattr(run_study, "CALIBRATION_SAMPLES", 8)
-    monkeypatch.setattr(run_study, "CALIBRATION_SECONDS", 0.5)
-    monkeypatch.setattr(study_probes, "LEARNING_RATES", (1e-2,))
-    monkeypatch.setattr(study_probes, "STEPS", dict.fromkeys(study_probes.TASKS, 3))
     teacher = tmp_path / "teacher"
-    tiny_teacher(num_hidden_layers=7).save_pretrained(teacher)  # the largest number of clusters is 8
+    tiny_teacher(num_hidden_layers=3).save_pretrained(teacher)
     save_feature_extractor(teacher)
-    args = run_study.StudyArguments(
-        **speech,
-        teacher=teacher,
-        results=tmp_path / "results",
-        max_steps=6,
-        max_seconds=0.5,
-        num_threads=1,
-        max_runs=1,
-    )
+    condition = Condition("wavlm", 0.75, 6)
+    for module, name, value in (
+        (run_study, "TEACHERS", {"wavlm": teacher}),
+        (run_study, "SEEDS", (0,)),
+        (study_design, "COMMON", {"calibration_samples": 8, "calibration_seconds": 0.5}),
+        (study_design, "BLOCKS", (Block(("SKILL", "DPHuBERT", "SKILL + by size"), (condition,), (0,), True),)),
+        (study_probes, "LEARNING_RATES", (1e-2,)),
+        (study_probes, "STEPS", dict.fromkeys(study_probes.TASKS, 3)),
+    ):
+        monkeypatch.setattr(module, name, value)
+    args = run_study.StudyArguments(**speech, results=tmp_path / "results", max_seconds=0.5, num_threads=1, max_runs=1)
 
-    def runs() -> list[dict]:
-        return [json.loads(line) for line in (args.results / "runs.0.jsonl").read_text(encoding="utf-8").splitlines()]
+    def rows() -> list[dict]:
+        text = (args.results / "students.0.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     run_study.run(args)
-    first = runs()
-    before = {name: (args.results / name).read_bytes() for name in ("clusters.0.json", "references.json")}
+    first = rows()
+    references = (args.results / "references.wavlm.json").read_bytes()
     run_study.run(args)
-    assert len(first) == 1 and runs()[0] == first[0]
-    assert {name: (args.results / name).read_bytes() for name in before} == before
-
-    study = study_results.read_study(args.results)
-    assert [row["layer_groups"] for row in runs()] == [
-        [list(group) for group in study.methods[name, 0].layer_groups] for name in ("skill", "dphubert")
+    args.max_runs = None
+    run_study.run(args)
+    assert len(first) == 1 and rows()[0] == first[0]
+    assert (args.results / "references.wavlm.json").read_bytes() == references
+    assert [row["key"] for row in rows()] == [
+        f"wavlm, 0.75, 6, {method}, 0" for method in ("SKILL", "DPHuBERT", "SKILL + by size")
     ]
-    assert runs()[1]["layer_groups"] == [[0], [2], [5], [7]]
-    for row in runs():
+    assert rows()[1]["layer_groups"] == [[0], [1], [2], [3]]
+    for row in rows():
         assert row["sparsity_reached"] == pytest.approx(0.75, abs=0.02)
         assert list(row["scores"]) == list(study_probes.METRICS) and np.isfinite(list(row["scores"].values())).all()
-        assert len(row["distances"]["cka"]) == 8 and len(row["layer_weights"]["pr"]) == 8
-    assert study.references.keys() == {"teacher", "untrained", "fbank", "mfcc"}
-    assert set(study.groups[0]["cka"]) == {4, 8}
+        assert len(row["distances"]["cka"]) == 4
+        assert row["cut"]["step"] == 4 and [step for step, _ in row["losses"]] == [1, 2, 3, 4, 5, 6]
 
+    study = study_results.read_study(args.results)
+    assert len(study.rows) == 3
+    assert study.references["wavlm"].keys() == {"teacher", "untrained", "fbank", "mfcc"}
     page = tmp_path / "study.md"
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
     draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
-    assert draw_study.NOTHING not in page.read_text(encoding="utf-8")
+    assert page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 1  # unequal groups
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         picture.file for picture in draw_study.PICTURES.values()
     }

@@ -104,6 +104,9 @@ class FineTunedArguments:
     task_weight: Positive = field(default=1.0, metadata={"help": "Weight of the labels' loss where they are used."})
     fine_tune_batch_size: Count = field(default=2, metadata={"help": "Clips per update of a fine-tuning."})
     compress_batch_size: Count = field(default=1, metadata={"help": "Clips per update of a compression."})
+    bf16: bool = field(
+        default=False, metadata={"help": "Train with bfloat16 autocast; slow on CPUs without AMX or AVX512-BF16."}
+    )
     calibration_samples: Count = field(default=64, metadata={"help": "Clips to group the layers by."})
     max_test_clips: Count = field(default=120, metadata={"help": "Clips to test on."})
     num_threads: Count = field(default=2, metadata={"help": "CPU threads of this process."})
@@ -171,7 +174,7 @@ def as_rows(directory: Path, rows: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio(decode=False))
 
 
-def common_arguments(directory: Path, steps: int, batch_size: int, seed: int) -> dict:
+def common_arguments(args: FineTunedArguments, directory: Path, steps: int, batch_size: int, seed: int) -> dict:
     return {
         "output_dir": str(directory),
         "max_steps": steps,
@@ -182,6 +185,8 @@ def common_arguments(directory: Path, steps: int, batch_size: int, seed: int) ->
         "save_total_limit": 1,
         "logging_steps": max(steps // 20, 1),
         "report_to": "none",
+        "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": seed,
     }
@@ -209,7 +214,7 @@ def fine_tune(args: FineTunedArguments, speech: Speech, source: Path, seed: int,
     trainer = FineTuner(
         model=model,
         args=FineTuningArguments(
-            **common_arguments(run, args.fine_tune_steps, args.fine_tune_batch_size, seed),
+            **common_arguments(args, run, args.fine_tune_steps, args.fine_tune_batch_size, seed),
             learning_rate=args.fine_tune_learning_rate,
             remove_unused_columns=False,
         ),
@@ -244,7 +249,7 @@ def compress(
             task_weight=task_weight,
         ),
         args=SkillTrainingArguments(
-            **common_arguments(run, args.compress_steps, args.compress_batch_size, seed),
+            **common_arguments(args, run, args.compress_steps, args.compress_batch_size, seed),
             learning_rate=args.compress_learning_rate,
             overwrite_output_dir=True,
         ),

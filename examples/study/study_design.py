@@ -1,115 +1,151 @@
-"""What the study compares: the methods, their groups of layers, and the order in which they are run."""
+"""What the study compares: the methods, the conditions, and the order of the runs."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "demo"))
 
 from demo_comparison import dphubert_layers  # noqa: E402
 
-from skill_hf import SkillConfig, cluster_layers  # noqa: E402
+from skill_hf import SkillConfig  # noqa: E402
+from skill_hf.compression.units import DEFAULT_KINDS  # noqa: E402
 
 
 SEEDS = (0, 1, 2, 3, 4)
-SPARSITIES = (0.75, 0.5, 0.9)
-CALIBRATION_SIZES = (16, 32, 64, 128, 256, 512)
-CALIBRATION_SAMPLES = 256
-CALIBRATION_SECONDS = 2.5
-MEASURES = ("cka", "cosine", "distillation", "mutual_knn")
-LINKAGES = ("average", "single", "complete", "ward")
-CLUSTER_NUMBERS = (2, 3, 4, 6, 8)
+TEACHERS = {"wavlm": HERE / "teacher", "hubert": HERE.parent / "demo" / "teacher-hubert"}
+# What all students share, beside the defaults of the recipe.
+COMMON = {"calibration_samples": 256, "calibration_seconds": 2.5, "final_learning_rate": 5e-4}
 
-BASELINES = ("dphubert", "distilhubert", "last layer", "every layer", "one group", "random groups")
-VARIANTS = (
-    *(f"measure {measure}" for measure in MEASURES[1:]),
-    *(f"linkage {linkage}" for linkage in LINKAGES[1:]),
-    *(f"{number} clusters" for number in CLUSTER_NUMBERS),
-)
+# Name -> number of layers -> what differs from the default recipe, which is SKILL's.
+METHODS: dict[str, Callable[[int], dict]] = {
+    "SKILL": lambda layers: {},
+    # Its first layer has a projection of its own, the others share one.
+    "DPHuBERT": lambda layers: {"layer_groups": dphubert_layers(layers), "projection_groups": [[0], [1, 2, 3]]},
+    "DistilHuBERT": lambda layers: {"layer_groups": dphubert_layers(layers)[1:], "student_layers": "last"},
+    "last layer": lambda layers: {"layer_groups": [[layers]]},
+    "every layer": lambda layers: {"layer_groups": [[layer] for layer in range(layers + 1)]},
+    "one group": lambda layers: {"layer_groups": [list(range(layers + 1))]},
+    # Two groups of neighbours as SKILL's, but cut elsewhere: are its clusters better than any two targets?
+    "early cut": lambda layers: {"layer_groups": consecutive(layers, round(layers / 4) + 1)},
+    "late cut": lambda layers: {"layer_groups": consecutive(layers, round(3 * layers / 4) + 1)},
+    # Groups of very different sizes.
+    "first two apart": lambda layers: {"layer_groups": consecutive(layers, 2)},
+    "first apart": lambda layers: {"layer_groups": consecutive(layers, 1, layers // 2 + 1)},
+}
+BASELINES = ("DPHuBERT", "DistilHuBERT", "last layer", "every layer", "one group", "early cut", "late cut")
+UNEQUAL = ("first two apart", "first apart")
+
+# Name -> steps of stage 1 -> what it changes in a method.
+OPTIONS: dict[str, Callable[[int], dict]] = {
+    "by size": lambda joint: {"group_weights": "size"},
+    "normalised": lambda joint: {"normalize_states": True},
+    "half root": lambda joint: {"root_weight": 0.5},
+    "rising root": lambda joint: {"root_weight": 1.0, "root_schedule": "sparsity"},
+    "mixture": lambda joint: {"student_layers": "mixture"},
+    "slow ramp": lambda joint: {"sparsity_warmup_steps": joint // 2},
+    "slow cubic ramp": lambda joint: {"sparsity_warmup_steps": joint // 2, "sparsity_schedule": "cubic"},
+    "value dimensions": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_value_dims"]},
+    "shrinking": lambda joint: {"shrink_steps": max(joint // 16, 1)},
+}
+
+
+def consecutive(layers: int, *starts: int) -> list[list[int]]:
+    """The hidden states 0 to `layers` in groups of neighbours; all but the first begin at `starts`."""
+    bounds = [0, *starts, layers + 1]
+    return [list(range(low, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def recipe(name: str, sparsity: float, steps: int, num_layers: int) -> SkillConfig:
+    """
+    Args:
+        name (`str`): one of [`METHODS`], perhaps with [`OPTIONS`]: `SKILL + by size + normalised`.
+        sparsity (`float`): share of the parameters to remove.
+        steps (`int`): optimizer steps of both stages.
+        num_layers (`int`): of the teacher.
+
+    Raises:
+        `KeyError`: if there is no such method or option.
+    """
+    method, *options = name.split(" + ")
+    joint = SkillConfig().resolve_steps(steps).joint
+    fields = METHODS[method](num_layers)
+    for option in options:
+        fields |= OPTIONS[option](joint)
+    return SkillConfig(**COMMON, target_sparsity=sparsity, **fields)
 
 
 @dataclass(frozen=True)
-class Method:
-    """
-    What the loss sees, as fields of [`~skill_hf.SkillConfig`].
+class Condition:
+    """What students that are compared share: name of the teacher, target sparsity, steps of both stages."""
 
-    Args:
-        layer_groups: groups of hidden states.
-        projection_groups: groups that share a projection; by default each has its own.
-        student_layers: what predicts a group.
-    """
+    teacher: str
+    sparsity: float
+    steps: int = 240
 
-    layer_groups: tuple[tuple[int, ...], ...]
-    projection_groups: tuple[tuple[int, ...], ...] | None = None
-    student_layers: str = "group"
-
-    def fields(self) -> dict:
-        return {
-            "layer_groups": [list(group) for group in self.layer_groups],
-            "projection_groups": self.projection_groups and [list(group) for group in self.projection_groups],
-            "student_layers": self.student_layers,
-        }
+    @property
+    def label(self) -> str:
+        return f"{self.sparsity:g}" + ("" if self.steps == 240 else f", {self.steps} steps")
 
 
-def groups_of(name: str, similarity: dict[str, np.ndarray]) -> list[list[int]]:
-    """Groups of a method that clusters: `skill` itself and [`VARIANTS`]."""
-    kind, _, value = name.rpartition(" ")
-    measure, linkage, number = "cka", "average", None
-    if kind == "measure":
-        measure = value
-    elif kind == "linkage":
-        linkage = value
-    elif value == "clusters":
-        number = int(kind)
-    return cluster_layers(similarity[measure], SkillConfig(linkage=linkage, num_clusters=number))
+@dataclass(frozen=True)
+class Student:
+    """One run of the study."""
+
+    method: str
+    condition: Condition
+    seed: int
+
+    @property
+    def key(self) -> str:
+        condition = self.condition
+        return f"{condition.teacher}, {condition.sparsity:g}, {condition.steps}, {self.method}, {self.seed}"
 
 
-def resolve(name: str, similarity: dict[str, np.ndarray], seed: int) -> Method:
-    """
-    Args:
-        name (`str`): `skill`, or one of [`BASELINES`] or [`VARIANTS`].
-        similarity (`dict[str, np.ndarray]`): measure -> matrix of the hidden states of the calibration set of `seed`.
-        seed (`int`): of random groups.
-    """
-    num_layers = len(similarity["cka"]) - 1
-    spread = tuple(map(tuple, dphubert_layers(num_layers)))
-    if name == "dphubert":  # its first group has a projection of its own, the others share one
-        return Method(spread, ((0,), (1, 2, 3)))
-    if name == "distilhubert":  # predicts layers 4, 8 and 12 of 12 from the last (arXiv 2110.01900)
-        return Method(spread[1:], student_layers="last")
-    if name == "last layer":
-        return Method(((num_layers,),))
-    if name == "every layer":
-        return Method(tuple((layer,) for layer in range(num_layers + 1)))
-    if name == "one group":
-        return Method((tuple(range(num_layers + 1)),))
-    skill = groups_of("skill", similarity)
-    if name == "random groups":  # of the sizes that SKILL's have
-        order = np.random.default_rng(seed).permutation(num_layers + 1)
-        parts = np.split(order, np.cumsum([len(group) for group in skill])[:-1])
-        return Method(tuple(sorted(tuple(sorted(part.tolist())) for part in parts)))
-    groups = skill if name == "skill" else groups_of(name, similarity)
-    return Method(tuple(map(tuple, groups)))
+@dataclass(frozen=True)
+class Block:
+    """Students that are run one after another; seeds take turns, so that a study that is stopped compares all."""
+
+    methods: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    seeds: tuple[int, ...]
+    with_tasks: bool = False
+
+    def __iter__(self) -> Iterator[Student]:
+        for seed in self.seeds:
+            for condition in self.conditions:
+                for method in self.methods:
+                    yield Student(method, condition, seed)
 
 
-def plan() -> Iterator[tuple[str, float, int]]:
-    """
-    Method, sparsity and seed of every run, what matters most first; seeds take turns, so that a study that is stopped
-    early compares all methods of a block on the same seeds.
-    """
-    blocks = [
-        (("skill", "dphubert"), (0.75, 0.9)),
-        (BASELINES[1:], (0.75,)),
-        (BASELINES[1:], (0.9,)),
-        (("skill", *BASELINES), (0.5,)),
-        (VARIANTS, (0.75,)),
-    ]
-    for methods, sparsities in blocks:
-        for seed in SEEDS:
-            for sparsity in sparsities:
-                for method in methods:
-                    yield method, sparsity, seed
+def at(sparsity: float, steps: int = 240, teachers: tuple[str, ...] = tuple(TEACHERS)) -> tuple[Condition, ...]:
+    return tuple(Condition(teacher, sparsity, steps) for teacher in teachers)
+
+
+WEIGHTED = ("", " + by size", " + by size + normalised")
+OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
+FEW = SEEDS[:3]
+# What matters most comes first.
+BLOCKS = (
+    Block(("SKILL", *(group + way for group in UNEQUAL for way in WEIGHTED)), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), at(0.9), FEW),
+    Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
+    Block(("SKILL", "DPHuBERT", "one group", "early cut", "late cut", "every layer"), at(0.75), FEW),
+    Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),
+    Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),
+    Block(("SKILL", "one group", "DPHuBERT"), at(0.9), SEEDS, with_tasks=True),
+    Block(("SKILL", *BASELINES), (*at(0.9), *at(0.75), *at(0.5), *at(0.95)), SEEDS),
+    Block(("SKILL", *BASELINES), at(0.9, 960), SEEDS),
+)
+
+
+def plan() -> dict[Student, bool]:
+    """Every student, in order, and whether it is tested on tasks, too."""
+    students: dict[Student, bool] = {}
+    for block in BLOCKS:
+        for student in block:
+            students[student] = students.get(student, False) or block.with_tasks
+    return students
