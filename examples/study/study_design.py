@@ -1,18 +1,11 @@
 """What the study compares: the methods, their groups of layers, and the order in which they are run."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
-
-from demo_comparison import dphubert_layers  # noqa: E402
-
-from skill_hf import SkillConfig, cluster_layers  # noqa: E402
+from skill_hf import SkillConfig, cluster_layers
 
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -55,6 +48,12 @@ class Method:
         }
 
 
+def method_of(recipe: SkillConfig) -> Method:
+    """What the loss of a recipe with groups set by hand sees."""
+    sharing = recipe.projection_groups and tuple(map(tuple, recipe.projection_groups))
+    return Method(tuple(map(tuple, recipe.layer_groups)), sharing, recipe.student_layers)
+
+
 def groups_of(name: str, similarity: dict[str, np.ndarray]) -> list[list[int]]:
     """Groups of a method that clusters: `skill` itself and [`VARIANTS`]."""
     kind, _, value = name.rpartition(" ")
@@ -76,11 +75,10 @@ def resolve(name: str, similarity: dict[str, np.ndarray], seed: int) -> Method:
         seed (`int`): of random groups.
     """
     num_layers = len(similarity["cka"]) - 1
-    spread = tuple(map(tuple, dphubert_layers(num_layers)))
-    if name == "dphubert":  # its first group has a projection of its own, the others share one
-        return Method(spread, ((0,), (1, 2, 3)))
-    if name == "distilhubert":  # predicts layers 4, 8 and 12 of 12 from the last (arXiv 2110.01900)
-        return Method(spread[1:], student_layers="last")
+    if name == "dphubert":
+        return method_of(SkillConfig.dphubert(num_layers))
+    if name == "distilhubert":
+        return method_of(SkillConfig.distilhubert(num_layers))
     if name == "last layer":
         return Method(((num_layers,),))
     if name == "every layer":

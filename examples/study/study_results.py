@@ -19,10 +19,11 @@ from sklearn.metrics import adjusted_rand_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from run_study import run_key  # noqa: E402
-from study_design import BASELINES, MEASURES, SEEDS, VARIANTS, Method, dphubert_layers, plan, resolve  # noqa: E402
+from study_design import BASELINES, MEASURES, SEEDS, VARIANTS, Method, plan, resolve  # noqa: E402
 from study_probes import METRICS  # noqa: E402
 
 from skill_hf.files import read_json  # noqa: E402
+from skill_hf.recipe.published_recipes import dphubert_layers  # noqa: E402
 from skill_hf.superb import METRICS as SUPERB_METRICS  # noqa: E402
 
 

@@ -441,12 +441,6 @@ def test_demo_shows_the_distance_at_every_layer(demo):
     assert not (output_dir / "_comparison").exists()
 
 
-def test_dphubert_layers_are_scaled_to_the_depth():
-    assert demo_comparison.dphubert_layers(12) == [[0], [4], [8], [12]]
-    assert demo_comparison.dphubert_layers(24) == [[0], [8], [16], [24]]
-    assert demo_comparison.dphubert_layers(8) == [[0], [3], [5], [8]]
-
-
 def test_random_pruning_keeps_weights_as_they_are(layout):
     teacher = tiny_teacher(layout)
     units = ["conv_channels", "attention_heads", "ffn_dims"]
