@@ -27,7 +27,7 @@ def chain(students: list[tuple]) -> list[tuple]:
     sparsities = [skill_config.target_sparsity for _, _, skill_config, _ in students]
     if any(later <= earlier for earlier, later in zip(sparsities, sparsities[1:], strict=False)):
         raise ValueError(
-            f"The values of `target_sparsity` must rise, as each student starts from the one before, but are"
+            "The values of `target_sparsity` must rise, as each student starts from the one before, but are"
             f" {', '.join(map(str, sparsities))}."
         )
     start = students[0][0].student_name_or_path
