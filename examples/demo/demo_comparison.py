@@ -23,17 +23,10 @@ from skill_hf.compression.pruning import fit_gates
 from skill_hf.data import calibration_waveforms
 from skill_hf.models.families import build_student
 from skill_hf.publishing.plots import plot_layer_distances
+from skill_hf.recipe.published_recipes import dphubert_layers
 
 
 logger = logging.getLogger("skill_hf.demo_comparison")
-
-
-def dphubert_layers(num_layers: int) -> list[list[int]]:
-    """
-    DPHuBERT (arXiv 2305.17651) distils hidden states 0, 4, 8 and 12 of 12 layers: the first, the last and two between
-    them at equal steps. The same of `num_layers`, to the nearest layer: 0, 3, 5 and 8 of 8.
-    """
-    return [[round(num_layers * third / 3)] for third in range(4)]
 
 
 @torch.no_grad()

@@ -1,19 +1,15 @@
 """What the study compares: the methods, the conditions, and the order of the runs."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from skill_hf import SkillConfig
+from skill_hf.compression.units import DEFAULT_KINDS
+from skill_hf.recipe.published_recipes import dphubert_layers
+
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "demo"))
-
-from demo_comparison import dphubert_layers  # noqa: E402
-
-from skill_hf import SkillConfig  # noqa: E402
-from skill_hf.compression.units import DEFAULT_KINDS  # noqa: E402
-
 
 SEEDS = (0, 1, 2, 3, 4)
 TEACHERS = {"wavlm": HERE / "teacher", "hubert": HERE.parent / "demo" / "teacher-hubert"}

@@ -36,7 +36,7 @@ def test_recipes_are_there_for_each_teacher_and_sparsity():
 def test_settings_of_a_recipe(name, tmp_path):
     """They are valid, and those that are given override them."""
     words = ["--recipe", name, "--audio_dir", "recordings", "--output_dir", str(tmp_path), "--seed", "7"]
-    model_args, data_args, skill_config, training_args = distill.parse(words)
+    model_args, data_args, skill_config, training_args = distill.parse(words)[0]
     settings = load_recipe(name)
     assert model_args.teacher_name_or_path == settings["teacher_name_or_path"]
     assert skill_config.target_sparsity == SPARSITY_OF[name.rpartition("-")[2]]
@@ -46,7 +46,7 @@ def test_settings_of_a_recipe(name, tmp_path):
     # At most 640 s of audio in a step of four devices.
     clips = 4 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     assert 600 < clips * data_args.max_seconds <= 640
-    changed = distill.parse([*words, "--target_sparsity", "0.3", "--max_steps", "30"])
+    (changed,) = distill.parse([*words, "--target_sparsity", "0.3", "--max_steps", "30"])
     assert (changed[2].target_sparsity, changed[3].max_steps) == (0.3, 30)
 
 

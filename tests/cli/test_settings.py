@@ -297,14 +297,14 @@ def test_a_file_is_read_as_its_writer_meant_it(tmp_path):
         b"\xef\xbb\xbfaudio_dir: x\nsave_strategy: no\ncontiguous: 'false'\nlearning_rate: 1e-4\nmax_steps: 5.0\n"
         b"output_dir: 2024-01-01\nwarmup_steps: 0.25\nlayer_groups: [[0], [1, 2]]\nnum_clusters: null\n"
     )
-    _, data_args, skill_config, training_args = distill.parse([str(path)])
+    _, data_args, skill_config, training_args = distill.parse([str(path)])[0]
     assert data_args.audio_dir == "x" and training_args.output_dir == "2024-01-01"
     assert training_args.save_strategy == "no" and training_args.learning_rate == 1e-4
     assert training_args.max_steps == 5 and type(training_args.max_steps) is int
     assert skill_config.contiguous is False and skill_config.layer_groups == [[0], [1, 2]]
     path = tmp_path / "a.json"
     path.write_text('{"audio_dir": "x", "max_steps": "4"}')
-    assert distill.parse([str(path)])[3].max_steps == 4
+    assert distill.parse([str(path)])[0][3].max_steps == 4
     assert read_settings(str(path)) == {"audio_dir": "x", "max_steps": "4"}
 
 

@@ -459,11 +459,11 @@ def test_one_value_and_lists_are_teachers_in_settings_of_every_kind(tmp_path):
     for value, expected in (("one", "one"), (["one"], "one"), (["one", "two"], ["one", "two"])):
         path = tmp_path / "settings.json"
         path.write_text(json.dumps(needed | {"teacher_name_or_path": value}))
-        assert distill.parse([str(path)])[0].teacher_name_or_path == expected
+        assert distill.parse([str(path)])[0][0].teacher_name_or_path == expected
         words = command_line(needed | {"teacher": value})
-        assert distill.parse(words)[0].teacher_name_or_path == expected
-    assert distill.parse(command_line(needed))[0].teacher_name_or_path == "microsoft/wavlm-base-plus"
-    recipe = distill.parse(command_line(needed | {"recipe": "hubert-base-075"}))[0]
+        assert distill.parse(words)[0][0].teacher_name_or_path == expected
+    assert distill.parse(command_line(needed))[0][0].teacher_name_or_path == "microsoft/wavlm-base-plus"
+    recipe = distill.parse(command_line(needed | {"recipe": "hubert-base-075"}))[0][0]
     assert recipe.teacher_name_or_path == "facebook/hubert-base-ls960"
     path.write_text(json.dumps(needed | {"teacher_name_or_path": 3}))
     with pytest.raises(ValueError, match="`teacher_name_or_path` in .* must be .* but is 3"):

@@ -504,7 +504,7 @@ def test_command_line(tmp_path, ctc_directory, run):
         "output_dir": str(tmp_path / "out"),
         "recipe": "wav2vec2-base-960h-ctc-075",
     }
-    trainer = distill.make_trainer(*distill.parse(command_line(settings)), distill.StageClock())
+    trainer = distill.make_trainer(*distill.parse(command_line(settings))[0], distill.StageClock())
     assert trainer.teachers[0].head == CTC and type(trainer.model) is WavLMSkillStudentForCTC
     assert trainer.model.config.conv_dim == run.model.config.conv_dim
     with pytest.raises(ValueError, match="task"):

@@ -161,7 +161,7 @@ def run_from_the_hub(output_dir: Path, teacher: str) -> None:
     WavLMForSkillStudent.from_pretrained(teacher).push_to_hub("copy")
 
 
-def run_example(folder: Path) -> None:
+def run_example(folder: Path, *sparsities: str) -> None:
     from skill_hf.cli import distill
 
     tiny_teacher().save_pretrained(folder / "teacher")
@@ -183,6 +183,7 @@ def run_example(folder: Path) -> None:
         "report_to": "none",
     }
     arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    arguments += ["--target_sparsity", *sparsities] if sparsities else []
     assert distill.main([*arguments, "--use_cpu", "--push_to_hub"]) == 0
 
 
@@ -356,6 +357,16 @@ def test_example_publishes_once_and_no_path(hub, client, tmp_path):
     assert json.loads(files["all_results.json"].read_text())["teacher"] == "teacher"
     for name, path in files.items():
         assert str(tmp_path).encode() not in path.read_bytes(), name
+
+
+def test_students_of_several_sparsities_have_repositories_of_their_own(hub, client, tmp_path):
+    client(run_example, tmp_path, "0.2", "0.4")
+    for name in ("example-sparsity-0.2", "example-sparsity-0.4"):
+        files = hub.files(f"me/{name}")
+        assert set(files) == STUDENT | RUN | RESULTS | HUB
+        assert f'"me/{name}"' in files["README.md"].read_text()
+        for path in files.values():
+            assert str(tmp_path).encode() not in path.read_bytes()
 
 
 def test_unfinished_student_is_refused(tmp_path, clips):

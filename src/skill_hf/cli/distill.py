@@ -1,5 +1,6 @@
 """
-`skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`.
+`skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`, or to
+several if `--target_sparsity` has several values.
 
 Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
 Both signals write a checkpoint first.
@@ -20,11 +21,13 @@ from typing import Annotated
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import TrainerCallback, set_seed
 
 from ..data.audio import AudioError
 from ..data.speech_datasets import load_audio_dir, load_speech_dataset
+from ..distillation.checkpointing import has_begun, is_finished, mark_finished
 from ..distillation.divergence import NonFiniteError
 from ..distillation.interruption import Terminated
 from ..distillation.skill_trainer import SkillDistillationTrainer
@@ -34,6 +37,7 @@ from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from .recipes import load_recipe
 from .settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, require, run_script
+from .sparsity_chain import chain, check_later, resume_setting
 
 
 logger = logging.getLogger(__name__)
@@ -120,16 +124,34 @@ class DataArguments:
             )
 
 
-# The classes that hold all options.
+# The classes that hold all options, and an object of each.
 KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
+Settings = tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]
 
 
 class RecipeParser(ArgumentParser):
-    """Settings that are given override those of the recipe that they name."""
+    """
+    Settings that are given override those of the recipe that they name. `target_sparsity` may have several values, and
+    the result is a list with a tuple of objects for each.
+    """
+
+    def __init__(self, kinds, prog=None):
+        super().__init__(kinds, prog=prog)
+        action = self._option_string_actions["--target_sparsity"]
+        action.nargs = "+"
+        action.help += (
+            " Several rising values make several students: each starts from the one before, is trained for `max_steps`"
+            " and saved in a folder `sparsity-VALUE` of `output_dir`."
+        )
 
     def build(self, settings, where=""):
         recipe = settings.get("recipe")
-        return super().build(settings if recipe is None else load_recipe(recipe) | settings, where)
+        settings = settings if recipe is None else load_recipe(recipe) | settings
+        sparsities = settings.get("target_sparsity")
+        if not isinstance(sparsities, list) or not sparsities:
+            return [super().build(settings, where)]
+        build = super().build
+        return chain([build(settings | {"target_sparsity": sparsity}, where) for sparsity in sparsities])
 
 
 class UnfinishedError(ValueError):
@@ -140,6 +162,10 @@ class StageClock(TrainerCallback):
     """Seconds of each part of the run, and whether training has begun."""
 
     def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """For the next student."""
         self.seconds = defaultdict(float)
         self.training_began = False
 
@@ -160,11 +186,9 @@ class StageClock(TrainerCallback):
         self.seconds[self._stage] += time.perf_counter() - self._start
 
 
-def parse(
-    arguments: list[str], prog: str | None = None
-) -> tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]:
+def parse(arguments: list[str], prog: str | None = None) -> list[Settings]:
     """
-    Settings from the command line, or from the JSON or YAML file that is its only argument.
+    Settings of each student, from the command line, or from the JSON or YAML file that is its only argument.
 
     Raises:
         `ValueError`: if settings are missing or invalid.
@@ -276,13 +300,24 @@ def check_saved_student(trainer: SkillDistillationTrainer) -> None:
 
 def run(arguments: list[str], clock: StageClock, prog: str | None = None, report: Callable | None = None) -> None:
     """Does the work of [`main`]; errors are raised."""
-    model_args, data_args, skill_config, training_args = parse(arguments, prog)
+    students = parse(arguments, prog)
     require("matplotlib", "matplotlib", "The figures need")
-    main_process = training_args.process_index == 0
+    main_process = students[0][3].process_index == 0
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("skill_hf").setLevel(logging.INFO if main_process else logging.ERROR)
-    set_seed(training_args.seed)
+    for index in range(len(students)):
+        accelerator = make_student(students, index, clock, report)
+        accelerator.free_memory()  # the next student comes with a teacher of its own
+    accelerator.end_training()
 
+
+def make_student(
+    students: list[Settings], index: int, clock: StageClock, report: Callable | None = None
+) -> Accelerator:
+    """Makes one of the students, unless an earlier run that is resumed has finished it."""
+    model_args, data_args, skill_config, training_args = students[index]
+    clock.restart()
+    set_seed(training_args.seed)
     with clock.measure("set_up"):
         trainer = make_trainer(model_args, data_args, skill_config, training_args, clock)
     names = model_args.teacher_name_or_path
@@ -293,9 +328,36 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
         trainer.budget.quantity,
         skill_config.target_sparsity,
     )
-    resume = training_args.resume_from_checkpoint
+    resume = resume_setting(training_args)
+    if len(students) > 1:
+        if index == 0:
+            check_later(trainer, students[1:])
+        is_done = resume and is_finished(trainer)
+        logger.info(
+            "Student %d of %d, in %s: %s",
+            index + 1,
+            len(students),
+            training_args.output_dir,
+            "already finished" if is_done else "if this is stopped, `--resume_from_checkpoint True` goes on with it",
+        )
+        if is_done:
+            return trainer.accelerator
+        if index and not has_begun(training_args.output_dir):
+            resume = None
+    distil(trainer, resume, clock, report)
+    if len(students) > 1:
+        mark_finished(trainer)
+    # A process that ends while gloo's threads still hold its tensors is aborted; those that only listen wait here.
+    trainer.accelerator.wait_for_everyone()
+    return trainer.accelerator
+
+
+def distil(
+    trainer: SkillDistillationTrainer, resume: str | bool | None, clock: StageClock, report: Callable | None
+) -> None:
+    """Trains a student, saves it, measures it, and publishes it if that is asked for."""
     with clock.measure("train"):
-        trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.stage != 3:
         raise UnfinishedError(
             f"The run ended at step {trainer.state.global_step} of {trainer.steps.total}; no student was saved. Resume"
@@ -311,7 +373,7 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
     if trainer.eval_dataset is not None:
         with clock.measure("evaluation"):
             results |= trainer.evaluate()
-    if main_process:
+    if trainer.is_world_process_zero():
         check_saved_student(trainer)
         logger.info("Groups of hidden states: %s", "; ".join(map(str, trainer.groups_of_teachers)))
         for line in trainer.record.summary():
@@ -321,20 +383,17 @@ def run(arguments: list[str], clock: StageClock, prog: str | None = None, report
             f"{results['student_parameters']:,}",
             results["sparsity"],
             trainer.budget.quantity,
-            training_args.output_dir,
+            trainer.args.output_dir,
             auto_class_of(head_of(trainer.model)).__name__,
         )
     if report is not None:
         results |= report(trainer)
     trainer.save_metrics("all", results, combined=False)
-    if training_args.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
         logger.info("Published as https://huggingface.co/%s", trainer.hub_model_id)
     else:
         trainer.create_model_card()
-    # A process that ends while gloo's threads still hold its tensors is aborted; those that only listen wait here.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None, report: Callable | None = None) -> int:

@@ -27,6 +27,8 @@ SKILL_STATE_NAME = "skill_state.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+# In the directory of a finished student that others start from, written last: what its run was.
+FINISHED_NAME = "finished_run.json"
 # Written last: names, sizes and checksums of all other files.
 MANIFEST_NAME = "checkpoint_files.json"
 ALWAYS_THERE = (SKILL_STATE_NAME, SKILL_CONFIG_NAME, TRAINER_STATE_NAME, CONFIG_NAME, WEIGHTS_NAME, MANIFEST_NAME)
@@ -79,7 +81,7 @@ def check_checkpoint(directory: Path, trainer) -> None:
                 f"`{directory}` does not record its run.{writer} Resume with that version, or start again in another"
                 " `output_dir`."
             )
-        _check_same_run(directory, state, trainer, writer)
+        check_same_run(directory, state, trainer)
         _check_files(directory, needed=() if state["stage"] == 2 and step == trainer.steps.joint else NOT_AT_THE_CUT)
         for teacher, groups in zip(trainer.teachers, groups_in(state), strict=True):
             layers, largest = teacher.config.num_hidden_layers, max(map(max, groups))
@@ -175,9 +177,10 @@ def _written_by_another_version(state: dict) -> str:
     return f" It was written by {name}; this is skill-hf {__version__}."
 
 
-def _check_same_run(directory: Path, state: dict, trainer, writer: str) -> None:
+def check_same_run(directory: Path, state: dict, trainer) -> None:
     """
-    Raises a `ValueError` that names each setting in which the run of a checkpoint differs from this one, and `writer`.
+    Raises a `ValueError` that names each setting in which the run of `directory`, a checkpoint or a finished student
+    with the content `state` of [`SkillDistillationTrainer._skill_state`], differs from this one.
     """
     # The default of a field that was added later is what was done before.
     stored = json.loads(json.dumps(SkillConfig().to_dict())) | read_json(directory / SKILL_CONFIG_NAME)
@@ -190,7 +193,7 @@ def _check_same_run(directory: Path, state: dict, trainer, writer: str) -> None:
     )
     pairs += [(f"teacher[{index}]", *pair) for index, pair in enumerate(zip_longest(*others), start=1)]
     recipe = [difference for pair in pairs for difference in _differences(*pair)]
-    stored_run, run = dict(state["run"]) if isinstance(state["run"], dict) else {}, dict(present["run"])
+    stored_run, run = dict(state["run"]) if isinstance(state.get("run"), dict) else {}, dict(present["run"])
     batches = [{name: settings.pop(name, None) for name in BATCH_SETTINGS} for settings in (stored_run, run)]
     try:
         same_batch = math.prod(batches[0].values()) == math.prod(batches[1].values())
@@ -205,7 +208,10 @@ def _check_same_run(directory: Path, state: dict, trainer, writer: str) -> None:
     differences += [] if same_batch else changed
     if recipe or differences:
         what = "recipe" if recipe else "run"
-        raise ValueError(f"`{directory}` belongs to a different {what}: {'; '.join(recipe + differences)}.{writer}")
+        raise ValueError(
+            f"`{directory}` belongs to a different {what}: {'; '.join(recipe + differences)}."
+            f"{_written_by_another_version(state)}"
+        )
     if changed:
         logger.warning(
             "%s was written with different settings for the same number of clips per step: %s. The resumed run will"

@@ -13,18 +13,21 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import storage
-from ..files import keep_sources, try_directory
+from ..files import keep_sources, read_json, try_directory, write_json
 from ..recipe.skill_config import SKILL_CONFIG_NAME
 from .checkpoint_validation import (
     CONFIG_NAME,
+    FINISHED_NAME,
     MANIFEST_NAME,
     SKILL_STATE_NAME,
     TRAINER_STATE_NAME,
     CheckpointError,
     check_checkpoint,
+    check_same_run,
     fingerprint,
     step_of,
 )
+from .run_identity import describe_run
 
 
 logger = logging.getLogger(__name__)
@@ -182,6 +185,7 @@ def make_room(output_dir: str, overwrite: bool) -> None:
     """
     checkpoints = _checkpoints(output_dir)
     if overwrite:
+        (Path(output_dir) / FINISHED_NAME).unlink(missing_ok=True)
         for path in checkpoints:
             shutil.rmtree(path)
         return
@@ -193,6 +197,42 @@ def make_room(output_dir: str, overwrite: bool) -> None:
             f"`{output_dir}` contains an earlier run ({shown}): resume it with `resume_from_checkpoint=True`, choose"
             " another `output_dir`, or set `overwrite_output_dir=True` to replace it."
         )
+
+
+def mark_finished(trainer) -> None:
+    """Records that the student in `args.output_dir` is complete, and of which run, for [`is_finished`]."""
+    if trainer.args.should_save:
+        write_json(Path(trainer.args.output_dir) / FINISHED_NAME, trainer._skill_state())
+
+
+def has_begun(output_dir: str | Path) -> bool:
+    """Whether a run in `output_dir` can be resumed or was marked as finished."""
+    return has_mark(output_dir) or last_checkpoint_to(output_dir, math.inf) is not None
+
+
+def has_mark(output_dir: str | Path) -> bool:
+    """Whether [`mark_finished`] was called for `output_dir`."""
+    return (Path(output_dir) / FINISHED_NAME).is_file()
+
+
+def is_finished(trainer) -> bool:
+    """
+    Whether `args.output_dir` has the finished student of the run that `trainer` would start.
+
+    Raises:
+        `ValueError`: if it has that of a different run.
+    """
+    directory = Path(trainer.args.output_dir)
+
+    def check() -> bool:
+        if not has_mark(directory):
+            return False
+        trainer.steps = trainer.skill_config.resolve_steps(trainer._total_steps())
+        trainer.run = describe_run(trainer)
+        check_same_run(directory, read_json(directory / FINISHED_NAME), trainer)
+        return True
+
+    return on_all_processes(trainer.accelerator, check, needed=trainer.args.should_save)
 
 
 def find_checkpoint(

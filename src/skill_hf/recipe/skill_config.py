@@ -8,7 +8,7 @@ from pathlib import Path
 from ..compression.units import DEFAULT_KINDS, KINDS
 from ..files import parse_json
 from ..losses import LOSS_TERMS, SPARSITY_SCHEDULES, check_weights, term_weights
-from . import fields
+from . import fields, published_recipes
 from .latency_costs import check_latency_costs
 
 
@@ -61,8 +61,8 @@ class SkillConfig:
             `[[0],[4],[8],[12]]` are DPHuBERT's layers of a Base model, except that DPHuBERT uses layer 0 before the
             positional convolution.
         projection_groups (`list[list[int]]`, *optional*):
-            Indices of groups that share a projection; each group has its own by default. DPHuBERT's recipe is
-            `layer_groups=[[0],[4],[8],[12]]` with `projection_groups=[[0],[1,2,3]]`.
+            Indices of groups that share a projection; each group has its own by default. DPHuBERT's are
+            `[[0],[1,2,3]]` (see [`SkillConfig.dphubert`]).
         student_layers (`str`, *optional*, defaults to `"group"`):
             What predicts a group: `group`, the mean of the same layers of the student; `last`, its last layer; or
             `mixture`, a mean over all of its layers with learned weights, which start with 95 % on the same layers.
@@ -237,6 +237,59 @@ class SkillConfig:
                 f"`projection_groups` must name each group from 0 to {num_groups - 1} exactly once, but is"
                 f" {self.projection_groups}."
             )
+
+    @classmethod
+    def skill(cls, **changes) -> "SkillConfig":
+        """
+        SKILL (arXiv 2402.16830): groups of similar layers are distilled, each through a projection of its own. Losses,
+        pruning and steps are those of [`SkillConfig.dphubert`], which SKILL extends. Similarity, linkage, number of
+        groups and calibration set are not stated in the parts of the paper that were available to us: they are
+        the defaults of this class.
+
+        Args:
+            changes: any fields of this class.
+        """
+        return cls(**published_recipes.skill() | changes)
+
+    @classmethod
+    def dphubert(cls, num_layers: int = 12, **changes) -> "SkillConfig":
+        """
+        DPHuBERT (arXiv 2305.17651, section 3.1): hidden states 0, 4, 8 and 12 of a Base model, of which the last three
+        share a projection; L1 and cosine loss with equal weights; sparsity rises linearly over the first 5000 of
+        50 000 steps to 0.75; 25 000 steps without gates follow at 1e-4. The defaults of [`SkillTrainingArguments`] are
+        the rest of this recipe.
+
+        `final_steps`, both warm-ups and `gate_learning_rate` are for 75 000 steps: with `None` they are scaled to a
+        shorter run. DPHuBERT takes layer 0 before the positional convolution, this package after it.
+
+        Args:
+            num_layers (`int`, *optional*, defaults to 12): layers of the teacher, to which the four are scaled.
+            changes: any fields of this class.
+
+        Raises:
+            `ValueError`: if `num_layers` is not an integer of at least 1, or a field has an invalid value.
+        """
+        return cls(**published_recipes.dphubert(num_layers) | changes)
+
+    @classmethod
+    def distilhubert(cls, num_layers: int = 12, **changes) -> "SkillConfig":
+        """
+        The loss of DistilHuBERT (arXiv 2110.01900): the student's last layer predicts layers 4, 8 and 12 of a Base
+        model through separate projections, by L1 and cosine similarity with equal weights. Its cosine term is
+        `-log sigmoid(cos)`; here it is `-cos`.
+
+        DistilHuBERT does not prune, so all other fields are the defaults of this class. Its student of two layers is
+        not part of the recipe: `skill-hf shorten --order top --num_layers 2` makes it, to be passed as `model`; with
+        `final_steps` equal to the steps of the run, nothing else is removed.
+
+        Args:
+            num_layers (`int`, *optional*, defaults to 12): layers of the teacher, to which the three are scaled.
+            changes: any fields of this class.
+
+        Raises:
+            `ValueError`: if `num_layers` is not an integer of at least 1, or a field has an invalid value.
+        """
+        return cls(**published_recipes.distilhubert(num_layers) | changes)
 
     def resolve_steps(self, max_steps: int) -> "StageSteps":
         """
