@@ -52,6 +52,7 @@ def test_padded_frames_never_count():
 def test_sparsity_rises_linearly():
     assert [sparsity_at(step, 0.8, 4) for step in (0, 1, 2, 4, 9)] == pytest.approx([0, 0.2, 0.4, 0.8, 0.8])
     assert sparsity_at(0, 0.8, 0) == 0.8
+    assert [sparsity_at(step, 0.8, 4, start=0.4) for step in (0, 1, 4, 9)] == pytest.approx([0.4, 0.5, 0.8, 0.8])
 
 
 def test_lagrangian_descends_on_size_and_ascends_on_multipliers():

@@ -200,11 +200,16 @@ SPARSITY_SCHEDULES = {
 }
 
 
-def sparsity_at(step: int, target_sparsity: float, warmup_steps: int, schedule: str = "linear") -> float:
-    """Target sparsity at an optimizer step; it rises from 0 over `warmup_steps` by one of `SPARSITY_SCHEDULES`."""
+def sparsity_at(
+    step: int, target_sparsity: float, warmup_steps: int, schedule: str = "linear", start: float = 0.0
+) -> float:
+    """
+    Target sparsity at an optimizer step. It rises from `start`, that of the initial student, over `warmup_steps` by
+    one of `SPARSITY_SCHEDULES`.
+    """
     if not warmup_steps:
         return target_sparsity
-    return target_sparsity * SPARSITY_SCHEDULES[schedule](min(1.0, step / warmup_steps))
+    return start + (target_sparsity - start) * SPARSITY_SCHEDULES[schedule](min(1.0, step / warmup_steps))
 
 
 def lagrangian(

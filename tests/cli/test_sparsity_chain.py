@@ -44,6 +44,11 @@ def copy_of(chained, tmp_path):
     return shutil.copytree(chained, tmp_path / "out")
 
 
+def history(folder) -> list[dict]:
+    states = [json.loads(path.read_text()) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(states, key=lambda state: state["global_step"])["log_history"]
+
+
 def weights(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -56,6 +61,15 @@ def assert_same(output_dir, by_hand):
 def test_a_chain_is_the_same_as_commands_by_hand(chained, by_hand):
     assert_same(chained, by_hand)
     assert {path.name for path in chained.iterdir()} == {"sparsity-0.2", "sparsity-0.4"}
+
+
+def test_the_target_rises_from_the_sparsity_of_the_student_before(chained):
+    first, second = (
+        [line["target_sparsity"] for line in history(chained / f"sparsity-{sparsity}") if "target_sparsity" in line]
+        for sparsity in (0.2, 0.4)
+    )
+    before = results_of(chained / "sparsity-0.2")["sparsity"]
+    assert first[0] < 0.2 == first[-1] and before <= second[0] <= 0.4 == second[-1]
 
 
 def test_each_student_is_complete_and_refers_to_the_teacher(shared, chained, by_hand):

@@ -83,6 +83,8 @@ class DistillationTrainer(Trainer):
             self.label_encoder = label_encoder(student, teachers[0].head, tokenizer)
         self.budget = make_budget(skill_config, processing_class.sampling_rate)
         self.teacher_cost = self.budget.total(teachers[0].model)
+        # Of a student to start from, whose gates must not be pulled open again first.
+        self.start_sparsity = max(1 - self.budget.total(student) / self.teacher_cost, 0.0)
         self.eval_data_collator = data_collator
         if data_collator is None:
             settings = {"min_samples": receptive_field(student.config), "seed": args.seed}
@@ -370,7 +372,7 @@ class DistillationTrainer(Trainer):
         if self.stage != 1:
             return target
         schedule = self.skill_config.sparsity_schedule
-        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup, schedule)
+        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup, schedule, self.start_sparsity)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

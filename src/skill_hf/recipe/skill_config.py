@@ -119,7 +119,8 @@ class SkillConfig:
             `examples/calibrate_latency.py` has written, whose content becomes part of the recipe. Required for
             `budget="latency"`, and only allowed with it.
         sparsity_warmup_steps (`int`, *optional*):
-            Steps over which the target rises from 0; a tenth of the first stage by default, at most 5000.
+            Steps over which the target rises from 0, or from the sparsity of the student to start from; a tenth of the
+            first stage by default, at most 5000.
         sparsity_schedule (`str`, *optional*, defaults to `"linear"`):
             How it rises: `linear` or `cubic`, fast at first.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
