@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_teacher
+from conftest import TINY, tiny_config, tiny_teacher
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_modeling_wavlm_skill_student import PRUNED, pruned_student
 from transformers import (
+    CONFIG_MAPPING,
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
@@ -417,6 +418,26 @@ def test_encoders_of_other_families_load_with_the_same_checks(tmp_path, model_cl
     refused(lambda: load_teacher(tmp_path), "is a `data2vec-audio`; teachers")
     without("encoder.layers.1.")(tmp_path)
     refused(lambda: load_model(tmp_path), "encoder.layers.1")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("data2vec-audio", {"num_conv_pos_embeddings": 5}, "positional convolution is a stack"),
+        ("sew", {"conv_dim": (16,) * 13}, "half of the frames"),
+        ("sew-d", {"conv_dim": (16,) * 13}, "half of the frames"),
+        ("wav2vec2-conformer", {}, "convolutions within its layers"),
+        ("wav2vec2-bert", {}, "convolutions within its layers, and its input is a spectrogram"),
+        ("whisper", {"d_model": 24, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}, "input is a spectrogram"),
+    ],
+)
+def test_families_without_a_student_are_refused_by_name_with_the_reason(tmp_path, model_type, fields, reason):
+    sizes = TINY | {"encoder_layers": 1, "decoder_layers": 1, "conv_depthwise_kernel_size": 3, "squeeze_factor": 2}
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    sizes = {name: size for name, size in sizes.items() if name in known}
+    AutoModel.from_config(CONFIG_MAPPING[model_type](**sizes | fields)).save_pretrained(tmp_path)
+    for load in (load_teacher, load_student):
+        refused(lambda load=load: load(tmp_path), f"is a `{model_type}`; teachers", f"Not `{model_type}`: ", reason)
 
 
 def test_weights_in_parts_and_in_other_precisions(tmp_path):
