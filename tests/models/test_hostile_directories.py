@@ -342,6 +342,21 @@ def test_a_file_is_no_teacher(teacher_files, tmp_path):
     refused(lambda: load_teacher(directory / "config.json"), "pass its directory")
 
 
+@pytest.mark.parametrize("load", [load_teacher, load_student, load_model])
+def test_a_peft_adapter_needs_its_model(teacher_files, tmp_path, load):
+    model = get_peft_model(tiny_teacher(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    refused(lambda: load(tmp_path), "it has a PEFT adapter alone", "`merge_and_unload()`")
+    tiny_config().save_pretrained(tmp_path)
+    refused(lambda: load(tmp_path), "it has a PEFT adapter alone")
+    # Beside a model it changes nothing.
+    loaded = load(put(teacher_files, tmp_path))
+    torch.testing.assert_close(loaded.state_dict(), tiny_teacher().state_dict(), atol=0, rtol=0)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    load(tmp_path / "merged")
+
+
 def test_neither_code_nor_files_of_others_are_read(teacher_files, tmp_path, monkeypatch):
     directory = put(teacher_files, tmp_path / "teacher")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks at the terminal"))
