@@ -3,8 +3,8 @@
 The recipe is HuBERT's (arXiv 2106.07447), for `--family wavlm` with WavLM's utterance mixing (arXiv 2110.13900,
 section 3.2), scaled down to a few hours of speech and two CPU cores. Iteration 1 predicts k-means clusters of MFCC;
 each later one continues from the weights that it finds and predicts k-means clusters of that network's own hidden
-states. `--init_from` starts from another network instead, which may have fewer layers: the study's teacher grew from
-the demo's that way.
+states. `--init_from` starts from another network of this width instead, which may have fewer layers: the study's
+teacher grew from the demo's that way.
 
     python examples/pretrain_teacher.py --output_dir teacher \\
         --librispeech DIR/librispeech-train-clean-5 --speech_commands DIR/speech-commands-test
@@ -90,7 +90,7 @@ class PretrainArguments:
     )
     init_from: Path | None = field(
         default=None,
-        metadata={"help": "Model to start from: its weights, and clusters of its hidden states from iteration 1 on."},
+        metadata={"help": "Model of this width to start from; its hidden states are clustered from iteration 1 on."},
     )
     num_hidden_layers: Count = field(
         default=8, metadata={"help": "Number of layers; those that `init_from` lacks are initialised at random."}

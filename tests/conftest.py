@@ -32,6 +32,7 @@ STUDENT_CODE = {
     "weight_checks.py",
 }
 
+# As the names of files have them.
 FAMILIES = ("hubert", "unispeech", "unispeech_sat", "wav2vec2", "wavlm")
 SHARED_CODE = (
     "configuration_skill_student",

@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import FAMILIES, SHARED_CODE
 
 import skill_hf
 import skill_hf.data
@@ -73,17 +74,7 @@ MOST_FLOORS = 7
 MODULES = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 
 # Travel with every student and stay as they are, while the package's modules may move.
-SHARED = tuple(
-    f"models/{name}"
-    for name in (
-        "configuration_skill_student",
-        "fast_layers",
-        "modeling_skill_student",
-        "student_layers",
-        "weight_checks",
-    )
-)
-FAMILIES = ("hubert", "unispeech", "unispeech_sat", "wav2vec2", "wavlm")
+SHARED = tuple(f"models/{name}" for name in SHARED_CODE)
 KINDS = ("configuration", "modeling")
 PUBLISHED = (*SHARED, *(f"models/{kind}_{family}_skill_student" for family in FAMILIES for kind in KINDS))
 # Modules that import by a computed name, which `imported_modules` cannot read, and the tables that they take it from.

@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import LAYOUTS_OF_HEADS, family_teacher, padded_batch, tiny_teacher
+from conftest import LAYOUTS_OF_HEADS, family_config, family_teacher, padded_batch, tiny_teacher, with_noise
 from test_modeling_wavlm_skill_student import assert_same_hidden_states, pruned_student
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForCTC
 
 from skill_hf import layer_similarity
 from skill_hf.compression.layer_dropping import block_influence, drop_layers, layers_to_drop
@@ -27,6 +27,29 @@ def test_a_shorter_student_is_the_stock_model_without_these_layers(layout, tmp_p
     student.save_pretrained(tmp_path)
     assert_same_hidden_states(student, AutoModel.from_pretrained(tmp_path).eval(), padded_batch(), atol=0)
     assert_same_hidden_states(stock, student.to_stock(), padded_batch())
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCTC, AutoModelForAudioClassification])
+@pytest.mark.parametrize("layout", ["xls-r", "wavlm-base"])
+def test_a_head_stays_on_what_is_left(layout, auto_class, tmp_path):
+    stock = with_noise(auto_class.from_config(family_config(layout)))
+    student = drop_layers(build_student(stock).eval(), [1])
+    del stock.base_model.encoder.layers[1]
+    student.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(student) and loaded.config.num_hidden_layers == 2
+    with torch.no_grad():
+        expected, *logits = (model(**padded_batch()).logits for model in (stock, student, loaded))
+    for actual in logits:
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_weighs_all_layers():
+    config = family_config("wavlm-base", use_weighted_layer_sum=True)
+    student = build_student(AutoModelForAudioClassification.from_config(config))
+    with pytest.raises(ValueError, match=r"weighs the hidden states of all layers \(`use_weighted_layer_sum`\)"):
+        drop_layers(student, [1])
+    assert drop_layers(student.base_model, [1]).config.num_hidden_layers == 2
 
 
 def test_the_first_layer_may_go_and_its_positions_stay():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_teacher
+from conftest import LAYOUTS, family_teacher, padded_batch, tiny_teacher
 from foreign_models import DUMMY_WEIGHT, assert_same_states, dphubert_content, without_positions
 from safetensors.torch import load_file, save_file
 from test_modeling_wavlm_skill_student import PRUNED, pruned_student
@@ -140,12 +140,7 @@ def test_the_format_by_its_names(tmp_path):
 @pytest.mark.parametrize("family", ["hubert", "wav2vec2"])
 def test_other_families_by_the_table_of_students(tmp_path, layout, family):
     content = without_positions(dphubert_content(tmp_path, layout))
-    path = save(content, tmp_path)
-    if family not in STUDENT_CLASSES:
-        with pytest.raises(ValueError, match=f"is of the family `{family}`"):
-            convert_checkpoint(path, family=family)
-        return
-    student, _, _ = convert_checkpoint(path, family=family)
+    student, _, _ = convert_checkpoint(save(content, tmp_path), family=family)
     assert type(student) is STUDENT_CLASSES[family]
     assert_same_states(student, content)
     student.save_pretrained(tmp_path / "student")
@@ -166,6 +161,24 @@ def test_what_the_format_cannot_express_is_refused(tmp_path):
     pruned_student("base", hidden_act="relu").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`hidden_act` of the student is 'relu'"):
         convert_student(tmp_path)
+
+
+NOT_IN_FORMAT = {
+    "distilhubert": "`feat_proj_layer_norm` of the student is False",
+    "hubert-batch-norm": "`conv_pos_batch_norm` of the student is True",
+    "mms": "`adapter_attn_dim` of the student is 8",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_written_with_its_hidden_states_or_refused(name, tmp_path):
+    student = build_student(family_teacher(name))
+    student.save_pretrained(tmp_path)
+    if name in NOT_IN_FORMAT:
+        with pytest.raises(ValueError, match=f"{NOT_IN_FORMAT[name]}; models of DPHuBERT's format have"):
+            convert_student(tmp_path)
+    else:
+        assert_same_states(student, convert_student(tmp_path))
 
 
 # ------------------------------------------------------------------------------------ students with `scaled_features`

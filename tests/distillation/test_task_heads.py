@@ -35,7 +35,7 @@ from skill_hf import (
     Wav2Vec2SkillStudentForCTC,
     WavLMSkillStudentForCTC,
 )
-from skill_hf.cli import distill
+from skill_hf.cli import distill, shorten
 from skill_hf.compression.budgets import MacBudget, ParameterBudget
 from skill_hf.compression.macs import count_macs
 from skill_hf.compression.pruning import cost_after_pruning
@@ -516,6 +516,44 @@ def test_command_line(tmp_path, ctc_directory, run):
         finished.model.lm_head.bias += 1
     with pytest.raises(RuntimeError, match="differs from the trained one"):
         distill.check_saved_student(finished)
+
+
+def test_a_shortened_model_with_its_head_is_a_start(tmp_path, ctc_directory, caplog):
+    def warnings() -> list[str]:
+        return [record.message for record in caplog.records if record.name == "skill_hf.distillation.task_heads"]
+
+    audio, shorter = str(write_audio(tmp_path / "audio", number=3)), tmp_path / "shorter"
+    words = [str(ctc_directory), "--num_layers", "2", "--audio_dir", audio, "--max_seconds", "0.5"]
+    assert shorten.main([*words, "--task", "ctc", "--output_dir", str(shorter)]) == 0
+    (removed,) = json.loads((shorter / "shortened.json").read_text())["removed_layers"]
+    student, stock = AutoModelForCTC.from_pretrained(shorter).eval(), AutoModelForCTC.from_pretrained(ctc_directory)
+    del stock.base_model.encoder.layers[removed - 1]
+    with torch.no_grad():
+        expected, actual = (model.eval()(**padded_batch()).logits for model in (stock, student))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert type(student) is WavLMSkillStudentForCTC
+    assert AutoProcessor.from_pretrained(shorter).tokenizer.get_vocab() == VOCABULARY
+
+    settings = SHORT | {"teacher_name_or_path": str(ctc_directory), "student_name_or_path": str(shorter)}
+    settings |= {"audio_dir": audio, "output_dir": str(tmp_path / "out")}
+    parsed = distill.parse(command_line(settings | {"task": "ctc"}))
+    trainer = distill.make_trainer(*parsed, distill.StageClock())
+    assert trainer.model.lm_head.weight.equal(student.lm_head.weight)
+    # Without a task the heads are left out, with a word on both, here and when layers are removed.
+    assert not warnings()
+    trainer = distill.make_trainer(*distill.parse(command_line(settings)), distill.StageClock())
+    assert head_of(trainer.model) is None
+    assert [message.partition(", but")[0] for message in warnings()] == [
+        f"Student `{shorter}` is a WavLMSkillStudentForCTC",
+        f"Teacher `{ctc_directory}` is a WavLMForCTC",
+    ]
+    assert shorten.main([*words, "--output_dir", str(tmp_path / "encoder")]) == 0
+    assert "To keep its head, pass `task='ctc'`" in warnings()[-1]
+    assert not (tmp_path / "encoder" / "vocab.json").exists()
+    caplog.clear()
+    assert shorten.main([*words, "--task", "encoder", "--output_dir", str(tmp_path / "encoder")]) == 0
+    assert not warnings()
+    assert shorten.main([*words, "--task", "classification", "--output_dir", str(tmp_path / "none")]) == 2
 
 
 # ---- Labels of rows ----

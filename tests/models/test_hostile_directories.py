@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_teacher
+from conftest import TINY, tiny_config, tiny_teacher
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_modeling_wavlm_skill_student import PRUNED, pruned_student
 from transformers import (
+    CONFIG_MAPPING,
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
@@ -341,6 +342,21 @@ def test_a_file_is_no_teacher(teacher_files, tmp_path):
     refused(lambda: load_teacher(directory / "config.json"), "pass its directory")
 
 
+@pytest.mark.parametrize("load", [load_teacher, load_student, load_model])
+def test_a_peft_adapter_needs_its_model(teacher_files, tmp_path, load):
+    model = get_peft_model(tiny_teacher(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    refused(lambda: load(tmp_path), "it has a PEFT adapter alone", "`merge_and_unload()`")
+    tiny_config().save_pretrained(tmp_path)
+    refused(lambda: load(tmp_path), "it has a PEFT adapter alone")
+    # Beside a model it changes nothing.
+    loaded = load(put(teacher_files, tmp_path))
+    torch.testing.assert_close(loaded.state_dict(), tiny_teacher().state_dict(), atol=0, rtol=0)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    load(tmp_path / "merged")
+
+
 def test_neither_code_nor_files_of_others_are_read(teacher_files, tmp_path, monkeypatch):
     directory = put(teacher_files, tmp_path / "teacher")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks at the terminal"))
@@ -417,6 +433,26 @@ def test_encoders_of_other_families_load_with_the_same_checks(tmp_path, model_cl
     refused(lambda: load_teacher(tmp_path), "is a `data2vec-audio`; teachers")
     without("encoder.layers.1.")(tmp_path)
     refused(lambda: load_model(tmp_path), "encoder.layers.1")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("data2vec-audio", {"num_conv_pos_embeddings": 5}, "positional convolution is a stack"),
+        ("sew", {"conv_dim": (16,) * 13}, "half of the frames"),
+        ("sew-d", {"conv_dim": (16,) * 13}, "half of the frames"),
+        ("wav2vec2-conformer", {}, "convolutions within its layers"),
+        ("wav2vec2-bert", {}, "convolutions within its layers, and its input is a spectrogram"),
+        ("whisper", {"d_model": 24, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}, "input is a spectrogram"),
+    ],
+)
+def test_families_without_a_student_are_refused_by_name_with_the_reason(tmp_path, model_type, fields, reason):
+    sizes = TINY | {"encoder_layers": 1, "decoder_layers": 1, "conv_depthwise_kernel_size": 3, "squeeze_factor": 2}
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    sizes = {name: size for name, size in sizes.items() if name in known}
+    AutoModel.from_config(CONFIG_MAPPING[model_type](**sizes | fields)).save_pretrained(tmp_path)
+    for load in (load_teacher, load_student):
+        refused(lambda load=load: load(tmp_path), f"is a `{model_type}`; teachers", f"Not `{model_type}`: ", reason)
 
 
 def test_weights_in_parts_and_in_other_precisions(tmp_path):

@@ -356,7 +356,7 @@ def _parse(arguments: list[str] | None, prog: str | None) -> argparse.Namespace:
         "--num_parts",
         default=4,
         help="Parts of the clips that stability is measured on, 4 by default, 0 for none. With cka each takes 0.4 GB"
-        " for a Base model, 2.7 GB for a Large one.",
+        " for a Base model, 2.7 GB for a Large one, 16 and 36 GB for XLS-R 1B and 2B.",
     )
     add("--batch_size", default=8, help="Clips in one forward pass; 8 by default.")
     add("--seed", default=0, help="Of the choice of clips and of their crops; 0 by default.")

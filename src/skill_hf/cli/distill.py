@@ -31,8 +31,8 @@ from ..distillation.checkpointing import has_begun, is_finished, mark_finished
 from ..distillation.divergence import NonFiniteError
 from ..distillation.interruption import Terminated
 from ..distillation.skill_trainer import SkillDistillationTrainer
-from ..distillation.task_heads import HEADS, TASK_NAMES
-from ..models.families import auto_class_of, head_of, load_student
+from ..distillation.task_heads import TASK_NAMES, load_initial_student
+from ..models.families import auto_class_of, head_of
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from .recipes import load_recipe
@@ -249,7 +249,7 @@ def make_trainer(
         train, heldout = load_data(data_args, training_args.seed)
     student = None
     if model_args.student_name_or_path is not None:
-        student = load_student(model_args.student_name_or_path, HEADS.get(model_args.task))
+        student = load_initial_student(model_args.student_name_or_path, model_args.task)
     trainer = SkillDistillationTrainer(
         teacher=model_args.teacher_name_or_path,
         skill_config=skill_config,

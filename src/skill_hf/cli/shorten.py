@@ -10,11 +10,13 @@ import numpy as np
 from ..compression.layer_dropping import ORDERS, block_influence, drop_layers, layers_to_drop
 from ..data.collator import calibration_waveforms
 from ..data.speech_datasets import load_audio_dir
+from ..distillation.task_heads import CTC, TASK_NAMES, load_initial_student
 from ..encoders import feature_extractor_for
 from ..files import keep_sources, try_directory, write_json
 from ..grouping.layer_similarity import layer_similarity
-from ..models.families import load_student
+from ..models.families import head_of
 from ..models.loading import load_feature_extractor
+from ..models.processors import load_tokenizer, save_processor
 from ..models.properties import receptive_field
 from ..recipe.skill_config import SIMILARITIES
 from .settings import Count, Seconds, Seed, checked, run_script
@@ -32,6 +34,7 @@ def shorten(
     audio_dir: str | None = None,
     similarity: str = "cosine",
     *,
+    task: str | None = None,
     max_clips: int = 64,
     max_seconds: float = 10.0,
     batch_size: int = 8,
@@ -46,6 +49,7 @@ def shorten(
         order (`str`, *optional*, defaults to `"influence"`): see [`layers_to_drop`].
         audio_dir (`str`, *optional*): folder of audio, for `order="influence"`.
         similarity (`str`, *optional*, defaults to `"cosine"`): measure of a layer's input and output.
+        task (`str`, *optional*): that of the head that is kept, as in `skill-hf distill`; by default none.
         max_clips, max_seconds, batch_size, seed: as of `skill-hf analyze`.
 
     Raises:
@@ -53,7 +57,7 @@ def shorten(
     """
     if order == "influence" and audio_dir is None:
         raise ValueError("`--order influence` needs `--audio_dir`, a folder of audio like that to be used later.")
-    student = load_student(source).eval()
+    student = load_initial_student(source, task).eval()
     number = student.config.num_hidden_layers
     if not 1 <= num_layers < number:
         raise ValueError(f"`num_layers` must be from 1 to {number - 1} for this model, but is {num_layers}.")
@@ -62,7 +66,9 @@ def shorten(
         extractor = feature_extractor_for(source, student.config)
         rows = load_audio_dir(audio_dir)
         audio = calibration_waveforms(rows, max_clips, max_seconds, seed, extractor, receptive_field(student.config))
-        influence = block_influence(layer_similarity(student, audio, similarity, batch_size=batch_size, seed=seed))
+        influence = block_influence(
+            layer_similarity(student.base_model, audio, similarity, batch_size=batch_size, seed=seed)
+        )
     dropped = layers_to_drop(number, number - num_layers, order, influence)
     return drop_layers(student, dropped), dropped, influence
 
@@ -80,6 +86,9 @@ def _parse(arguments: list[str] | None, prog: str | None):
         " second up; top, from the last down.",
     )
     parser.add_argument("--similarity", choices=SIMILARITIES, default="cosine", help="Measure of a layer's influence.")
+    parser.add_argument(
+        "--task", choices=TASK_NAMES, help="The model's head that goes along; by default, and with `encoder`, none."
+    )
     parser.add_argument("--audio_dir", help="Folder of audio to measure influence on.")
     parser.add_argument("--max_clips", default="64", help="Clips of the folder to use; 64 by default.")
     parser.add_argument("--max_seconds", default="10", help="Length in seconds to crop clips to; 10 by default.")
@@ -121,7 +130,7 @@ def main(arguments: list[str] | None = None, prog: str | None = None) -> int:
         student.save_pretrained(output_dir)
         extractor = load_feature_extractor(source)
         if extractor is not None:
-            extractor.save_pretrained(output_dir)
+            save_processor(output_dir, extractor, load_tokenizer(source) if head_of(student) == CTC else None)
         result = {"removed_layers": [layer + 1 for layer in dropped], "order": args["order"]}
         if influence is not None:
             result |= {"similarity": args["similarity"], "influence": influence.round(6).tolist()}

@@ -81,26 +81,37 @@ def drop_layers(student: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     A copy of a student without some of its layers.
 
     Args:
-        student (`PreTrainedModel`): an encoder of this package, such as [`WavLMForSkillStudent`], without gates.
+        student (`PreTrainedModel`): of this package, such as [`WavLMForSkillStudent`], without gates; with or without
+            a head.
         layers (`Sequence[int]`): indices from 0 of the layers to remove.
 
     Returns:
         `PreTrainedModel`: of the same class, on the same device, in the same mode and dtype.
 
     Raises:
-        `ValueError`: if the student has gates, or `layers` are not indices of layers, each once, or all of them.
+        `ValueError`: if the student has gates or a head that weighs the hidden states of all layers, or `layers` are
+            not indices of layers, each once, or all of them.
     """
-    if student.gating is not None:
+    encoder = student.base_model
+    if encoder.gating is not None:
         raise ValueError("The student has gates; call `prune()` before removing layers.")
-    student.refuse_fused("copied without some of its layers")
+    encoder.refuse_fused("copied without some of its layers")
+    if encoder is not student and student.config.use_weighted_layer_sum:
+        raise ValueError(
+            "The student's head weighs the hidden states of all layers (`use_weighted_layer_sum`), so none can be"
+            " removed: load the encoder alone."
+        )
     dropped, number = sorted(layers), student.config.num_hidden_layers
     if len(set(dropped)) != len(dropped) or any(layer not in range(number) for layer in dropped):
         raise ValueError(f"`layers` must be indices from 0 to {number - 1}, each once, but is {list(layers)}.")
     if len(dropped) == number:
         raise ValueError("`layers` has all layers; leave at least one.")
     nothing = torch.tensor([], dtype=torch.long)
-    cut = Cut(student, {f"encoder.layers.{layer}.layer_gate": nothing for layer in dropped})
-    weights = cut(student.state_dict())
+    cut = Cut(encoder, {f"encoder.layers.{layer}.layer_gate": nothing for layer in dropped})
+    prefix = "" if encoder is student else f"{student.base_model_prefix}."
+    weights = {f"{prefix}{name}": tensor for name, tensor in cut(encoder.state_dict()).items()}
+    if encoder is not student:
+        weights |= {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(prefix)}
     shorter = empty_model(type(student), cut.config)
     shorter.load_state_dict({name: tensor.detach().clone() for name, tensor in weights.items()}, assign=True)
     return shorter.requires_grad_(True).train(student.training)

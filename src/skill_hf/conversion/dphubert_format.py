@@ -78,6 +78,7 @@ FIXED_FIELDS = {
     "layer_norm_eps": 1e-5,
     "feat_proj_layer_norm": True,
     "conv_pos_batch_norm": False,
+    "adapter_attn_dim": None,
 }
 
 MASK_EMBEDDING = "masked_spec_embed"

@@ -4,6 +4,7 @@ ids of the `labels` of rows.
 """
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.labels import IGNORED_LABEL, LabelEncoder
 from ..losses import ctc_losses, logits_divergence
-from ..models.families import STUDENT_CLASSES, head_named
-from ..models.loading import COUNTERS
+from ..models.families import STUDENT_CLASSES, check_family, head_named, load_student
+from ..models.loading import COUNTERS, load_config
 from ..recipe.skill_config import SkillConfig
 
 
@@ -74,11 +75,22 @@ def kept_head(task: str | None, class_name: str | None, config: PreTrainedConfig
     return head
 
 
+def load_initial_student(source: str | os.PathLike, task: str | None = None) -> PreTrainedModel:
+    """
+    What [`~skill_hf.models.families.load_student`] loads from `source`, a Hub id or directory, with the head that
+    [`kept_head`] keeps of it.
+    """
+    config = load_config(source, "Student")
+    check_family(config.model_type, source)
+    class_name = (config.architectures or [None])[0]
+    return load_student(source, kept_head(task, class_name, config, f"student `{source}`", loaded=False))
+
+
 def _warn_of_lost_head(what: str, class_name: str, task: str | None) -> None:
     if task is None:
         advice = "Its head is of a kind that is not distilled: train one on the student"
     else:
-        advice = f"To keep and distil its head, pass `task={task!r}`"
+        advice = f"To keep its head, pass `task={task!r}`"
     logger.warning(
         "%s is a %s, but the student will be an encoder without a head. %s. `task='encoder'` is for encoders alone and"
         " gives no warning.",

@@ -183,8 +183,8 @@ class LinearCKA(SimilarityAccumulator):
     over frames; Kornblith et al. (arXiv 1905.00414), table 1 and equation 4.
 
     Holds the cross-products of all pairs of layers, `8 D^2 N (N + 1) / 2` bytes: 0.4 GB for a Base model (13 states of
-    768 features), 2.7 GB for a Large one (25 of 1024). With another model `8 (D E N M + D^2 N + E^2 M)` bytes: 0.9 GB
-    for two Base models, 2.5 GB for Base and Large.
+    768 features), 2.7 GB for a Large one (25 of 1024), 36 GB for XLS-R 2B (49 of 1920). With another model
+    `8 (D E N M + D^2 N + E^2 M)` bytes: 0.9 GB for two Base models, 2.5 GB for Base and Large.
     """
 
     def __init__(self, first_layer: int = 0):

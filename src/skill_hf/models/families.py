@@ -9,7 +9,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_skill_student import TASKS
 from .loading import load_config, load_model, one_error
-from .students import FAMILIES, STUDENT_CLASSES
+from .students import FAMILIES, NOT_FAMILIES, STUDENT_CLASSES
 
 
 def check_student_config(config: PreTrainedConfig, name) -> None:
@@ -21,9 +21,10 @@ def check_student_config(config: PreTrainedConfig, name) -> None:
 def check_family(model_type: str, name) -> None:
     """Raises a `ValueError` unless the family of a model has a student class; errors call the model `name`."""
     if model_type not in STUDENT_CLASSES:
+        reason = f" Not `{model_type}`: {NOT_FAMILIES[model_type]}." if model_type in NOT_FAMILIES else ""
         raise ValueError(
             f"`{name}` is a `{model_type}`; teachers and students must be of one of the families"
-            f" {', '.join(FAMILIES)}."
+            f" {', '.join(FAMILIES)}.{reason}"
         )
 
 

@@ -18,14 +18,9 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Wav2Vec2FeatureExtractor,
-)
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel, Wav2Vec2FeatureExtractor
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     FEATURE_EXTRACTOR_NAME,
     PROCESSOR_NAME,
@@ -98,7 +93,7 @@ def load_config(source: str | os.PathLike, what: str = "The model", **settings) 
     """
     refuse_training_checkpoint(source)
     with one_error(f"{what} `{source}` cannot be loaded; pass a Hub id or a directory with config.json."):
-        fields = _read_json(_find(source, CONFIG_NAME) or _missing(CONFIG_NAME))
+        fields = _read_json(_find(source, CONFIG_NAME) or _missing(f"no {CONFIG_NAME}", source))
         model_type = fields.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(f"`model_type` in {CONFIG_NAME} is {model_type!r}, which transformers does not know")
@@ -366,8 +361,11 @@ def _lower(what: str) -> str:
     return what[0].lower() + what[1:]
 
 
-def _missing(name: str):
-    raise ValueError(f"it has no {name}")
+def _missing(what: str, source=None):
+    """Raises the error about a file, or about the adapter in `source` without the config or weights of a model."""
+    if source is not None and _find(source, ADAPTER_CONFIG_NAME):
+        raise ValueError("it has a PEFT adapter alone; merge that into its model first (`merge_and_unload()`)")
+    raise ValueError(f"it has {what}")
 
 
 def _read_json(path: Path) -> dict:
@@ -400,8 +398,8 @@ def weight_files(source: str | os.PathLike) -> list[Path]:
         for part in places.values():
             if Path(part).name != part or not part.endswith(suffix):
                 raise ValueError(f"{name} names {part!r}, which is not a {suffix} file in the same directory")
-        return [_find(source, part) or _missing(part) for part in sorted(set(places.values()))]
-    raise ValueError(f"it has neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
+        return [_find(source, part) or _missing(f"no {part}") for part in sorted(set(places.values()))]
+    _missing(f"neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}", source)
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -21,3 +21,14 @@ FAMILIES = tuple(sorted(student.config_class.stock_class().model_type for studen
 # By the type of the stock model and by that of the student, which can be a teacher, too.
 STUDENT_CLASSES = {student.config_class.stock_class().model_type: student for student in STUDENTS}
 STUDENT_CLASSES |= {student.config_class.model_type: student for student in STUDENTS}
+
+# Encoders that have no student class, by their type, and why: it would need layers of its own.
+_CONFORMER = "there are convolutions within its layers"
+NOT_FAMILIES = {
+    "data2vec-audio": "its positional convolution is a stack of several",
+    "sew": "its layers see half of the frames that its convolutions make",
+    "sew-d": "its layers see half of the frames that its convolutions make",
+    "wav2vec2-bert": f"{_CONFORMER}, and its input is a spectrogram, not a waveform",
+    "wav2vec2-conformer": _CONFORMER,
+    "whisper": "its input is a spectrogram, not a waveform",
+}
