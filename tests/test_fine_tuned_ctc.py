@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_teacher
 from example_helpers import EXAMPLES, isolate, run_main, save_feature_extractor
 from filelock import FileLock
-from transformers import AutoModelForCTC, AutoProcessor
+from transformers import AutoModelForCTC, AutoProcessor, TrainerState
 
 from skill_hf import SkillConfig
 
@@ -21,7 +21,7 @@ from skill_hf import SkillConfig
 sys.path.insert(0, str(EXAMPLES / "study"))
 
 import fine_tuned_ctc  # noqa: E402
-from fine_tuned_ctc import FineTunedArguments, markdown, plan, read_speech_data, run  # noqa: E402
+from fine_tuned_ctc import FineTunedArguments, HeadFirst, markdown, plan, read_speech_data, run  # noqa: E402
 from pretrain_teacher import HELDOUT_LIBRISPEECH_SPEAKERS  # noqa: E402
 
 
@@ -61,7 +61,8 @@ def write_metadata(directory, rows: list[dict]) -> None:
 
 
 def arguments_of(shared, folder, **settings) -> FineTunedArguments:
-    small = {"seeds": [0], "fine_tune_steps": 2, "compress_steps": 6, "calibration_samples": 4, "num_threads": 1}
+    small = {"seeds": [0], "fine_tune_steps": 2, "head_steps": 1, "compress_steps": 6}
+    small |= {"calibration_samples": 4, "num_threads": 1}
     own = {"data_dir": shared / "speech", "teacher": shared / "teacher"}
     return FineTunedArguments(results=folder / "results.json", work_dir=folder / "work", **own | small | settings)
 
@@ -111,6 +112,24 @@ def test_plan_has_three_ways_for_each_seed(shared, tmp_path):
         "one run, labels 5": "teacher",
         "compressed first 5": "encoder 5",
     }
+
+
+def test_head_is_trained_alone_at_first():
+    encoder = tiny_teacher()
+    encoder.freeze_feature_encoder()
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    callback = HeadFirst(encoder, steps=2)
+    trained = []
+    for step in range(4):
+        callback.on_step_begin(None, TrainerState(global_step=step), None)
+        trained.append({name for name, parameter in encoder.named_parameters() if parameter.requires_grad})
+    assert trained[:2] == [set(), set()]
+    assert trained[2] == trained[3] == dict(encoder.named_parameters()).keys() - frozen and frozen
+
+
+def test_head_cannot_be_trained_alone_all_the_time(shared, tmp_path):
+    with pytest.raises(ValueError, match="`head_steps` must be below `fine_tune_steps` .2., but is 2"):
+        arguments_of(shared, tmp_path, head_steps=2)
 
 
 @pytest.mark.nightly

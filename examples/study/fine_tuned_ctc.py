@@ -34,8 +34,9 @@ import datasets
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoModelForCTC, Wav2Vec2Processor, pipeline, set_seed
+from transformers import AutoModel, AutoModelForCTC, TrainerCallback, Wav2Vec2Processor, pipeline, set_seed
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -98,7 +99,9 @@ class FineTunedArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Of the students; the teacher has the first."}
     )
     fine_tune_steps: Count = field(default=600, metadata={"help": "Updates of a fine-tuning."})
-    fine_tune_learning_rate: Positive = field(default=1e-3, metadata={"help": "Its peak learning rate."})
+    fine_tune_learning_rate: Positive = field(default=3e-4, metadata={"help": "Its peak learning rate."})
+    head_learning_rate: Positive = field(default=1e-2, metadata={"help": "The same of the new head."})
+    head_steps: Whole = field(default=200, metadata={"help": "First updates of a fine-tuning, of the head alone."})
     compress_steps: Count = field(default=240, metadata={"help": "Updates of a compression, both stages."})
     compress_learning_rate: Positive = field(default=5e-4, metadata={"help": "Peak learning rate of both stages."})
     task_weight: Positive = field(default=1.0, metadata={"help": "Weight of the labels' loss where they are used."})
@@ -113,6 +116,10 @@ class FineTunedArguments:
     max_parts: Whole | None = field(default=None, metadata={"help": "Parts that this process does at most."})
 
     def __post_init__(self):
+        if self.head_steps >= self.fine_tune_steps:
+            raise ValueError(
+                f"`head_steps` must be below `fine_tune_steps` ({self.fine_tune_steps}), but is {self.head_steps}."
+            )
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"`seeds` must be numbers, each once, but is {self.seeds}.")
 
@@ -192,6 +199,21 @@ def common_arguments(args: FineTunedArguments, directory: Path, steps: int, batc
     }
 
 
+class HeadFirst(TrainerCallback):
+    """
+    Trains the head alone for some steps (wav2vec 2.0, arXiv 2006.11477, section 4.3): gradients that come through a
+    random head would spoil what the encoder has learned.
+    """
+
+    def __init__(self, encoder: nn.Module, steps: int):
+        self.parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+        self.steps = steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for parameter in self.parameters:
+            parameter.requires_grad_(state.global_step >= self.steps)
+
+
 def fine_tune(args: FineTunedArguments, speech: Speech, source: Path, seed: int, run: Path, output: Path) -> bool:
     """Trains all of an encoder but its convolutions, and a new head, by CTC."""
     set_seed(seed)
@@ -211,8 +233,15 @@ def fine_tune(args: FineTunedArguments, speech: Speech, source: Path, seed: int,
     collator = SpeechCollator(
         feature_extractor, crop="none", max_seconds=60.0, label_encoder=label_encoder(model, CTC, tokenizer)
     )
+    head_first = HeadFirst(model.base_model, args.head_steps)
+    groups = [
+        {"params": head_first.parameters, "lr": args.fine_tune_learning_rate},
+        {"params": list(model.lm_head.parameters()), "lr": args.head_learning_rate},
+    ]
     trainer = FineTuner(
         model=model,
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+        callbacks=[head_first],
         args=FineTuningArguments(
             **common_arguments(args, run, args.fine_tune_steps, args.fine_tune_batch_size, seed),
             learning_rate=args.fine_tune_learning_rate,
@@ -274,13 +303,15 @@ def plan(args: FineTunedArguments, speech: Speech) -> list[Part]:
     parts = [part(TEACHER, None, fine_tune, args.teacher, args.seeds[0])]
     for seed in args.seeds:
         encoder = f"{ENCODER} {seed}"
-        labels = {"task_weight": args.task_weight}
         parts += [
             part(encoder, None, compress, args.teacher, seed, task=ENCODER),
             part(f"one run {seed}", TEACHER, compress, models / TEACHER, seed),
-            part(f"one run, labels {seed}", TEACHER, compress, models / TEACHER, seed, **labels),
             part(f"compressed first {seed}", encoder, fine_tune, models / encoder, seed),
         ]
+    labels = {"task_weight": args.task_weight}
+    parts += [
+        part(f"one run, labels {seed}", TEACHER, compress, models / TEACHER, seed, **labels) for seed in args.seeds
+    ]
     return parts
 
 
