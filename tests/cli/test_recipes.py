@@ -72,14 +72,8 @@ def run_recipe(name: str, shared: Path, folder: Path) -> None:
     assert results["sparsity"] == pytest.approx(sparsity, abs=0.03)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "hubert-large-075" else pytest.mark.nightly, id=name)
-        for name in recipe_names()
-        if name != FINE_TUNED
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != FINE_TUNED])
 def test_a_recipe_runs_on_a_small_teacher_of_its_family(name, shared, tmp_path):
     family_teacher(LAYOUT_OF[name.rpartition("-")[0]], **SMALL).save_pretrained(tmp_path / "teacher")
     run_recipe(name, shared, tmp_path)

@@ -390,9 +390,8 @@ def replace_encoder(model):
 @pytest.mark.parametrize(
     "prune",
     [
-        prune_encoder,
         shrink_and_prune,
-        *(pytest.param(way, marks=pytest.mark.nightly) for way in (prune_twice, replace_encoder)),
+        *(pytest.param(way, marks=pytest.mark.nightly) for way in (prune_encoder, prune_twice, replace_encoder)),
     ],
 )
 def test_pruned_under_a_head_it_is_saved_whole(model_class, layout, tmp_path, prune):
