@@ -367,7 +367,7 @@ def test_only_the_first_process_uploads(hub, client, tmp_path):
     assert '"."' not in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_example_publishes_once_and_no_path(hub, client, tmp_path):
     client(run_example, tmp_path)
     files = hub.files("me/example")
