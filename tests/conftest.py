@@ -123,6 +123,11 @@ LAYOUTS = {
 LAYOUTS_OF_HEADS = ("hubert-large", "xls-r", "unispeech-base", "unispeech-sat-base", "wavlm-base")
 
 
+def all_layouts(*by_day: str) -> list:
+    """Parameters of a test of all `LAYOUTS`; those not in `by_day` are nightly."""
+    return [pytest.param(name, marks=[] if name in by_day else pytest.mark.nightly) for name in LAYOUTS]
+
+
 def family_config(layout: str, **kwargs) -> PreTrainedConfig:
     config_class, fields = LAYOUTS[layout]
     heads = {"classifier_proj_size": 8, "vocab_size": 9, "tdnn_dim": (8, 8), "tdnn_kernel": (3, 1)}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import padded_batch, tiny_config, tiny_teacher
+from conftest import all_layouts, padded_batch, tiny_config, tiny_teacher
+from test_modeling_wavlm_skill_student import pruned_student
 from torch import nn
 from transformers import WavLMForAudioFrameClassification
 
@@ -109,23 +110,19 @@ def assert_same_outputs(saved, model, output_hidden_states, lengths=LENGTHS):
                     )
 
 
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    """For each layout a pruned student and its ONNX file with all hidden states."""
-    folder = tmp_path_factory.mktemp("onnx")
-    made = {}
-    for layout in ("base", "large"):
-        removed = [0] if layout == "base" else []
-        model = make_model(layout=layout, removed_attention_blocks=removed, **FEW_CONVOLUTIONS)
-        path = folder / f"{layout}.onnx"
-        assert export_onnx(model, path, output_hidden_states=True) < 1e-4
-        made[layout] = (model, path)
-    return made
+@pytest.fixture(scope="module", params=["base", pytest.param("large", marks=pytest.mark.nightly)])
+def encoder(request, tmp_path_factory):
+    """A pruned student and its ONNX file with all hidden states."""
+    removed = [0] if request.param == "base" else []
+    model = make_model(layout=request.param, removed_attention_blocks=removed, **FEW_CONVOLUTIONS)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    assert export_onnx(model, path, output_hidden_states=True) < 1e-4
+    return model, path
 
 
 @pytest.mark.slow
-def test_onnx_encoder(encoders, layout):
-    model, path = encoders[layout]
+def test_onnx_encoder(encoder):
+    model, path = encoder
     saved = OnnxModel(path)
     assert_same_outputs(saved, model, output_hidden_states=True)
     assert [(put.name, put.type, put.shape) for put in saved.session.get_inputs()] == [
@@ -139,16 +136,35 @@ def test_onnx_encoder(encoders, layout):
         assert (batch, type(frames), hidden_size) == ("batch", str, 32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", all_layouts("hubert-batch-norm", "wav2vec2-base", "mms", "unispeech-base", "unispeech-sat-large")
+)
+def test_onnx_of_all_families(tmp_path, layout):
+    student = pruned_student(layout, **ONE_LAYER | FEW_CONVOLUTIONS)
+    assert export_onnx(student, tmp_path / "model.onnx", output_hidden_states=True) < 1e-4
+    assert_same_outputs(OnnxModel(tmp_path / "model.onnx"), student, True, lengths=(720, 9001))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", all_layouts("mms"))
+def test_program_of_all_families(tmp_path, layout):
+    student = pruned_student(layout, **ONE_LAYER | FEW_CONVOLUTIONS)
+    assert export_program(student, tmp_path / "model.pt2", output_hidden_states=True) < 1e-5
+    saved = torch.export.load(tmp_path / "model.pt2").module()
+    assert_same_outputs(saved, student, True, lengths=(720, 9001))
+
+
 @pytest.mark.nightly
-def test_files_tell_nothing_of_the_machine(encoders, program):
-    for path in (encoders["base"][1], program[1]):
+def test_files_tell_nothing_of_the_machine(encoder, program):
+    for _, path in (encoder, program):
         for module in (skill_hf, torch, transformers):
             assert str(Path(module.__file__).parent).encode() not in path.read_bytes()
 
 
 @pytest.mark.slow
-def test_onnx_mask_of_ones_is_no_mask(encoders, layout):
-    model, path = encoders[layout]
+def test_onnx_mask_of_ones_is_no_mask(encoder):
+    model, path = encoder
     inputs = inputs_of(2, 9000, padded=False)
     with torch.no_grad():
         expected = model(inputs["input_values"]).last_hidden_state
@@ -192,7 +208,7 @@ def test_onnx_head(tmp_path, model_class, layout, kwargs):
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """A pruned student and its program with all hidden states."""
-    model, path = make_model(), tmp_path_factory.mktemp("program") / "model.pt2"
+    model, path = make_model(**FEW_CONVOLUTIONS), tmp_path_factory.mktemp("program") / "model.pt2"
     assert export_program(model, path, output_hidden_states=True) < 1e-5
     return model, path
 
@@ -221,7 +237,7 @@ torch.testing.assert_close(actual["last_hidden_state"], expected)
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_exported_model_is_left_as_it_was(tmp_path):
     model = make_model(layout="large", one_layer=True).bfloat16().train()
     model(padded_batch()["input_values"].bfloat16(), output_hidden_states=True)  # installs hooks, which are copied
@@ -249,8 +265,8 @@ def test_gates_are_refused(tmp_path, export, model_class):
 
 
 @pytest.mark.slow
-def test_onnx_file_that_differs_is_removed(encoders, tmp_path, monkeypatch):
-    model, path = encoders["base"]
+def test_onnx_file_that_differs_is_removed(encoder, tmp_path, monkeypatch):
+    model, path = encoder
     made = SimpleNamespace(model=SimpleNamespace(graph=[]), save=lambda target, **options: shutil.copy(path, target))
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: made)
     assert export_onnx(model, tmp_path / "same.onnx", output_hidden_states=True) < 1e-4
@@ -270,7 +286,7 @@ class ElsewhereDouble(nn.Module):
         return hidden_states if torch.compiler.is_exporting() else 2 * hidden_states
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_program_that_differs_is_removed(tmp_path):
     model = make_model(one_layer=True)
     model.encoder.dropout = ElsewhereDouble()
@@ -300,18 +316,18 @@ def optimised(path, folder):
 
 
 @pytest.mark.slow
-def test_onnxruntime_makes_no_slow_operator_of_norms(encoders, tmp_path, layout):
+def test_onnxruntime_makes_no_slow_operator_of_norms(encoder, tmp_path):
     """Its fused addition and layer norm takes four times as long as both on a CPU."""
-    operators = optimised(encoders[layout][1], tmp_path)
+    operators = optimised(encoder[1], tmp_path)
     assert "LayerNormalization" in operators
     assert "SkipLayerNormalization" not in operators
 
 
 @pytest.mark.slow
-def test_int8(encoders, tmp_path, layout):
+def test_int8(encoder, tmp_path):
     import onnx
 
-    model, path = encoders[layout]
+    model, path = encoder
     clips = [inputs_of(1, length, False)["input_values"][0] for length in (5000, 16_001)]
     report = quantize_onnx(path, tmp_path / "int8.onnx", clips)
     assert report["megabytes_before"] == path.stat().st_size / 1e6

@@ -1,9 +1,21 @@
 """The recipes of the package: each loads, and each runs on a shrunken teacher of its family."""
 
-import pytest
-from conftest import family_teacher
-from short_distillation import command_line, on_folder, results_of, write_inputs
+import json
+from pathlib import Path
 
+import pytest
+import torch
+from conftest import family_config, family_teacher, with_noise
+from short_distillation import command_line, on_folder, results_of, write_inputs
+from transformers import (
+    AutoModelForCTC,
+    AutoProcessor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+)
+
+from skill_hf import Wav2Vec2SkillStudentForCTC
 from skill_hf.cli import distill
 from skill_hf.cli.recipes import load_recipe, recipe_names
 
@@ -18,8 +30,8 @@ LAYOUT_OF = {
     "xls-r-300m": "xls-r",
 }
 SPARSITY_OF = {"05": 0.5, "075": 0.75, "09": 0.9}
-# With a head; `tests/distillation/test_task_heads.py` runs it.
-FINE_TUNED = "wav2vec2-base-960h-ctc-075"
+FINE_TUNED = "wav2vec2-base-960h-ctc-075"  # with a head
+SMALL = {"num_hidden_layers": 2, "intermediate_size": 256}
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +62,35 @@ def test_settings_of_a_recipe(name, tmp_path):
     assert (changed[2].target_sparsity, changed[3].max_steps) == (0.3, 30)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[] if name in ("hubert-large-075", "wav2vec2-base-075") else pytest.mark.nightly, id=name
-        )
-        for name in recipe_names()
-        if name != FINE_TUNED
-    ],
-)
-def test_a_recipe_runs_on_a_small_teacher_of_its_family(name, shared, tmp_path):
-    teacher, _, digits = name.rpartition("-")
-    family_teacher(LAYOUT_OF[teacher], num_hidden_layers=2, intermediate_size=256).save_pretrained(
-        tmp_path / "teacher"
-    )
-    settings = on_folder(shared, tmp_path / "out", teacher_name_or_path=str(tmp_path / "teacher"), recipe=name)
+def run_recipe(name: str, shared: Path, folder: Path) -> None:
+    """Runs a recipe on `folder/teacher`, into `folder/out`."""
+    settings = on_folder(shared, folder / "out", teacher_name_or_path=str(folder / "teacher"), recipe=name)
     del settings["target_sparsity"]
     assert distill.main(command_line(settings)) == 0
-    results = results_of(tmp_path / "out")
-    assert results["target_sparsity"] == SPARSITY_OF[digits]
-    assert results["sparsity"] == pytest.approx(SPARSITY_OF[digits], abs=0.03)
+    results, sparsity = results_of(folder / "out"), SPARSITY_OF[name.rpartition("-")[2]]
+    assert results["target_sparsity"] == sparsity
+    assert results["sparsity"] == pytest.approx(sparsity, abs=0.03)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != FINE_TUNED])
+def test_a_recipe_runs_on_a_small_teacher_of_its_family(name, shared, tmp_path):
+    family_teacher(LAYOUT_OF[name.rpartition("-")[0]], **SMALL).save_pretrained(tmp_path / "teacher")
+    run_recipe(name, shared, tmp_path)
+
+
+def test_the_recipe_with_a_head_runs_on_a_small_teacher(shared, tmp_path):
+    torch.manual_seed(0)
+    teacher = AutoModelForCTC.from_config(family_config("wav2vec2-base", pad_token_id=0, **SMALL))
+    with_noise(teacher).save_pretrained(tmp_path / "teacher")
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", "|", *"ABCDEF"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None)
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(tmp_path / "teacher")
+    run_recipe(FINE_TUNED, shared, tmp_path)
+    assert results_of(tmp_path / "out")["record"]["losses"]["start"]["logits_loss"] == pytest.approx(0, abs=1e-5)
+    assert type(AutoModelForCTC.from_pretrained(tmp_path / "out")) is Wav2Vec2SkillStudentForCTC
+    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer.get_vocab() == vocabulary
 
 
 @pytest.mark.parametrize(

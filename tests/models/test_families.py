@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LAYOUTS, LAYOUTS_OF_HEADS, family_teacher, padded_batch
+from conftest import LAYOUTS, LAYOUTS_OF_HEADS, all_layouts, family_config, family_teacher, padded_batch, with_noise
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 from transformers import AutoModel, SEWConfig, SEWModel, Wav2Vec2FeatureExtractor
 
@@ -21,6 +21,7 @@ from skill_hf.losses import group_means
 from skill_hf.models.configuration_skill_student import TASKS
 from skill_hf.models.families import build_student, student_config
 from skill_hf.models.students import STUDENT_CLASSES, STUDENTS
+from skill_hf.publishing import model_card
 
 
 def inputs_of(padded: bool) -> dict[str, torch.Tensor]:
@@ -28,9 +29,8 @@ def inputs_of(padded: bool) -> dict[str, torch.Tensor]:
     return inputs if padded else {"input_values": inputs["input_values"]}
 
 
-def random_student(layout: str, seed: int = 0):
-    """With a random gate on each unit, of which a third or so is closed; layer 0 has no heads left."""
-    student = build_student(family_teacher(layout)).eval()
+def close_at_random(student, seed: int = 0):
+    """Puts a random gate on each unit, of which a third or so is closed; layer 0 has no heads left."""
     student.add_gates(list(KINDS))
     generator = torch.Generator().manual_seed(seed)
     for name, gate in student.named_gates():
@@ -38,6 +38,16 @@ def random_student(layout: str, seed: int = 0):
         if name.startswith("encoder.layers.0.attention"):
             gate.log_alpha.data.fill_(-9)
     return student
+
+
+def random_student(layout: str, seed: int = 0, **kwargs):
+    return close_at_random(build_student(family_teacher(layout, **kwargs)).eval(), seed)
+
+
+def assert_same_logits(model, other, atol: float = 1e-5):
+    with torch.no_grad():
+        expected, actual = model(**inputs_of(True)).logits, other(**inputs_of(True)).logits
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=atol)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,39 +108,39 @@ def test_targets_are_means_of_the_hidden_states(layout):
     torch.testing.assert_close(target_means(fast_teacher(teacher), groups, **inputs), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_OF_HEADS)
+@pytest.mark.parametrize("layout", all_layouts(*LAYOUTS_OF_HEADS))
 def test_heads_give_the_logits_of_the_stock_ones(layout, tmp_path):
-    """Of a stock checkpoint with this head, and again once the student is saved."""
-    config = family_teacher(layout).config
+    """Unpruned; with gates, once these are pruned and saved; and in the stock class on `to_stock()`."""
+    config = family_config(layout)
     student_class = STUDENT_CLASSES[config.model_type]
     stock_tasks = [task for task, auto in TASKS.items() if type(config) in getattr(transformers, auto)._model_mapping]
     assert list(student_class.config_class.tasks) == stock_tasks
     for task in stock_tasks:
         auto_class = getattr(transformers, TASKS[task])
         torch.manual_seed(0)
-        stock = auto_class.from_config(config).eval()
+        stock = with_noise(auto_class.from_config(config))
         stock.save_pretrained(tmp_path / task)
         name = student_class.config_class.student_classes()[TASKS[task]].rpartition(".")[2]
         head = getattr(skill_hf, name).from_pretrained(tmp_path / task).eval()
+        assert_same_logits(stock, head)
+        gated = copy.deepcopy(head)
+        close_at_random(gated.base_model)
+        head = copy.deepcopy(gated)
+        head.base_model.prune()
+        assert_same_logits(gated, head, atol=1e-4)
         head.save_pretrained(tmp_path / f"{task}-student")
-        again = auto_class.from_pretrained(tmp_path / f"{task}-student").eval()
-        assert type(again) is type(head)
-        with torch.no_grad():
-            expected, *logits = [model(**inputs_of(True)).logits for model in (stock, head, again)]
-        for actual in logits:
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        loaded = auto_class.from_pretrained(tmp_path / f"{task}-student").eval()
+        assert type(loaded) is type(head)
+        assert_same_logits(head, loaded, atol=0)
+        setattr(stock, stock.base_model_prefix, head.base_model.to_stock())
+        assert_same_logits(head, stock)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "hubert-batch-norm",
-        "xls-r",
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("hubert-base", "mms", "unispeech-sat-large")),
-    ],
-)
-def test_a_run_resumes_to_the_same_student(layout, tmp_path):
+# Of each family one by day: `distillation/test_shrinking.py` resumes runs of WavLM.
+@pytest.mark.parametrize("layout", all_layouts("hubert-batch-norm", "xls-r", "unispeech-base", "unispeech-sat-large"))
+def test_a_run_resumes_to_the_same_student(layout, tmp_path, monkeypatch):
     """Both stages, with a shrinking in the first."""
+    monkeypatch.setattr(model_card, "save_figures", lambda directory, report: [])  # they take half of the time
     rng = np.random.default_rng(0)
     clips = [{"input_values": rng.standard_normal(n).astype(np.float32)} for n in rng.integers(4000, 8000, 6).tolist()]
 

@@ -5,12 +5,13 @@ from bisect import bisect_right
 
 import pytest
 import torch
-from conftest import STUDENT_CODE, padded_batch, tiny_config, tiny_teacher
+from conftest import LAYOUTS, STUDENT_CODE, family_config, padded_batch, tiny_config, tiny_teacher, with_noise
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertModel, WavLMModel
 
 from skill_hf import WavLMForSkillStudent, WavLMSkillStudentConfig
 from skill_hf.models.families import build_student
+from skill_hf.models.students import STUDENT_CLASSES
 
 
 def assert_same_hidden_states(model, other, inputs, atol=1e-5):
@@ -106,15 +107,12 @@ PRUNED = {
 
 
 def pruned_student(layout, **kwargs):
+    """A student of WavLM in its base or large layout, or of one of `LAYOUTS`."""
     torch.manual_seed(0)
-    config = WavLMSkillStudentConfig(
-        **tiny_config(layout).to_dict() | PRUNED | {"conv_dim": [3, 16, 5, 7, 16, 2, 11]} | kwargs
-    )
-    student = WavLMForSkillStudent(config).eval()
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return student
+    config = family_config(layout) if layout in LAYOUTS else tiny_config(layout)
+    student_class = STUDENT_CLASSES[config.model_type]
+    fields = config.to_dict() | PRUNED | {"conv_dim": [3, 16, 5, 7, 16, 2, 11]} | kwargs
+    return with_noise(student_class(student_class.config_class(**fields)))
 
 
 @pytest.mark.parametrize("removed", [[], [0]])

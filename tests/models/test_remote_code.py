@@ -3,6 +3,7 @@ Published students in other versions of transformers, without this package: what
 the Python files of a repository.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import STUDENT_CODE, padded_batch
+from conftest import LAYOUTS, STUDENT_CODE, padded_batch, with_noise
 from package_index import REQUESTS, install
 from test_families import random_student
 from test_modeling_wavlm_skill_student import pruned_student
 from transformers import (
-    AutoConfig,
     AutoModelForAudioClassification,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -26,6 +26,7 @@ from transformers import (
 
 import skill_hf
 from skill_hf.models.configuration_skill_student import TASKS
+from skill_hf.models.students import STUDENTS
 
 
 pytestmark = pytest.mark.slow
@@ -43,26 +44,40 @@ VERSIONS = {
     ),
 }
 FILES = {"config.json", "model.safetensors", *STUDENT_CODE}
-# One of each family: what they differ in within one, `test_families.py` shows.
-OTHER_FAMILIES = ("hubert-batch-norm", "mms", "unispeech-base", "unispeech-sat-large")
+
+
+def layouts_with_heads() -> list[tuple[str, str]]:
+    """Of the other families, each layout with some head and each head on some layout."""
+    cases = []
+    for student_class in STUDENTS:
+        stock, tasks = student_class.config_class.stock_class(), student_class.config_class.tasks
+        layouts = [layout for layout, (config_class, _) in LAYOUTS.items() if config_class is stock]
+        pairs = zip(itertools.cycle(layouts), itertools.cycle(tasks), strict=False)
+        if student_class is not skill_hf.WavLMForSkillStudent:
+            cases += itertools.islice(pairs, max(len(layouts), len(tasks)))
+    return cases
 
 
 def publish(root: Path) -> None:
-    """Encoders of all families, two task models and a damaged encoder, each a directory as on the Hub."""
+    """Encoders and task models of all families and a damaged encoder, each a directory as on the Hub."""
     inputs = padded_batch()
     torch.save(inputs, root / "inputs.pt")
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     students = {layout: pruned_student(layout) for layout in ("base", "large")}
-    for layout in OTHER_FAMILIES:
-        students[layout] = random_student(layout)
-        students[layout].prune()
-    for layout, student in students.items():
-        student.save_pretrained(root / layout)
-        extractor.save_pretrained(root / layout)
+    for layout, task in layouts_with_heads():
+        encoder = random_student(layout)
+        encoder.prune()
+        head_class = getattr(skill_hf, encoder.config.auto_map[TASKS[task]].rpartition(".")[2])
+        students[f"{layout}-{task}"] = with_noise(head_class(encoder.config))
+    for name, student in students.items():
+        student.save_pretrained(root / name)
+        extractor.save_pretrained(root / name)
         with torch.no_grad():
-            output = student(**inputs, output_hidden_states=True)
-        expected = {"hidden_states": output.hidden_states, "last_hidden_state": output.last_hidden_state}
-        torch.save(expected, root / f"{layout}.expected")
+            output = student.base_model(**inputs, output_hidden_states=True)
+            expected = {name: output[name] for name in ("hidden_states", "last_hidden_state")}
+            if student is not student.base_model:
+                expected["logits"] = student(**inputs).logits
+        torch.save(expected, root / f"{name}.expected")
 
     letters = ["<pad>", "<unk>", "|", *"abcdef"]
     (root / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
@@ -134,28 +149,28 @@ def test_encoder_and_heads_give_the_same_hidden_states(visit, layout):
     assert (seen["hidden_states"][-1] > 0.1) == moved
     assert seen["last_hidden_state"] < 1e-5
     assert seen["stock"] < 1e-10
-    assert {name: kind for name, (kind, _) in seen["heads"].items()} == {
+    assert {name: kind for name, (kind, *_) in seen["heads"].items()} == {
         "AutoModelForCTC": "WavLMSkillStudentForCTC",
         "AutoModelForAudioClassification": "WavLMSkillStudentForSequenceClassification",
         "AutoModelForAudioFrameClassification": "WavLMSkillStudentForAudioFrameClassification",
         "AutoModelForAudioXVector": "WavLMSkillStudentForXVector",
     }
-    assert max(there for _, there in seen["heads"].values()) < 1e-5
+    assert max(states for _, states, _ in seen["heads"].values()) < 1e-5
     assert "pip install skill-hf" in seen["prune"]
 
 
-@pytest.mark.parametrize("layout", OTHER_FAMILIES)
-def test_encoders_and_heads_of_other_families(visit, layout):
+@pytest.mark.parametrize(("layout", "task"), layouts_with_heads())
+def test_encoders_and_heads_of_other_families(visit, layout, task):
     version, root, results = visit
-    seen = results["encoders"][layout]
+    seen = results["encoders"][f"{layout}-{task}"]
     assert seen["module"] == "transformers_modules"
-    moved = layout in ("mms", "unispeech-sat-large") and version.startswith("4")
-    assert max(seen["hidden_states"][: -1 if moved else None]) < 1e-5
+    moved = json.loads((root / f"{layout}-{task}" / "config.json").read_text())["do_stable_layer_norm"]
+    assert max(seen["hidden_states"][: -1 if moved and version.startswith("4") else None]) < 1e-5
     assert seen["last_hidden_state"] < 1e-5
     assert seen["stock"] < 1e-10
-    config = AutoConfig.from_pretrained(root / layout)
-    assert seen["heads"].keys() == {TASKS[task] for task in config.tasks}
-    assert max(difference for _, difference in seen["heads"].values()) < 1e-5
+    assert list(seen["heads"]) == [TASKS[task]]
+    [(_, states, logits)] = seen["heads"].values()
+    assert states < 1e-5 and logits < 1e-5
 
 
 def test_pipelines_agree_with_those_of_the_package(visit):

@@ -16,10 +16,16 @@ from conftest import STUDENT_CODE, padded_batch, tiny_teacher
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from test_modeling_wavlm_skill_student import pruned_student
 from test_skill_trainer import StopAt, make_trainer
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor
 
-from skill_hf import WavLMForSkillStudent, WavLMSkillStudentForCTC, WavLMSkillStudentForSequenceClassification
+from skill_hf import (
+    HubertSkillStudentForCTC,
+    WavLMForSkillStudent,
+    WavLMSkillStudentForCTC,
+    WavLMSkillStudentForSequenceClassification,
+)
 from skill_hf.models.families import build_student
 from skill_hf.publishing import hub as publishing
 
@@ -247,7 +253,7 @@ import sys
 sys.modules["skill_hf"] = None
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoFeatureExtractor, AutoModel
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 sys.path.insert(0, {tests!r})
 from conftest import padded_batch
 model = AutoModel.from_pretrained("me/student", trust_remote_code=True).eval()
@@ -257,15 +263,29 @@ with torch.no_grad():
 expected = torch.load({outputs!r})
 assert len(actual) == len(expected) and all(map(torch.equal, actual, expected))
 assert AutoFeatureExtractor.from_pretrained("me/student").sampling_rate == 16_000
+head = AutoModelForCTC.from_pretrained("me/hubert", trust_remote_code=True).eval()
+assert type(head).__name__ == "HubertSkillStudentForCTC"
+with torch.no_grad():
+    assert torch.equal(head(**padded_batch()).logits, torch.load({logits!r}))
 print(snapshot_download("me/student"))
 model.push_to_hub("stock")
 """
 
 
 @pytest.mark.slow
-def test_round_trip_without_skill_hf(hub, published, tmp_path):
-    tests, outputs = str(Path(__file__).parents[1]), str(published.parent / "outputs.pt")
-    script = LOAD_WITHOUT_SKILL_HF.format(tests=tests, outputs=outputs)
+def test_round_trip_without_skill_hf(hub, client, published, tmp_path):
+    head = HubertSkillStudentForCTC(pruned_student("hubert-large").config).eval()
+    head.save_pretrained(tmp_path / "hubert")
+    with torch.no_grad():
+        torch.save(head(**padded_batch()).logits, tmp_path / "logits.pt")
+    client(push_loaded, HubertSkillStudentForCTC, tmp_path / "hubert", "me/hubert")
+    other_code = {name.replace("wavlm", "hubert") for name in STUDENT_CODE}
+    assert set(hub.files("me/hubert")) == {"config.json", "model.safetensors", "README.md", *other_code} | HUB
+    assert card_of(hub, "me/hubert").data.pipeline_tag == "automatic-speech-recognition"
+
+    paths = {"outputs": published.parent / "outputs.pt", "logits": tmp_path / "logits.pt"}
+    paths["tests"] = Path(__file__).parents[1]
+    script = LOAD_WITHOUT_SKILL_HF.format(**{name: str(path) for name, path in paths.items()})
     environment = {**os.environ, **hub.environment(tmp_path, token="hf_me")}
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -335,7 +355,7 @@ def test_teacher_on_the_hub(hub, client, tmp_path):
     assert set(hub.files("me/copy")) == STUDENT | HUB
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_only_the_first_process_uploads(hub, client, tmp_path):
     number = len(hub.requests)
     client(run_on_another_process, tmp_path)
@@ -348,7 +368,7 @@ def test_only_the_first_process_uploads(hub, client, tmp_path):
     assert '"."' not in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_example_publishes_once_and_no_path(hub, client, tmp_path):
     client(run_example, tmp_path)
     files = hub.files("me/example")
