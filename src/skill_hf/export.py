@@ -71,7 +71,7 @@ class NamedOutputs(nn.Module):
     A model whose outputs are a flat dict of tensors, named as in its exported files.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): a student or a stock model, with or without a head.
+        model ([`~transformers.PreTrainedModel`]): a student or a stock model of its family, with or without a head.
         output_hidden_states (`bool`, *optional*, defaults to `False`): whether hidden states are outputs.
     """
 
@@ -103,8 +103,8 @@ def export_onnx(
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A student or a stock model of its family, with or without a task head, on any device and in any dtype; it
-            is not changed.
+            A student or a stock model of its family, with or without a head, on any device and in any dtype; it is not
+            changed.
         path (`str` or `PathLike`):
             Output file, such as `model.onnx`.
         output_hidden_states (`bool`, *optional*, defaults to `False`):
