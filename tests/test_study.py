@@ -19,7 +19,7 @@ import study_design  # noqa: E402
 import study_probes  # noqa: E402
 import study_results  # noqa: E402
 from pretrain_teacher import HELDOUT_LIBRISPEECH_SPEAKERS  # noqa: E402
-from study_design import BASELINES, METHODS, OPTIONS, SEEDS, Block, Condition, Student, at, plan, recipe  # noqa: E402
+from study_design import BASELINES, METHODS, OPTIONS, SEEDS, SHAPE, Block, Condition, Student, at, plan, recipe  # noqa: E402
 
 
 def test_plan_compares_all_methods_at_all_sparsities_on_both_teachers():
@@ -69,6 +69,11 @@ def test_methods_have_the_groups_of_their_names(name, twelve, eight):
         assert config.layer_groups == groups and config.target_sparsity == 0.9
         assert config.projection_groups == ([[0], [1, 2, 3]] if name == "DPHuBERT" else None)
         assert config.student_layers == ("last" if name == "DistilHuBERT" else "group")
+
+
+def test_two_layers_learn_as_distilhubert_does_in_one_stage():
+    shape, loss = (recipe(name, 0.75, 240, 12).to_dict() for name in (SHAPE, "DistilHuBERT"))
+    assert shape == loss | {"final_steps": 240}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,7 +23,18 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from study_design import BASELINES, METHODS, OPTIONS, TEACHERS, UNEQUAL, WEIGHTED, Condition, at, plan  # noqa: E402
+from study_design import (  # noqa: E402
+    BASELINES,
+    METHODS,
+    OPTIONS,
+    SHAPE,
+    TEACHERS,
+    UNEQUAL,
+    WEIGHTED,
+    Condition,
+    at,
+    plan,
+)
 from study_probes import METRICS  # noqa: E402
 from study_results import (  # noqa: E402
     DISTANCE,
@@ -45,11 +56,13 @@ from skill_hf.publishing.plots import COLOURS, DARK, LIGHT, MARKERS, index_runs,
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 
-COMPARED = ("SKILL", *BASELINES)
+COMPARED = ("SKILL", *BASELINES, SHAPE)
 FLOORS = ("fbank", "mfcc", "untrained")
 NOTHING = "No results yet."
 # One colour and mark for a method, in all figures.
-STYLES = dict(zip(COMPARED, zip((*COLOURS, DARK, "#999999"), (*MARKERS, "X", "*"), strict=True), strict=True))
+STYLES = dict(
+    zip(COMPARED, zip((*COLOURS, DARK, "#999999", "#882255"), (*MARKERS, "X", "*", "p"), strict=True), strict=True)
+)
 
 
 @dataclass
@@ -130,7 +143,7 @@ def outcome_by_condition(study: Study, teacher: str, outcome: Outcome) -> str:
     shown = [
         condition
         for condition in conditions_of(study, teacher)
-        if any(study.values(outcome, name, condition) for name in BASELINES)
+        if any(study.values(outcome, name, condition) for name in COMPARED[1:])
     ]
     rows = []
     for name in COMPARED:
@@ -173,7 +186,7 @@ def against_skill(study: Study, teacher: str) -> str:
     rows = []
     for condition in conditions_of(study, teacher):
         for outcome in (DISTANCE, share_kept(study, teacher)):
-            pairs = {name: compare(study, outcome, name, "SKILL", condition) for name in BASELINES}
+            pairs = {name: compare(study, outcome, name, "SKILL", condition) for name in COMPARED[1:]}
             pairs = {name: pair for name, pair in pairs.items() if pair is not None}
             corrected = holm([pair.p for pair in pairs.values()])
             for (name, pair), p in zip(pairs.items(), corrected, strict=True):
@@ -253,7 +266,7 @@ def cuts(study: Study, teacher: str) -> str:
     rows = []
     for condition in conditions_of(study, teacher):
         for name in dict.fromkeys(student.method for student in study.rows):
-            if found := list(study.rows_of(name, condition).values()):
+            if found := [row for row in study.rows_of(name, condition).values() if row["cut"]]:
                 losses = [around_the_cut(row) for row in found]
                 rows.append(
                     [

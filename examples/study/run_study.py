@@ -36,16 +36,18 @@ from transformers import AutoModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from study_design import SEEDS, TEACHERS, Student, plan, recipe  # noqa: E402
+from study_design import SEEDS, SHAPE, TEACHERS, Student, plan, recipe  # noqa: E402
 from study_probes import METRICS, TASKS, probe, probe_splits, speech_to_distil  # noqa: E402
 
 from skill_hf import SkillDistillationTrainer, SkillTrainingArguments  # noqa: E402
 from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.cli.settings import Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
+from skill_hf.compression.layer_dropping import drop_layers  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_for  # noqa: E402
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
+from skill_hf.models.families import build_student  # noqa: E402
 from skill_hf.models.loading import load_model  # noqa: E402
 
 
@@ -143,14 +145,16 @@ class Workbench:
         return PretrainedEncoder(model, self.feature_extractor)
 
     def distil(self, student: Student) -> SkillDistillationTrainer:
-        condition = student.condition
+        condition, layers = student.condition, self.teacher.config.num_hidden_layers
+        config = recipe(student.method, condition.sparsity, condition.steps, layers)
+        others = [path for name, path in TEACHERS.items() if name != self.name]
+        two_teachers = [str(TEACHERS[self.name]), *map(str, others)]
         set_seed(student.seed)
         with tempfile.TemporaryDirectory() as directory:
             trainer = SkillDistillationTrainer(
-                teacher=self.teacher,
-                skill_config=recipe(
-                    student.method, condition.sparsity, condition.steps, self.teacher.config.num_hidden_layers
-                ),
+                teacher=two_teachers if config.teacher_targets == "separate" else self.teacher,
+                model=drop_layers(build_student(self.teacher), range(2, layers)) if student.method == SHAPE else None,
+                skill_config=config,
                 args=SkillTrainingArguments(
                     output_dir=directory,
                     max_steps=condition.steps,
@@ -182,7 +186,7 @@ class Workbench:
             "layer_groups": trainer.layer_groups,
             "sparsity_reached": 1 - model.num_parameters() / self.teacher.num_parameters(),
             "parameters": model.num_parameters(),
-            "cut": {"step": trainer.steps.joint, **trainer.record.cut},
+            "cut": trainer.record.cut and {"step": trainer.steps.joint, **trainer.record.cut},
             "losses": [[line["step"], line["distillation_loss"]] for line in logs if "distillation_loss" in line],
             "distances": {measure: values.round(6).tolist() for measure, values in distances.items()},
             "architecture": {

@@ -32,6 +32,9 @@ METHODS: dict[str, Callable[[int], dict]] = {
     "first two apart": lambda layers: {"layer_groups": consecutive(layers, 2)},
     "first apart": lambda layers: {"layer_groups": consecutive(layers, 1, layers // 2 + 1)},
 }
+# DistilHuBERT as published: its loss, and a student that starts as the first two layers and is not pruned.
+SHAPE = "two layers"
+METHODS[SHAPE] = METHODS["DistilHuBERT"]
 BASELINES = ("DPHuBERT", "DistilHuBERT", "last layer", "every layer", "one group", "early cut", "late cut")
 UNEQUAL = ("first two apart", "first apart")
 
@@ -45,6 +48,10 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     "slow ramp": lambda joint: {"sparsity_warmup_steps": joint // 2},
     "slow cubic ramp": lambda joint: {"sparsity_warmup_steps": joint // 2, "sparsity_schedule": "cubic"},
     "value dimensions": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_value_dims"]},
+    "blocks": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_blocks", "ffn_blocks"]},
+    "layers": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "layers"]},
+    # The other teacher of [`TEACHERS`] is a second one.
+    "two teachers": lambda joint: {"teacher_targets": "separate"},
     "shrinking": lambda joint: {"shrink_steps": max(joint // 16, 1)},
 }
 
@@ -71,6 +78,8 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int) -> SkillConf
     fields = METHODS[method](num_layers)
     for option in options:
         fields |= OPTIONS[option](joint)
+    if method == SHAPE:
+        fields["final_steps"] = steps
     return SkillConfig(**COMMON, target_sparsity=sparsity, **fields)
 
 
@@ -127,9 +136,10 @@ FEW = SEEDS[:3]
 # What matters most comes first.
 BLOCKS = (
     Block(("SKILL", *(group + way for group in UNEQUAL for way in WEIGHTED)), at(0.75, teachers=("wavlm",)), FEW),
-    Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), at(0.9), FEW),
-    Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
-    Block(("SKILL", "DPHuBERT", "one group", "early cut", "late cut", "every layer"), at(0.75), FEW),
+    Block(("SKILL", *OF_SKILL, "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), FEW),
+    Block(("DPHuBERT", "one group", "DistilHuBERT", SHAPE), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("early cut", "late cut", "every layer"), at(0.9, teachers=("wavlm",)), FEW),
+    Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),
     Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),
     Block(("SKILL", "one group", "DPHuBERT"), at(0.9), SEEDS, with_tasks=True),
