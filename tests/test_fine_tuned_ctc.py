@@ -217,7 +217,7 @@ def test_table_has_means_and_ranges_of_what_there_is():
         parts[f"one run {seed}"] |= {"parameters": 500 + seed, "cpu_seconds": 120.0}
     parts["compressed first 0"] = parts["one run 0"] | {"parameters": 499, "cpu_seconds": 90.0}
     settings = {"seeds": [0, 1, 2], "fine_tune_steps": 9, "compress_steps": 6, "sparsity": 0.5}
-    settings |= {"fine_tune_batch_size": 2, "compress_batch_size": 1}
+    settings |= {"fine_tune_batch_size": 2, "compress_batch_size": 1, "head_steps": 4, "bf16": True}
     speech = {"data": "speech", "train_clips": 3, "train_minutes": 1.0, "test_clips": 2}
     machine = {"processor": "CPU", "torch": "2"}
     text = markdown({"parts": parts, "settings": settings, "speech": speech, "machine": machine})
@@ -227,6 +227,7 @@ def test_table_has_means_and_ranges_of_what_there_is():
         # The compression of the encoder counts.
         "| encoder compressed, then fine-tuned | 1 | 499 | 40.0 | 40.0 | 2 |",
     ]
+    assert "9 updates of 2 clips in each fine-tuning, the first 4 of the head alone, 6 of 1 in each" in text
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 Compress a fine-tuned model, or compress the encoder and fine-tune that? Error rates of both on speakers whom no model
 has heard, for a small WavLM and speech recognition in characters (CTC).
 
-    python examples/study/fine_tuned_ctc.py --data_dir DIR/librispeech-train-clean-5
+    python examples/study/fine_tuned_ctc.py --data_dir DIR/speech-commands-test --text_column word
 
-The directory has the audio and a `metadata.csv` with `file_name`, `speaker` and `text`. With `--text_column word`,
-single words of Speech Commands are transcribed instead: an easier task on shorter clips.
+The directory has the audio and a `metadata.csv` with `file_name`, `speaker` and the text. Other defaults are for single
+words, clips of one second; sentences need more steps of fewer clips.
 
 Every way consists of the same work on the same audio, `fine_tune_steps` updates with labels and `compress_steps`
 updates of compression:
@@ -14,7 +14,7 @@ updates of compression:
 - *one run, labels*: the same, and the compression has the loss of the labels, too (`task_weight`);
 - *compressed first*: the pretrained encoder is compressed, then the student is fine-tuned as the teacher was.
 
-It takes an hour or two on 2 cores and may be stopped at any time: finished parts are not repeated, and a part that was
+It takes an hour on 2 cores and may be stopped at any time: finished parts are not repeated, and a part that was
 stopped resumes from its last checkpoint. Start the same command twice with `--num_threads 1` to use both cores fully:
 a process takes the next part that no other one is working on.
 
@@ -98,20 +98,20 @@ class FineTunedArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Of the students; the teacher has the first."}
     )
-    fine_tune_steps: Count = field(default=600, metadata={"help": "Updates of a fine-tuning."})
+    fine_tune_steps: Count = field(default=400, metadata={"help": "Updates of a fine-tuning."})
     fine_tune_learning_rate: Positive = field(default=3e-4, metadata={"help": "Its peak learning rate."})
     head_learning_rate: Positive = field(default=1e-2, metadata={"help": "The same of the new head."})
-    head_steps: Whole = field(default=200, metadata={"help": "First updates of a fine-tuning, of the head alone."})
+    head_steps: Whole = field(default=150, metadata={"help": "First updates of a fine-tuning, of the head alone."})
     compress_steps: Count = field(default=240, metadata={"help": "Updates of a compression, both stages."})
     compress_learning_rate: Positive = field(default=5e-4, metadata={"help": "Peak learning rate of both stages."})
     task_weight: Positive = field(default=1.0, metadata={"help": "Weight of the labels' loss where they are used."})
-    fine_tune_batch_size: Count = field(default=2, metadata={"help": "Clips per update of a fine-tuning."})
-    compress_batch_size: Count = field(default=1, metadata={"help": "Clips per update of a compression."})
+    fine_tune_batch_size: Count = field(default=32, metadata={"help": "Clips per update of a fine-tuning."})
+    compress_batch_size: Count = field(default=16, metadata={"help": "Clips per update of a compression."})
     bf16: bool = field(
         default=False, metadata={"help": "Train with bfloat16 autocast; slow on CPUs without AMX or AVX512-BF16."}
     )
     calibration_samples: Count = field(default=64, metadata={"help": "Clips to group the layers by."})
-    max_test_clips: Count = field(default=120, metadata={"help": "Clips to test on."})
+    max_test_clips: Count = field(default=600, metadata={"help": "Clips to test on."})
     num_threads: Count = field(default=2, metadata={"help": "CPU threads of this process."})
     max_parts: Whole | None = field(default=None, metadata={"help": "Parts that this process does at most."})
 
@@ -467,8 +467,10 @@ def markdown(results: dict) -> str:
         f"{table(header, rows)}\n\n"
         f"{speech['data']}: {speech['train_clips']} clips ({speech['train_minutes']:.0f} min) to train on,"
         f" {speech['test_clips']} clips of other speakers to test on; sparsity {settings['sparsity']:g};"
-        f" {settings['fine_tune_steps']} updates of {settings['fine_tune_batch_size']} clips in each fine-tuning,"
-        f" {settings['compress_steps']} of {settings['compress_batch_size']} in each compression; seeds {seeds}."
+        f" {settings['fine_tune_steps']} updates of {settings['fine_tune_batch_size']} clips in each fine-tuning, the"
+        f" first {settings['head_steps']} of the head alone,"
+        f" {settings['compress_steps']} of {settings['compress_batch_size']} in each compression; seeds {seeds};"
+        f" {'bfloat16' if settings['bf16'] else 'float32'}."
         f" {device['processor']}, {versions}."
     )
 
