@@ -4,8 +4,8 @@ has heard, for a small WavLM and speech recognition in characters (CTC).
 
     python examples/study/fine_tuned_ctc.py --data_dir DIR/speech-commands-test --text_column word
 
-The directory has the audio and a `metadata.csv` with `file_name`, `speaker` and the text. Other defaults are for single
-words, clips of one second; sentences need more steps of fewer clips.
+The directory has the audio and a `metadata.csv` with `file_name`, `speaker` and the text. Other defaults are for
+single words, clips of one second; sentences need more steps of fewer clips.
 
 Every way consists of the same work on the same audio, `fine_tune_steps` updates with labels and `compress_steps`
 updates of compression:
