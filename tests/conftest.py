@@ -89,6 +89,11 @@ def tiny_config(layout: str = "base", **kwargs) -> WavLMConfig:
     return WavLMConfig(**fields | kwargs)
 
 
+# For tests in bfloat16: on processors with AMX torch 2.13 computes a positional convolution of groups of 8 or 12
+# channels wrongly, whatever the model. Published models have 48 or more.
+WIDE_GROUPS = {"num_conv_pos_embedding_groups": 2}
+
+
 def tiny_teacher(layout: str = "base", **kwargs) -> WavLMModel:
     """A random teacher. Noise on every parameter: at initialisation biases and norms would hide what is left out."""
     torch.manual_seed(0)

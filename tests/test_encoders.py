@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_teacher, with_noise
+from conftest import TINY, WIDE_GROUPS, tiny_teacher, with_noise
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -106,7 +106,8 @@ def test_layers_can_be_chosen(waveforms):
 
 
 def test_the_model_is_put_in_eval_mode_and_keeps_its_dtype(waveforms):
-    exact = encoder_of("large")
+    model = tiny_teacher("large", num_hidden_layers=2, **WIDE_GROUPS)
+    exact = PretrainedEncoder(model, Wav2Vec2FeatureExtractor(do_normalize=True))
     model = copy.deepcopy(exact.model).to(torch.bfloat16).train()
     encoder = PretrainedEncoder(model, exact.feature_extractor)
     assert not model.training

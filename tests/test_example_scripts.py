@@ -235,10 +235,13 @@ def test_what_was_selected_before_stays(shared, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("references.json", "{", "references.json is not a readable JSON file"),
-        ("clusters.0.json", "", "clusters.0.json is not a readable JSON file"),
-        ("clusters.x.json", "{}", "clusters.x.json is not a file of the study"),
-        ("runs.0.jsonl", "[1]\n", "runs.0.jsonl has a line that is not a run of the study: [1]"),
+        ("references.wavlm.json", "{", "references.wavlm.json is not a readable JSON file"),
+        ("students.0.jsonl", "[1]\n", "students.0.jsonl has a line that is not a student of the study: [1]"),
+        (
+            "students.1.jsonl",
+            '{"sparsity": 0.5}\n',
+            "students.1.jsonl has a line that is not a student of",
+        ),
     ],
 )
 def test_results_of_a_study_that_are_none(tmp_path, name, content, message):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_teacher
+from conftest import WIDE_GROUPS, tiny_teacher
 from example_helpers import DEMO, isolate, read_metadata, run_main, save_feature_extractor, save_student
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -140,8 +140,9 @@ def test_layers_mean_and_precision(shared, tmp_path, file_format):
 
 
 def test_bfloat16_is_near_float32(shared, tmp_path):
-    exact = extract(shared, tmp_path / "float32")
-    near = extract(shared, tmp_path / "bfloat16", dtype="bfloat16")
+    save_student(tmp_path / "student", **WIDE_GROUPS)
+    exact = extract(shared, tmp_path / "float32", model=tmp_path / "student")
+    near = extract(shared, tmp_path / "bfloat16", model=tmp_path / "student", dtype="bfloat16")
     for name, states in exact.items():
         assert near[name].dtype == np.float32 and not np.array_equal(near[name], states)
         cosine = (near[name] * states).sum() / np.linalg.norm(near[name]) / np.linalg.norm(states)

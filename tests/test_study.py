@@ -87,11 +87,11 @@ def test_an_option_changes_a_method(method, option):
 
 def test_torn_line_takes_no_other_along(tmp_path, caplog):
     path = tmp_path / "students.1.jsonl"
-    run_study.append(path, {"key": "first"})
+    run_study.append(path, {"key": "first", "settings": {}})
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"key": "torn", "scor')
-    run_study.append(path, {"key": "second"})
-    run_study.append(tmp_path / "students.0.jsonl", {"key": "third"})
+    run_study.append(path, {"key": "second", "settings": {}})
+    run_study.append(tmp_path / "students.0.jsonl", {"key": "third", "settings": {}})
     assert run_study.read_rows(tmp_path).keys() == {"first", "second", "third"}
     assert "students.1.jsonl has an incomplete line" in caplog.text
 
@@ -106,7 +106,7 @@ def test_first_row_of_a_student_counts_unless_only_the_second_has_scores(tmp_pat
         {"key": "b", "number": 6},
     ]
     for row in rows:
-        run_study.append(tmp_path / "students.0.jsonl", row)
+        run_study.append(tmp_path / "students.0.jsonl", {"settings": {}} | row)
     assert {key: row["number"] for key, row in run_study.read_rows(tmp_path).items()} == {"a": 2, "b": 5}
 
 

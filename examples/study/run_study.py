@@ -216,6 +216,9 @@ def read_rows(results: Path) -> dict[str, dict]:
     """
     Key -> row of `students.*.jsonl`. Of two rows of one student the first counts, unless only the second has scores; a
     line that was being written when a worker stopped is passed over.
+
+    Raises:
+        `ValueError`: if a line is not a student.
     """
     rows: dict[str, dict] = {}
     for path in sorted(results.glob("students.*.jsonl")):
@@ -225,6 +228,8 @@ def read_rows(results: Path) -> dict[str, dict]:
             except json.JSONDecodeError:
                 logger.warning("%s has an incomplete line, which is skipped.", path)
                 continue
+            if not isinstance(row, dict) or not {"key", "settings"} <= row.keys():
+                raise ValueError(f"{path} has a line that is not a student of the study: {line[:80]}")
             if row["key"] not in rows or "scores" in row and "scores" not in rows[row["key"]]:
                 rows[row["key"]] = row
     return rows

@@ -536,12 +536,12 @@ def test_a_shortened_model_with_its_head_is_a_start(tmp_path, ctc_directory, cap
 
     settings = SHORT | {"teacher_name_or_path": str(ctc_directory), "student_name_or_path": str(shorter)}
     settings |= {"audio_dir": audio, "output_dir": str(tmp_path / "out")}
-    parsed = distill.parse(command_line(settings | {"task": "ctc"}))
+    parsed = distill.parse(command_line(settings | {"task": "ctc"}))[0]
     trainer = distill.make_trainer(*parsed, distill.StageClock())
     assert trainer.model.lm_head.weight.equal(student.lm_head.weight)
     # Without a task the heads are left out, with a word on both, here and when layers are removed.
     assert not warnings()
-    trainer = distill.make_trainer(*distill.parse(command_line(settings)), distill.StageClock())
+    trainer = distill.make_trainer(*distill.parse(command_line(settings))[0], distill.StageClock())
     assert head_of(trainer.model) is None
     assert [message.partition(", but")[0] for message in warnings()] == [
         f"Student `{shorter}` is a WavLMSkillStudentForCTC",

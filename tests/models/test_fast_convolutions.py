@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import padded_batch, tiny_config, tiny_teacher
+from conftest import WIDE_GROUPS, padded_batch, tiny_config, tiny_teacher
 from torch import nn
 from transformers.models.wavlm.modeling_wavlm import WavLMGroupNormConvLayer
 
@@ -288,7 +288,7 @@ def test_weights_cast_once_are_those_that_autocast_casts(layout):
 
 
 def test_a_bias_in_half_precision_is_near_float32(layout):
-    student = build_student(tiny_teacher(layout)).eval()
+    student = build_student(tiny_teacher(layout, **WIDE_GROUPS)).eval()
     half = copy.deepcopy(student).bfloat16()
     inputs = torch.randn(2, 4000)
     with torch.no_grad():

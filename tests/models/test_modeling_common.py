@@ -9,7 +9,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import padded_batch, with_noise
+from conftest import WIDE_GROUPS, padded_batch, with_noise
 from test_modeling_wavlm_skill_student import PRUNED, pruned_student
 from transformers import AutoModelForAudioClassification, PreTrainedModel
 
@@ -236,9 +236,7 @@ def test_sdpa_equals_eager(model_class, layout, padded):
 @by_class_and_layout(*CLASSES, *OF_HUBERT)
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_bf16(model_class, layout, tmp_path, attn_implementation):
-    # Of groups of 8 channels torch (2.13) makes noise in bf16 on processors with AMX, whatever the model. Published
-    # models have 48 or more.
-    model = make_model(model_class, layout, num_conv_pos_embedding_groups=2)
+    model = make_model(model_class, layout, **WIDE_GROUPS)
     model.save_pretrained(tmp_path)
     half = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation=attn_implementation)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
