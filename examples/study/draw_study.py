@@ -58,6 +58,7 @@ DOCS = HERE.parents[1] / "docs"
 
 COMPARED = ("SKILL", *BASELINES, SHAPE)
 FLOORS = ("fbank", "mfcc", "untrained")
+LAYERS_SHOWN = (*at(0.75), *at(0.9))
 NOTHING = "No results yet."
 # One colour and mark for a method, in all figures.
 STYLES = dict(
@@ -181,6 +182,15 @@ def tasks(study: Study, teacher: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def layers(study: Study, teacher: str) -> str:
+    """What the figure does not say: SKILL's groups."""
+    shown = [condition for condition in conditions_of(study, teacher) if condition in LAYERS_SHOWN]
+    if not any(study.rows_of(name, condition) for name in COMPARED for condition in shown):
+        return ""
+    groups = [groups_of(study, condition) for condition in shown]
+    return f"SKILL's groups: {next(filter(None, groups), 'no run yet')}."
+
+
 def against_skill(study: Study, teacher: str) -> str:
     """Each baseline minus SKILL, paired by seed; corrected over the baselines of a condition."""
     rows = []
@@ -290,12 +300,12 @@ def around_the_cut(row: dict) -> tuple[float, float, float]:
 
 
 def panels_of(study: Study, width: float, height: float, shown: Callable[[Condition], bool] = lambda c: True):
-    """A figure with a row for each teacher, and pairs of axes and condition, of those with several methods."""
+    """A figure with a row for each teacher, and pairs of axes and condition, of those with methods to compare."""
     rows = {
         teacher: [
             condition
             for condition in conditions_of(study, teacher)
-            if shown(condition) and sum(bool(study.rows_of(name, condition)) for name in COMPARED) > 1
+            if shown(condition) and any(study.rows_of(name, condition) for name in COMPARED)
         ]
         for teacher in TEACHERS
     }
@@ -332,7 +342,7 @@ def draw_distances(study: Study):
 
 def draw_layers(study: Study):
     """Distance at each hidden state."""
-    figure, panels = panels_of(study, 3.8, 3.2, lambda condition: condition in (*at(0.75), *at(0.9)))
+    figure, panels = panels_of(study, 3.8, 3.2, lambda condition: condition in LAYERS_SHOWN)
     handles = {}
     for axes, condition in panels:
         for name in COMPARED:
@@ -352,17 +362,13 @@ def draw_layers(study: Study):
 TABLES: dict[str, Callable[[Study], str]] = {
     "setting": setting,
     "distances": per_teacher(distances),
-    "layers": per_teacher(lambda study, teacher: f"SKILL's groups: {skill_groups(study, teacher)}."),
+    "layers": per_teacher(layers),
     "against SKILL": per_teacher(against_skill),
     "tasks": per_teacher(tasks),
     "unequal": unequal,
     "options": per_teacher(options),
     "cuts": per_teacher(cuts),
 }
-
-
-def skill_groups(study: Study, teacher: str) -> str:
-    return next((groups for c in conditions_of(study, teacher) if (groups := groups_of(study, c))), "no run yet")
 
 
 @dataclass(frozen=True)
