@@ -147,8 +147,7 @@ class Workbench:
     def distil(self, student: Student) -> SkillDistillationTrainer:
         condition, layers = student.condition, self.teacher.config.num_hidden_layers
         config = recipe(student.method, condition.sparsity, condition.steps, layers)
-        others = [path for name, path in TEACHERS.items() if name != self.name]
-        two_teachers = [str(TEACHERS[self.name]), *map(str, others)]
+        two_teachers = [str(TEACHERS[name]) for name in sorted(TEACHERS, key=lambda name: name != self.name)]
         set_seed(student.seed)
         with tempfile.TemporaryDirectory() as directory:
             trainer = SkillDistillationTrainer(
