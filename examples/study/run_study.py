@@ -169,7 +169,7 @@ class Workbench:
                 train_dataset=self.train,
                 processing_class=self.feature_extractor,
             )
-            trainer.data_collator.max_seconds = self.args.max_seconds
+            trainer.data_collator.max_seconds = trainer.eval_data_collator.max_seconds = self.args.max_seconds
             trainer.train()
         return trainer
 

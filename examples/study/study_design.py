@@ -45,8 +45,10 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     "half root": lambda joint: {"root_weight": 0.5},
     "rising root": lambda joint: {"root_weight": 1.0, "root_schedule": "sparsity"},
     "mixture": lambda joint: {"student_layers": "mixture"},
-    "slow ramp": lambda joint: {"sparsity_warmup_steps": joint // 2},
-    "slow cubic ramp": lambda joint: {"sparsity_warmup_steps": joint // 2, "sparsity_schedule": "cubic"},
+    # DPHuBERT's, in proportion to its 50 000 steps, and its multipliers.
+    "short ramp": lambda joint: {"sparsity_warmup_steps": joint // 10},
+    "learned multipliers": lambda joint: {"lagrange_multiplier": "learned"},
+    "cubic ramp": lambda joint: {"sparsity_schedule": "cubic"},
     "value dimensions": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_value_dims"]},
     "blocks": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_blocks", "ffn_blocks"]},
     "layers": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "layers"]},

@@ -185,6 +185,7 @@ class DistillationTrainer(Trainer):
             "group_weights": config.group_weights,
             "root_weight": config.root_weight,
             "root_schedule": config.root_schedule,
+            "multiplier": config.lagrange_multiplier,
             "state_sizes": self._state_sizes,
             "head_loss": self.head_loss,
         }
@@ -429,12 +430,12 @@ class DistillationTrainer(Trainer):
         return LossSums(self.args.device, self.training_losses)
 
     def _state_of_pruning(self) -> dict[str, float]:
-        gates = self.distiller.has_gates
+        lambda_1, lambda_2 = self.distiller.multipliers()
         return {
             "sparsity": self.distiller.sparsity().item(),
             "target_sparsity": self._target_sparsity(),
-            "lambda_1": self.distiller.lambda_1.item() if gates else 0.0,
-            "lambda_2": self.distiller.lambda_2.item() if gates else 0.0,
+            "lambda_1": lambda_1,
+            "lambda_2": lambda_2,
             "num_parameters": num_parameters(self.student),
             "stage": self.stage,
         }
