@@ -137,9 +137,10 @@ OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
 FEW = SEEDS[:3]
 # What matters most comes first.
 BLOCKS = (
-    Block(("SKILL", *(group + way for group in UNEQUAL for way in WEIGHTED)), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL", *OF_SKILL, "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), FEW),
-    Block(("DPHuBERT", "one group", "DistilHuBERT", SHAPE), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("SKILL", SHAPE), at(0.75, teachers=("wavlm",)), FEW),
+    Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("DPHuBERT", "one group", "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
     Block(("early cut", "late cut", "every layer"), at(0.9, teachers=("wavlm",)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),
