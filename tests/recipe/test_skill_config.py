@@ -56,8 +56,8 @@ WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
 FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise", "normalize_states")
 NUMBERS = ("distance_threshold", "calibration_seconds", "l1_weight", "l2_weight", "cosine_weight", "target_sparsity")
 NUMBERS += ("budget_seconds", "gate_learning_rate", "final_learning_rate")
-NUMBERS += ("logits_weight", "logits_temperature", "task_weight", "root_weight")
-SHARES = ("target_sparsity", "root_weight")
+NUMBERS += ("student_mask_prob", "logits_weight", "logits_temperature", "task_weight", "root_weight")
+SHARES = ("target_sparsity", "root_weight", "student_mask_prob")
 LISTS = ("layer_groups", "projection_groups", "pruning_units")
 
 

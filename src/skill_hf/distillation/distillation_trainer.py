@@ -333,6 +333,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels") if self.skill_config.task_weight else None
+        distorted = inputs.get("distorted_values") if model.training else None
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
         noise = (self.args.seed, self.state.global_step)
         if not self.skill_config.shared_gate_noise:
@@ -345,6 +346,8 @@ class DistillationTrainer(Trainer):
             counts = dict(zip(BATCH_COUNTS, items.unbind(), strict=True))
         penalty_scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         targets, target_logits = self.teacher_outputs(**inputs)
+        if distorted is not None:
+            inputs["input_values"] = distorted
         inputs["input_values"] = self.ensemble.prepare(0, **inputs)
         outputs = model(
             **inputs,

@@ -104,6 +104,9 @@ class SkillConfig:
         task_weight (`float`, *optional*, defaults to 0.0):
             Weight of the loss of the labels, in rows with `labels`: connectionist temporal classification or cross
             entropy, by the head that the teacher keeps. Clips are then padded, not cropped to one length.
+        student_mask_prob (`float`, *optional*, defaults to 0.0):
+            Share of the student's frames that are masked in training, in spans as in transformers'
+            `mask_time_prob`; the student must predict what the teacher hears there (MaskHuBERT, arXiv 2305.11685).
 
     > Parameters of pruning and of the two stages
 
@@ -189,6 +192,7 @@ class SkillConfig:
     logits_weight: float = 1.0
     logits_temperature: float = 1.0
     task_weight: float = 0.0
+    student_mask_prob: float = 0.0
     target_sparsity: float = 0.75
     budget: str = "parameters"
     budget_seconds: float = 10.0
@@ -424,6 +428,7 @@ FIELD_KINDS = {
     "logits_weight": fields.number(least=0),
     "logits_temperature": fields.number(above=0),
     "task_weight": fields.number(least=0),
+    "student_mask_prob": fields.number(least=0, most=1),
     "target_sparsity": fields.number(above=0, below=1),
     "budget": fields.one_of(BUDGETS),
     "budget_seconds": fields.number(above=0),
