@@ -56,6 +56,7 @@ from .shrinking import ShrinkCallback
 from .state_norms import measure_states
 from .student_measurements import StudentMeasurements
 from .teacher import find_tokenizer
+from .watching import ArchitectureCallback
 
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         if skill_config.shrink_steps:
             self.add_callback(ShrinkCallback(self))
         self.add_callback(self.interruption)
+        self.add_callback(ArchitectureCallback(self))
 
     # ---- Calibration ----
 
