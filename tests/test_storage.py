@@ -116,6 +116,17 @@ def test_errors_of_writing_are_explained(tmp_path, error, words):
     assert words in message and "\n" not in message
 
 
+def test_a_disk_that_is_too_small_is_an_error_of_writing(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    storage.require_space(tmp_path / "not" / "there", free // 2)
+    words = r"No space left on device \([\d,.]+ MB free, [\d,.]+ MB needed\). All is safe."
+    with (
+        pytest.raises(storage.StorageError, match=words),
+        storage.explained("`x`", tmp_path, "All is safe.", 2 * free),
+    ):
+        storage.require_space(tmp_path, 2 * free)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("input"), OSError("of the network")])
 def test_other_errors_are_not(tmp_path, error):
     with pytest.raises(type(error)) as raised, storage.explained("`x`", tmp_path, "All is safe."):

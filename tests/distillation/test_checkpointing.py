@@ -311,6 +311,43 @@ def test_none_is_whole(finished, tmp_path):
     assert "it has no scheduler.pt" in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_auto_begins_or_goes_on(finished, tmp_path):
+    reference, clips = finished
+    with pytest.raises(Kill):
+        trainer = make_trainer(tmp_path, clips, recipe=RECIPE, callbacks=[KillAt(3)], **SHORT)
+        trainer.train(resume_from_checkpoint="auto")
+    trainer = make(tmp_path, clips)
+    trainer._begin = None
+    trainer.train(resume_from_checkpoint="auto")
+    assert same_weights(trainer.model, reference.model)
+    # What is damaged is for its owner to remove.
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint to resume from.*it has no model.saf.*`overwrite_output_dir`"):
+        make(tmp_path, clips).train(resume_from_checkpoint="auto")
+
+
+def test_auto_after_a_kill_in_calibration(tmp_path, clips):
+    recipe = {"layer_groups": None, "num_clusters": 2}
+    trainer = make(tmp_path, clips, recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.ensemble, "calibrate", killed)
+        with pytest.raises(Kill):
+            trainer.train(resume_from_checkpoint="auto")
+    trainer = make(tmp_path, clips, recipe)
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.stage == 3
+
+
+def killed(*args, **kwargs):
+    raise Kill
+
+
+def test_auto_has_to_prune_something_too(tmp_path, clips):
+    with pytest.raises(ValueError, match="nothing would be pruned"):
+        make(tmp_path, clips, {"final_steps": 5}).train(resume_from_checkpoint="auto")
+
+
 def test_weights_alone_cannot_be_resumed(finished, tmp_path):
     _, clips = finished
     directory = copy_of(finished, 2, tmp_path)

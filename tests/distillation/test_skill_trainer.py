@@ -631,6 +631,7 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert args.get_warmup_steps(50_000) == 15_000
     assert args.weight_decay == 0
     assert args.logging_steps == 50
+    assert args.save_total_limit == 2
 
 
 @pytest.mark.parametrize(("steps", "logging_steps"), [(1, 1), (60, 3), (999, 49), (1000, 50), (-1, 50)])

@@ -2,8 +2,8 @@
 `skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`, or to
 several if `--target_sparsity` has several values.
 
-Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
-Both signals write a checkpoint first.
+Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 75 after SIGTERM.
+Both signals write a checkpoint first; with `--resume_from_checkpoint auto` the same command goes on.
 """
 
 import dataclasses
@@ -338,7 +338,7 @@ def make_student(
             index + 1,
             len(students),
             training_args.output_dir,
-            "already finished" if is_done else "if this is stopped, `--resume_from_checkpoint True` goes on with it",
+            "already finished" if is_done else "if this is stopped, `--resume_from_checkpoint auto` goes on with it",
         )
         if is_done:
             return trainer.accelerator
@@ -419,4 +419,4 @@ def main(arguments: list[str] | None = None, prog: str | None = None, report: Ca
         return run_script(lambda: run(words, clock, prog, report), is_input)
     except (KeyboardInterrupt, Terminated) as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped.", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        return stop.code if isinstance(stop, Terminated) else 128 + signal.SIGINT
