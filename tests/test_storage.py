@@ -103,7 +103,7 @@ def test_files_appear_together_or_not_at_all(tmp_path):
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
         (
             RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 246208 vs 246100"),
-            "unexpected pos",
+            "as on a full disk: [enforce fail at inline_container.cc:672] . unexpected pos",
         ),
         (SafetensorError("Error while serializing: I/O error: No space left"), "No space left"),
     ],

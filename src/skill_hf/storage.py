@@ -49,6 +49,8 @@ def explained(what: str, directory: str | os.PathLike, then: str, needed: int | 
 def reason_of(error: Exception, directory: str | os.PathLike, needed: int | None = None) -> str:
     """Why something of `needed` bytes cannot be written, with the free space on the disk."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    if isinstance(error, RuntimeError):  # of torch, which does not say why
+        reason = f"a file could not be written to its end, as on a full disk: {reason}"
     name = getattr(error, "filename", None)
     reason = f"{reason}: `{name}`" if name else reason
     with suppress(OSError):

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # `resume_from_checkpoint` of a command that is repeated until the run has ended.
 AUTO = "auto"
+# Bytes of what a checkpoint has besides tensors: states, logs, random states.
+SMALL_FILES = 1 << 20
 # What makes another directory the output of an earlier run.
 OF_A_STUDENT = (CONFIG_NAME, SKILL_CONFIG_NAME, "model*.safetensors", "pytorch_model*.bin", "adapter_config.json")
 
@@ -100,9 +102,10 @@ def written_whole(trainer, name: str) -> Iterator[Path]:
 
 
 def checkpoint_bytes(trainer) -> int:
-    """Bytes of the tensors in a checkpoint written now: weights, and the optimizer's state if there is one."""
+    """Bytes that a checkpoint written now needs: weights, the optimizer's state if there is one, and small files."""
     states = [trainer.distiller.state_dict(), *(trainer.optimizer.state.values() if trainer.optimizer else ())]
-    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return SMALL_FILES + sum(tensor.nbytes for tensor in tensors)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
