@@ -16,7 +16,12 @@ from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.distillation.checkpoint_validation import MANIFEST_NAME, CheckpointError, check_checkpoint
+from skill_hf.distillation.checkpoint_validation import (
+    MANIFEST_NAME,
+    CheckpointError,
+    check_checkpoint,
+    check_same_run,
+)
 from skill_hf.distillation.checkpointing import find_checkpoint, rotate, write_manifest
 from skill_hf.distillation.run_identity import describe_data, describe_run
 from skill_hf.models.families import build_student
@@ -480,6 +485,28 @@ def test_as_many_clips_a_step_in_other_batches(finished, caplog):
     check_checkpoint(Path(reference.args.output_dir) / "checkpoint-2", ready(make("unused", clips, **kwargs)))
     assert "batch_size (checkpoint: 4, now: 2); gradient_accumulation_steps (checkpoint: 1, now: 2)" in caplog.text
     assert "not be bit-identical" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_drop_last": True},
+        {"train_dataset": datasets.Dataset.from_list([{"input_values": [0.0] * 9_000}] * 9).to_iterable_dataset()},
+    ],
+    ids=["grouped by length", "last clips dropped", "stream"],
+)
+def test_other_batches_are_refused_where_the_order_depends_on_them(tmp_path, clips, settings):
+    settings = dict(settings)
+    data = settings.pop("train_dataset", clips)
+    trainer = ready(make_trainer(tmp_path, data, recipe=RECIPE, evaluate_on=[], **SHORT | settings))
+    trainer.skill_config.save_pretrained(tmp_path)
+    state = json.loads(json.dumps(trainer._skill_state(), default=str))
+    check_same_run(tmp_path, state, trainer)
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    other = ready(make_trainer(tmp_path, data, recipe=RECIPE, evaluate_on=[], **SHORT | settings))
+    with pytest.raises(ValueError, match=r"a different run: batch_size \(checkpoint: 4, now: 2\); gradient_acc"):
+        check_same_run(tmp_path, state, other)
 
 
 def test_an_earlier_run_is_never_resumed_in_place_of_this_one(finished, tmp_path):

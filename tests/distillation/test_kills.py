@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise_clips
+from conftest import noise_clips, tiny_teacher
 from test_skill_trainer import (
     WITHOUT_GPU,
     Kill,
@@ -47,9 +48,8 @@ def make(output_dir):
 
 
 def make_short(output_dir, *callbacks, **kwargs):
-    return make_trainer(
-        output_dir, noise_clips(16, 12_000), recipe=SHORT_RECIPE, callbacks=list(callbacks), **SHORT_RUN | kwargs
-    )
+    settings = {"recipe": SHORT_RECIPE, "callbacks": list(callbacks), **SHORT_RUN}
+    return make_trainer(output_dir, noise_clips(16, 12_000), **settings | kwargs)
 
 
 def same(actual, expected) -> bool:
@@ -182,6 +182,18 @@ def one_dies(output, number):
     make_short(Path(output).parent / "killed", KillProcess(3, processes=(1,))).train()
 
 
+def one_is_full(output, number):
+    """The system lets the first process write no more into a file, as if its disk was full."""
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3 and args.process_index == 0:
+                (Path(args.output_dir).parent / "died_at").write_text(str(time.time()))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    make_short(Path(output).parent / "killed", Fill()).train()
+
+
 def all_die(output, number):
     make_short(Path(output).parent / "killed", KillProcess(5, processes=(0, 1))).train()
 
@@ -199,7 +211,12 @@ def weights_of_two_processes(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dying", "step"), [(one_dies, 3), pytest.param(all_die, 5, marks=pytest.mark.nightly)], ids=["one", "all"]
+    ("dying", "step"),
+    [
+        (one_dies, 3),
+        pytest.param(one_is_full, 3, marks=pytest.mark.nightly),
+        pytest.param(all_die, 5, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_process_that_dies_ends_the_others(tmp_path, weights_of_two_processes, dying, step, capfd):
     with pytest.raises(subprocess.CalledProcessError):
@@ -213,6 +230,36 @@ def test_a_process_that_dies_ends_the_others(tmp_path, weights_of_two_processes,
     assert f"`{newest}` is not a complete checkpoint of SkillDistillationTrainer: it has no rng_state_1.pth." in errors
     assert same(weights, others)
     torch.testing.assert_close(weights, weights_of_two_processes, atol=1e-5, rtol=0)
+
+
+def make_equal(output_dir, number, *callbacks):
+    """The same run on one process or two: no dropout, one draw of the gates, clips padded to one length."""
+    return make_short(
+        output_dir,
+        *callbacks,
+        teacher=tiny_teacher("large", hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0),
+        recipe=SHORT_RECIPE | {"shared_gate_noise": True},
+        min_seconds=2.0,
+        per_device_train_batch_size=4 // number,
+        optim="sgd",
+        learning_rate=0.1,
+    )
+
+
+def all_die_of_two(output, number):
+    make_equal(Path(output).parent / "killed", number, KillProcess(3, processes=(0, 1))).train()
+
+
+@pytest.mark.nightly
+def test_resumed_with_another_number_of_processes(tmp_path, caplog):
+    with pytest.raises(subprocess.CalledProcessError):
+        run_in_processes(all_die_of_two, tmp_path / "first", number=2)
+    whole = make_equal(tmp_path / "whole", 1)
+    whole.train()
+    trainer = make_equal(tmp_path / "killed", 1)
+    trainer.train(resume_from_checkpoint=True)
+    assert "processes (checkpoint: 2, now: 1). The resumed run will not be bit-identical." in caplog.text
+    torch.testing.assert_close(trainer.model.state_dict(), whole.model.state_dict(), atol=1e-5, rtol=1e-3)
 
 
 def long(output, number):
