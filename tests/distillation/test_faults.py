@@ -597,6 +597,10 @@ def script(tmp_path, clips):
     return run
 
 
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.nightly
 def test_exit_codes_of_the_command(tmp_path, script, capsys):
     """Only a student that was trained to the end is saved, and only that is a success."""
@@ -621,6 +625,10 @@ def test_exit_codes_of_the_command(tmp_path, script, capsys):
         (line,) = lines
         assert line.startswith("error: ") and words in line and "Traceback" not in err
         assert not (out / "model.safetensors").exists()
+    for name in ("save_state", "save_metrics", "create_model_card"):
+        fault = lambda trainer: setattr(trainer, name, no_space)  # noqa: B023, E731
+        status, lines, _ = script(capsys, fault, overwrite_output_dir=True)
+        assert status == 2 and re.search(r"report could not.*No space left.*MB free\). The student.* saved", lines[0])
     status, lines, _ = script(capsys, overwrite_output_dir=True)
     assert (status, lines) == (0, [])
     assert (out / "model.safetensors").is_file()

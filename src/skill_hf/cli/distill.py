@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import TrainerCallback, set_seed
 
+from .. import storage
 from ..data.audio import AudioError
 from ..data.speech_datasets import load_audio_dir, load_speech_dataset
 from ..distillation.checkpointing import has_begun, is_finished, mark_finished
@@ -367,7 +369,9 @@ def distil(
     stages = sum(seconds for name, seconds in clock.seconds.items() if name.startswith("stage_"))
     clock.seconds["calibration_and_cut"] = clock.seconds.pop("train") - stages
     trainer.save_model(_internal_call=True)  # it is published below, with what is measured until then
-    trainer.save_state()
+    written = partial(storage.explained, "The report", trainer.args.output_dir, "The student itself is saved there.")
+    with written():
+        trainer.save_state()
 
     results = trainer.report().results() | {"seconds": clock.seconds}
     if trainer.eval_dataset is not None:
@@ -388,12 +392,13 @@ def distil(
         )
     if report is not None:
         results |= report(trainer)
-    trainer.save_metrics("all", results, combined=False)
+    with written():
+        trainer.save_metrics("all", results, combined=False)
+        if not trainer.args.push_to_hub:
+            trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
         logger.info("Published as https://huggingface.co/%s", trainer.hub_model_id)
-    else:
-        trainer.create_model_card()
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None, report: Callable | None = None) -> int:
