@@ -20,13 +20,14 @@ All settings in one JSON or YAML file with the same names:
 
     python examples/run_skill.py recipe.json
 
-Add `--resume_from_checkpoint True` to resume a run that was stopped, `--overwrite_output_dir` to replace an earlier
-run in `output_dir`, `--push_to_hub` to publish the student. `--target_sparsity 0.5 0.75 0.9` makes three students,
-each the start of the next, in folders `sparsity-0.5` and so on of `output_dir`. With no arguments at all: the demo of
-`examples/demo/`, offline, in about 14 minutes on 2 CPU cores; `--demo hubert` runs it on the second teacher, a small
-HuBERT. Further arguments change its settings.
+Add `--resume_from_checkpoint auto` to resume a run that was stopped, or to start it if there is no checkpoint yet
+(with `True` that is an error), `--overwrite_output_dir` to replace an earlier run in `output_dir`, `--push_to_hub` to
+publish the student. `--target_sparsity 0.5 0.75 0.9` makes three students, each the start of the next, in folders
+`sparsity-0.5` and so on of `output_dir`. With no arguments at all: the demo of `examples/demo/`, offline, in about 14
+minutes on 2 CPU cores; `--demo hubert` runs it on the second teacher, a small HuBERT. Further arguments change its
+settings.
 
-Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
+Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 75 after SIGTERM.
 Both signals write a checkpoint first.
 
 `output_dir` then contains the student, its model card, `layer_similarity.png` (teacher's layers and their tree),

@@ -420,6 +420,7 @@ def test_from_the_command_to_a_student(shared, tmp_path):
     # Times of so small a model are noise.
     file.write_text(json.dumps(costs | {"picoseconds": PICOSECONDS}))
     of_run = {"budget": "latency", "latency_costs": str(file), "save_strategy": "steps", "save_steps": 2}
+    of_run["save_total_limit"] = 3
     settings = on_folder(shared, tmp_path / "out", **of_run)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))

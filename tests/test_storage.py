@@ -103,7 +103,7 @@ def test_files_appear_together_or_not_at_all(tmp_path):
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
         (
             RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 246208 vs 246100"),
-            "unexpected pos",
+            "as on a full disk: [enforce fail at inline_container.cc:672] . unexpected pos",
         ),
         (SafetensorError("Error while serializing: I/O error: No space left"), "No space left"),
     ],
@@ -114,6 +114,17 @@ def test_errors_of_writing_are_explained(tmp_path, error, words):
     message = str(explained.value)
     assert message.startswith("`x` could not be written: ") and message.endswith(" MB free). All is safe.")
     assert words in message and "\n" not in message
+
+
+def test_a_disk_that_is_too_small_is_an_error_of_writing(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    storage.require_space(tmp_path / "not" / "there", free // 2)
+    words = r"No space left on device \([\d,.]+ MB free, [\d,.]+ MB needed\). All is safe."
+    with (
+        pytest.raises(storage.StorageError, match=words),
+        storage.explained("`x`", tmp_path, "All is safe.", 2 * free),
+    ):
+        storage.require_space(tmp_path, 2 * free)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("input"), OSError("of the network")])

@@ -33,24 +33,43 @@ def is_write_error(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(what: str, directory: str | os.PathLike, then: str) -> Iterator[None]:
-    """Turns any error while writing `what` into `directory` into a `StorageError` that ends with `then`."""
+def explained(what: str, directory: str | os.PathLike, then: str, needed: int | None = None) -> Iterator[None]:
+    """
+    Turns any error while writing `what`, of `needed` bytes, into `directory` into a `StorageError` that ends with
+    `then`.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, StorageError) or not is_write_error(error):
             raise
-        raise StorageError(f"{what} could not be written: {reason_of(error, directory)}. {then}") from error
+        raise StorageError(f"{what} could not be written: {reason_of(error, directory, needed)}. {then}") from error
 
 
-def reason_of(error: Exception, directory: str | os.PathLike) -> str:
-    """Why something cannot be written, with the free space on the disk."""
+def reason_of(error: Exception, directory: str | os.PathLike, needed: int | None = None) -> str:
+    """Why something of `needed` bytes cannot be written, with the free space on the disk."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    if isinstance(error, RuntimeError):  # of torch, which does not say why
+        reason = f"a file could not be written to its end, as on a full disk: {reason}"
     name = getattr(error, "filename", None)
     reason = f"{reason}: `{name}`" if name else reason
     with suppress(OSError):
-        reason += f" ({shutil.disk_usage(_existing(directory)).free / 1e6:,.1f} MB free)"
+        room = f"{free_bytes(directory) / 1e6:,.1f} MB free"
+        reason += f" ({room})" if needed is None else f" ({room}, {needed / 1e6:,.1f} MB needed)"
     return reason
+
+
+def free_bytes(directory: str | os.PathLike) -> int:
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def require_space(directory: str | os.PathLike, needed: int) -> None:
+    """
+    Raises:
+        `OSError`: if the disk of `directory` has less than `needed` bytes left. Quotas show only while writing.
+    """
+    if free_bytes(directory) < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _existing(path: str | os.PathLike) -> Path:

@@ -65,6 +65,7 @@ def finished(shared):
         max_eval_samples=50,
         save_strategy="steps",
         save_steps=2,
+        save_total_limit=3,
     )
     assert distill.main(command_line(settings)) == 0
     return output_dir

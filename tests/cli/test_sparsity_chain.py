@@ -118,7 +118,7 @@ def killed_in(monkeypatch, step: int) -> list[str]:
 def test_killed_in_the_second_student_and_resumed(shared, chained, by_hand, tmp_path, monkeypatch, step):
     output_dir = copy_of(chained, tmp_path)
     shutil.rmtree(output_dir / "sparsity-0.4")
-    settings = words(shared, output_dir, target_sparsity=[0.2, 0.4], resume_from_checkpoint=True, **CHECKPOINTS)
+    settings = words(shared, output_dir, target_sparsity=[0.2, 0.4], resume_from_checkpoint="auto", **CHECKPOINTS)
     trained = killed_in(monkeypatch, step)
     with pytest.raises(Killed):
         distill.main(settings)
@@ -162,7 +162,7 @@ BAD = {
     "a word": ({"target_sparsity": [0.2, "half"]}, "`target_sparsity` must be a finite number, but is 'half'"),
     "one checkpoint": (
         {"target_sparsity": [0.2, 0.4], "resume_from_checkpoint": "some/checkpoint-2"},
-        "`resume_from_checkpoint` is some/checkpoint-2, but each sparsity has its own checkpoints; pass True.",
+        "`resume_from_checkpoint` is some/checkpoint-2, but each sparsity has its own checkpoints; pass True or auto.",
     ),
 }
 BAD_LATER = {

@@ -16,7 +16,12 @@ from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from skill_hf import WavLMForSkillStudent
-from skill_hf.distillation.checkpoint_validation import MANIFEST_NAME, CheckpointError, check_checkpoint
+from skill_hf.distillation.checkpoint_validation import (
+    MANIFEST_NAME,
+    CheckpointError,
+    check_checkpoint,
+    check_same_run,
+)
 from skill_hf.distillation.checkpointing import find_checkpoint, rotate, write_manifest
 from skill_hf.distillation.run_identity import describe_data, describe_run
 from skill_hf.models.families import build_student
@@ -312,6 +317,43 @@ def test_none_is_whole(finished, tmp_path):
     assert "it has no scheduler.pt" in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_auto_begins_or_goes_on(finished, tmp_path):
+    reference, clips = finished
+    with pytest.raises(Kill):
+        trainer = make_trainer(tmp_path, clips, recipe=RECIPE, callbacks=[KillAt(3)], **SHORT)
+        trainer.train(resume_from_checkpoint="auto")
+    trainer = make(tmp_path, clips)
+    trainer._begin = None
+    trainer.train(resume_from_checkpoint="auto")
+    assert same_weights(trainer.model, reference.model)
+    # What is damaged is for its owner to remove.
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint to resume from.*it has no model.saf.*`overwrite_output_dir`"):
+        make(tmp_path, clips).train(resume_from_checkpoint="auto")
+
+
+def test_auto_after_a_kill_in_calibration(tmp_path, clips):
+    recipe = {"layer_groups": None, "num_clusters": 2}
+    trainer = make(tmp_path, clips, recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.ensemble, "calibrate", killed)
+        with pytest.raises(Kill):
+            trainer.train(resume_from_checkpoint="auto")
+    trainer = make(tmp_path, clips, recipe)
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.stage == 3
+
+
+def killed(*args, **kwargs):
+    raise Kill
+
+
+def test_auto_has_to_prune_something_too(tmp_path, clips):
+    with pytest.raises(ValueError, match="nothing would be pruned"):
+        make(tmp_path, clips, {"final_steps": 5}).train(resume_from_checkpoint="auto")
+
+
 def test_weights_alone_cannot_be_resumed(finished, tmp_path):
     _, clips = finished
     directory = copy_of(finished, 2, tmp_path)
@@ -444,6 +486,28 @@ def test_as_many_clips_a_step_in_other_batches(finished, caplog):
     check_checkpoint(Path(reference.args.output_dir) / "checkpoint-2", ready(make("unused", clips, **kwargs)))
     assert "batch_size (checkpoint: 4, now: 2); gradient_accumulation_steps (checkpoint: 1, now: 2)" in caplog.text
     assert "not be bit-identical" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_drop_last": True},
+        {"train_dataset": datasets.Dataset.from_list([{"input_values": [0.0] * 9_000}] * 9).to_iterable_dataset()},
+    ],
+    ids=["grouped by length", "last clips dropped", "stream"],
+)
+def test_other_batches_are_refused_where_the_order_depends_on_them(tmp_path, clips, settings):
+    settings = dict(settings)
+    data = settings.pop("train_dataset", clips)
+    trainer = ready(make_trainer(tmp_path, data, recipe=RECIPE, evaluate_on=[], **SHORT | settings))
+    trainer.skill_config.save_pretrained(tmp_path)
+    state = json.loads(json.dumps(trainer._skill_state(), default=str))
+    check_same_run(tmp_path, state, trainer)
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    other = ready(make_trainer(tmp_path, data, recipe=RECIPE, evaluate_on=[], **SHORT | settings))
+    with pytest.raises(ValueError, match=r"a different run: batch_size \(checkpoint: 4, now: 2\); gradient_acc"):
+        check_same_run(tmp_path, state, other)
 
 
 def test_an_earlier_run_is_never_resumed_in_place_of_this_one(finished, tmp_path):

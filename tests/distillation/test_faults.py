@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -109,8 +110,10 @@ def test_killed_while_the_cut_is_saved(tmp_path, clips, reference, monkeypatch, 
         patch.setattr(storage.shutil, "rmtree", killed_rmtree)
         with pytest.raises(Killed):
             trainer.train()
+    assert checkpointing.has_begun(tmp_path)
     resumed = make(tmp_path, clips, save_total_limit=limit)
-    resumed.train(resume_from_checkpoint=True)
+    monkeypatch.setattr(resumed, "_begin", lambda: pytest.fail("no checkpoint was found"))
+    resumed.train(resume_from_checkpoint="auto")
     assert_same(resumed, reference)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == ({"checkpoint-5"} if limit else {f"checkpoint-{step}" for step in range(1, 6)})
@@ -191,7 +194,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     trainer = make(tmp_path, clips, SignalAt(step, number), **settings)
     with pytest.raises(expected) as stopped:
         trainer.train()
-    assert getattr(stopped.value, "code", None) == (143 if number == signal.SIGTERM else None)
+    assert getattr(stopped.value, "code", None) == (75 if number == signal.SIGTERM else None)
     words = f"Interrupted at step {step}. `train(resume_from_checkpoint=True)` resumes from"
     words += f" `{tmp_path}/checkpoint-{step}`."
     assert words in str(stopped.value) and words in caplog.text
@@ -436,13 +439,55 @@ def fill_the_disk(trainer, step, size):
 def test_a_full_disk_says_which_checkpoint_is_safe(tmp_path, clips, reference, step, size):
     with pytest.raises(storage.StorageError) as full:
         fill_the_disk(make(tmp_path, clips, save_total_limit=1), step, size).train()
-    message = str(full.value)
-    assert message.startswith(f"`{tmp_path}/checkpoint-{step}` could not be written: ") and "\n" not in message
-    assert f"resume from `{tmp_path}/checkpoint-{step - 1}`" in message and "MB free" in message
-    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{step - 1}"]  # what was begun is gone
+    assert_it_says_what_is_safe(full.value, tmp_path, step)
     trainer = make(tmp_path, clips)
     trainer.train(resume_from_checkpoint=True)
     assert_same(trainer, reference)
+
+
+def assert_it_says_what_is_safe(error, tmp_path, step):
+    message = str(error)
+    assert message.startswith(f"`{tmp_path}/checkpoint-{step}` could not be written: ") and "\n" not in message
+    assert f"resume from `{tmp_path}/checkpoint-{step - 1}`" in message
+    assert re.search(r"\([\d,.]+ MB free, [\d,.]+ MB needed\)", message)
+    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{step - 1}"]  # what was begun is gone
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_disk_that_is_too_small_is_found_out_before_writing(tmp_path, clips, monkeypatch, step):
+    trainer = make(tmp_path, clips, save_total_limit=1)
+    free = lambda directory: 10_000 if trainer.state.global_step == step else 10**9  # noqa: E731
+    monkeypatch.setattr(storage, "free_bytes", free)
+    monkeypatch.setattr(trainer, "save_model", unless(step, trainer, trainer.save_model))
+    with pytest.raises(
+        storage.StorageError, match=r"No space left on device \(0.0 MB free, 1.[1-9] MB needed\)"
+    ) as full:
+        trainer.train()
+    assert_it_says_what_is_safe(full.value, tmp_path, step)
+
+
+def unless(step, trainer, original):
+    def act(*args, **kwargs):
+        assert trainer.state.global_step != step
+        return original(*args, **kwargs)
+
+    return act
+
+
+def test_how_large_a_checkpoint_will_be(tmp_path, clips, monkeypatch):
+    trainer, expected = make(tmp_path, clips), []
+    measure = checkpointing.checkpoint_bytes
+    monkeypatch.setattr(checkpointing, "checkpoint_bytes", lambda trainer: expected.append(measure(trainer)) or 0)
+    monkeypatch.setattr(checkpointing, "rotate", lambda newest, *args: written.append(size_of(newest)))
+    written = []
+    trainer.train()
+    assert len(written) == 6  # the third step's twice: before and after the cut
+    for bytes_expected, bytes_written in zip(expected, written, strict=True):
+        assert bytes_expected - checkpointing.SMALL_FILES <= bytes_written < bytes_expected
+
+
+def size_of(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
 def test_a_full_disk_at_the_first_checkpoint_at_the_cut_and_in_a_callback(tmp_path, clips):
@@ -552,14 +597,17 @@ def script(tmp_path, clips):
     return run
 
 
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.nightly
 def test_exit_codes_of_the_command(tmp_path, script, capsys):
     """Only a student that was trained to the end is saved, and only that is a success."""
     out = tmp_path / "out"
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        resume = {} if number == signal.SIGINT else {"resume_from_checkpoint": True}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
         step = 2 if number == signal.SIGINT else 4
-        status, lines, _ = script(capsys, SignalAt(step, number), **resume)
+        status, lines, _ = script(capsys, SignalAt(step, number), resume_from_checkpoint="auto")
         assert status == code
         assert len(lines) == 1 and lines[0].startswith(f"stopped: Interrupted at step {step}. ")
         assert f"{out}/checkpoint-{step}`" in lines[0]
@@ -577,6 +625,10 @@ def test_exit_codes_of_the_command(tmp_path, script, capsys):
         (line,) = lines
         assert line.startswith("error: ") and words in line and "Traceback" not in err
         assert not (out / "model.safetensors").exists()
+    for name in ("save_state", "save_metrics", "create_model_card"):
+        fault = lambda trainer: setattr(trainer, name, no_space)  # noqa: B023, E731
+        status, lines, _ = script(capsys, fault, overwrite_output_dir=True)
+        assert status == 2 and re.search(r"report could not.*No space left.*MB free\). The student.* saved", lines[0])
     status, lines, _ = script(capsys, overwrite_output_dir=True)
     assert (status, lines) == (0, [])
     assert (out / "model.safetensors").is_file()

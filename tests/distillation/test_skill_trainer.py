@@ -662,6 +662,7 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert args.get_warmup_steps(50_000) == 15_000
     assert args.weight_decay == 0
     assert args.logging_steps == 50
+    assert args.save_total_limit == 2
 
 
 @pytest.mark.parametrize(("steps", "logging_steps"), [(1, 1), (60, 3), (999, 49), (1000, 50), (-1, 50)])
@@ -687,14 +688,28 @@ def run_in_processes(train, directory: Path, number: int) -> list:
     What `train(directory, number)`, a function of a test module that returns a trainer and its result, results in on
     each of `number` processes.
     """
+    program = write_program(train, directory, number)
+    # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    subprocess.run([*launch, program], check=True, timeout=400, env=WITHOUT_GPU)
+    return read_results(directory, number)
+
+
+# NCCL takes one GPU for each process.
+WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def write_program(train, directory: Path, number: int) -> str:
+    """A file with the program of each process; see [`run_in_processes`]."""
     directory.mkdir()
     path = directory / "run.py"
     names = {"module": train.__module__, "function": train.__name__}
     path.write_text(PROCESS.format(paths=sys.path, output=str(directory), number=number, **names))
-    # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # NCCL takes one GPU for each process
-    subprocess.run([*launch, str(path)], check=True, timeout=400, env=environment)
+    return str(path)
+
+
+def read_results(directory: Path, number: int) -> list:
+    """What the processes left."""
     saved = sorted(directory.glob("rank-*.pt"))
     assert len(saved) == number
     return [torch.load(path, weights_only=False) for path in saved]

@@ -2,8 +2,8 @@
 `skill-hf distill`: distils and prunes a speech encoder, from audio to a directory that loads with `AutoModel`, or to
 several if `--target_sparsity` has several values.
 
-Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 143 after SIGTERM.
-Both signals write a checkpoint first.
+Exit codes: 0 if the student is saved, 2 after a line that begins with `error`, 130 after Ctrl-C and 75 after SIGTERM.
+Both signals write a checkpoint first; with `--resume_from_checkpoint auto` the same command goes on.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import TrainerCallback, set_seed
 
+from .. import storage
 from ..data.audio import AudioError
 from ..data.distortion import Distortion
 from ..data.speech_datasets import load_audio_dir, load_speech_dataset
@@ -371,7 +373,7 @@ def make_student(
             index + 1,
             len(students),
             training_args.output_dir,
-            "already finished" if is_done else "if this is stopped, `--resume_from_checkpoint True` goes on with it",
+            "already finished" if is_done else "if this is stopped, `--resume_from_checkpoint auto` goes on with it",
         )
         if is_done:
             return trainer.accelerator
@@ -400,7 +402,9 @@ def distil(
     stages = sum(seconds for name, seconds in clock.seconds.items() if name.startswith("stage_"))
     clock.seconds["calibration_and_cut"] = clock.seconds.pop("train") - stages
     trainer.save_model(_internal_call=True)  # it is published below, with what is measured until then
-    trainer.save_state()
+    written = partial(storage.explained, "The report", trainer.args.output_dir, "The student itself is saved there.")
+    with written():
+        trainer.save_state()
 
     results = trainer.report().results() | {"seconds": clock.seconds}
     if trainer.eval_dataset is not None:
@@ -421,12 +425,13 @@ def distil(
         )
     if report is not None:
         results |= report(trainer)
-    trainer.save_metrics("all", results, combined=False)
+    with written():
+        trainer.save_metrics("all", results, combined=False)
+        if not trainer.args.push_to_hub:
+            trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
         logger.info("Published as https://huggingface.co/%s", trainer.hub_model_id)
-    else:
-        trainer.create_model_card()
 
 
 def main(arguments: list[str] | None = None, prog: str | None = None, report: Callable | None = None) -> int:
@@ -452,4 +457,4 @@ def main(arguments: list[str] | None = None, prog: str | None = None, report: Ca
         return run_script(lambda: run(words, clock, prog, report), is_input)
     except (KeyboardInterrupt, Terminated) as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped.", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        return stop.code if isinstance(stop, Terminated) else 128 + signal.SIGINT

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..distillation.checkpointing import has_begun, has_mark, make_room, on_all_processes
+from ..distillation.checkpointing import AUTO, has_begun, has_mark, make_room, on_all_processes
 from ..distillation.recipe_validation import validate_recipe
 from ..distillation.skill_trainer import SkillDistillationTrainer
 from ..files import keep_sources
@@ -32,10 +32,10 @@ def chain(students: list[tuple]) -> list[tuple]:
         )
     start = students[0][0].student_name_or_path
     for model_args, _, skill_config, training_args in students:
-        if resume_setting(training_args) not in (None, True):
+        if resume_setting(training_args) not in (None, True, AUTO):
             raise ValueError(
                 f"`resume_from_checkpoint` is {training_args.resume_from_checkpoint}, but each sparsity has its own"
-                " checkpoints; pass True."
+                f" checkpoints; pass True or {AUTO}."
             )
         output_dir, folder = Path(training_args.output_dir), f"sparsity-{skill_config.target_sparsity}"
         training_args.hub_model_id = f"{training_args.hub_model_id or output_dir.absolute().name}-{folder}"
@@ -45,9 +45,9 @@ def chain(students: list[tuple]) -> list[tuple]:
 
 
 def resume_setting(training_args: SkillTrainingArguments) -> str | bool | None:
-    """A checkpoint, or `True` for the last one; `True` is text on a command line."""
+    """A checkpoint, `True` for the last one, or `AUTO`; `True` is text on a command line."""
     resume = training_args.resume_from_checkpoint
-    return True if str(resume).lower() == "true" else resume
+    return {"true": True, AUTO: AUTO}.get(str(resume).lower(), resume)
 
 
 def check_later(trainer: SkillDistillationTrainer, later: list[tuple]) -> None:

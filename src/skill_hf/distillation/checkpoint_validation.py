@@ -36,8 +36,10 @@ ALWAYS_THERE = (SKILL_STATE_NAME, SKILL_CONFIG_NAME, TRAINER_STATE_NAME, CONFIG_
 NOT_AT_THE_CUT = ("optimizer.pt", "scheduler.pt")
 # Records of all teachers but the first, and what is there if nothing was recorded.
 OF_OTHERS = {"silhouettes": {}, "half_groups": []}
-# Settings of a run that may change if their product, the clips of an optimizer step, stays.
+# Settings of a run that may change if their product, the clips of an optimizer step, stays, and the order of the clips
+# does not depend on them. It does for others than these, for streams, and where an epoch's last clips are dropped.
 BATCH_SETTINGS = ("batch_size", "gradient_accumulation_steps", "processes")
+ORDERED_WITHOUT_BATCHES = ("random", "sequential")
 
 
 class CheckpointError(ValueError):
@@ -205,7 +207,9 @@ def check_same_run(directory: Path, state: dict, trainer) -> None:
         for difference in _differences(name, stored_run.get(name), run.get(name))
     ]
     changed = [difference for name in BATCH_SETTINGS for difference in _differences(name, *(b[name] for b in batches))]
-    differences += [] if same_batch else changed
+    is_listed = (run.get("data") or {}).get("rows") is not None and not run.get("dataloader_drop_last")
+    same_order = is_listed and run.get("train_sampling_strategy") in ORDERED_WITHOUT_BATCHES
+    differences += [] if same_batch and same_order else changed
     if recipe or differences:
         what = "recipe" if recipe else "run"
         raise ValueError(

@@ -5,10 +5,12 @@ import logging
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -32,6 +34,10 @@ from .run_identity import describe_run
 
 logger = logging.getLogger(__name__)
 
+# `resume_from_checkpoint` of a command that is repeated until the run has ended.
+AUTO = "auto"
+# Bytes of what a checkpoint has besides tensors: states, logs, random states.
+SMALL_FILES = 1 << 20
 # What makes another directory the output of an earlier run.
 OF_A_STUDENT = (CONFIG_NAME, SKILL_CONFIG_NAME, "model*.safetensors", "pytorch_model*.bin", "adapter_config.json")
 
@@ -65,29 +71,41 @@ def written_whole(trainer, name: str) -> Iterator[Path]:
     final = output_dir / name
     unfinished = storage.unfinished_name(final)
     safe = last_checkpoint_to(output_dir, math.inf)
+    needed = checkpoint_bytes(trainer)
     then = (
         f"No checkpoint is lost: free disk space and resume from `{safe}` with `resume_from_checkpoint=True`."
         if safe
         else "There is no checkpoint yet: free disk space and start again."
     )
-    with storage.explained(f"`{final}`", output_dir, then):
+
+    def begin() -> None:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        storage.require_space(unfinished, needed)
+
+    def finish() -> None:
+        write_manifest(unfinished)
+        storage.replace_directory(final)
+
+    with storage.explained(f"`{final}`", output_dir, then, needed):
         try:
-            if args.should_save:
-                shutil.rmtree(unfinished.parent, ignore_errors=True)
-                unfinished.mkdir(parents=True)
-            accelerator.wait_for_everyone()
+            on_all_processes(accelerator, begin, needed=args.should_save)
             yield unfinished
             accelerator.wait_for_everyone()
-            if args.should_save:
-                write_manifest(unfinished)
-                storage.replace_directory(final)
+            on_all_processes(accelerator, finish, needed=args.should_save)
         except BaseException:
             if args.should_save:  # a full disk would stay full
                 storage.finish_replacements(output_dir)
             raise
-    accelerator.wait_for_everyone()
     if args.should_save:
         rotate(final, args.save_total_limit, trainer.state.best_model_checkpoint)
+
+
+def checkpoint_bytes(trainer) -> int:
+    """Bytes that a checkpoint written now needs: weights, the optimizer's state if there is one, and small files."""
+    states = [trainer.distiller.state_dict(), *(trainer.optimizer.state.values() if trainer.optimizer else ())]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return SMALL_FILES + sum(tensor.nbytes for tensor in tensors)
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
@@ -126,17 +144,23 @@ def on_all_processes(accelerator, function: Callable, needed: bool = True):
     Returns the result of `function()` on the main process. It runs where it is `needed`; a `ValueError` or `OSError`
     in one process is raised in all of them.
     """
-    outcome = (None, None)
+    return _results(accelerator, function, needed)[0]
+
+
+def _results(accelerator, function: Callable, needed: bool) -> list:
+    """The results of `function()` on all processes where it is `needed`; for errors see [`on_all_processes`]."""
+    result = error = None
     if needed:
         try:
-            outcome = (function(), None)
-        except (ValueError, OSError) as error:
-            outcome = (None, error)
+            result = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    outcome = (needed, result, error)
     outcomes = gather_object([outcome]) if accelerator.num_processes > 1 else [outcome]
-    for _, error in outcomes:
+    for *_, error in outcomes:
         if error is not None:
             raise error
-    return outcomes[0][0]
+    return [result for ran, result, _ in outcomes if ran]
 
 
 @contextmanager
@@ -146,7 +170,8 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
 
     Raises:
         `ValueError`: if it is the directory of the teacher or of the initial student, or contains another run; if the
-            checkpoint is incomplete or belongs to a different run; if the directory is not writable.
+            checkpoint is incomplete or belongs to a different run; if the directory is not writable, or several
+            machines do not share it; if they have different checkpoints with `save_on_each_node`.
         [`~skill_hf.storage.StorageError`]: if another run is writing to it, or the disk is full.
     """
     output_dir = trainer.args.output_dir
@@ -165,7 +190,14 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
         return checkpoint
 
     with ExitStack() as stack:
-        checkpoint = on_all_processes(trainer.accelerator, prepare, needed=trainer.args.should_save)
+        choices = _results(trainer.accelerator, prepare, needed=trainer.args.should_save)
+        checkpoint = choices[0]
+        if len(set(choices)) > 1:
+            raise ValueError(
+                f"The machines would resume from different checkpoints, {' and '.join(map(str, choices))}: copy the"
+                " one to resume from to all of them, or remove what only some have."
+            )
+        check_shared(trainer)
         try:
             yield checkpoint
         except OSError as error:  # of a callback that writes its own logs
@@ -173,6 +205,27 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
                 raise
             reason = storage.reason_of(error, output_dir)
             raise storage.StorageError(f"Training has ended: {reason}. {how_to_resume(output_dir)}") from error
+
+
+def check_shared(trainer) -> None:
+    """
+    Raises:
+        `ValueError`: if a process does not see what is written to `args.output_dir` for it.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    if accelerator.num_processes == 1:
+        return
+    name = gather_object([f".seen-{uuid.uuid4().hex}"])[0]  # that no cache of a network file system knows
+    path = Path(args.output_dir) / name
+    on_all_processes(accelerator, path.touch, needed=args.should_save)
+    sees = gather_object([path.is_file()])
+    if args.should_save:
+        path.unlink(missing_ok=True)
+    if not all(sees):
+        raise ValueError(
+            f"`output_dir`, {args.output_dir}, is not shared: process {sees.index(False)} of {len(sees)} cannot see"
+            " what process 0 writes. Use a directory that all machines see, or set `save_on_each_node=True`."
+        )
 
 
 def make_room(output_dir: str, overwrite: bool) -> None:
@@ -207,7 +260,13 @@ def mark_finished(trainer) -> None:
 
 def has_begun(output_dir: str | Path) -> bool:
     """Whether a run in `output_dir` can be resumed or was marked as finished."""
-    return has_mark(output_dir) or last_checkpoint_to(output_dir, math.inf) is not None
+    return has_mark(output_dir) or _has_checkpoint(output_dir)
+
+
+def _has_checkpoint(output_dir: str | Path) -> bool:
+    # One that a kill left between two renames is moved back when the run resumes.
+    moved = (Path(output_dir) / storage.REPLACED).glob("checkpoint-*")
+    return last_checkpoint_to(output_dir, math.inf) is not None or any(moved)
 
 
 def has_mark(output_dir: str | Path) -> bool:
@@ -235,6 +294,15 @@ def is_finished(trainer) -> bool:
     return on_all_processes(trainer.accelerator, check, needed=trainer.args.should_save)
 
 
+def resolve_resume(trainer, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """For `"auto"`, `True` if there is a checkpoint in `args.output_dir`, and `None` otherwise."""
+    if resume_from_checkpoint != AUTO:
+        return resume_from_checkpoint
+    args = trainer.args
+    found = on_all_processes(trainer.accelerator, lambda: _has_checkpoint(args.output_dir), needed=args.should_save)
+    return True if found else None
+
+
 def find_checkpoint(
     resume_from_checkpoint: str | bool | None, output_dir: str, check: Callable[[Path], None]
 ) -> str | None:
@@ -256,8 +324,8 @@ def find_checkpoint(
     if resume_from_checkpoint is not True:
         if not isinstance(resume_from_checkpoint, (str, os.PathLike)) or not str(resume_from_checkpoint):
             raise ValueError(
-                "`resume_from_checkpoint` must be a directory, or True for the last checkpoint in `output_dir`, but is"
-                f" {resume_from_checkpoint!r}."
+                "`resume_from_checkpoint` must be a directory, or True for the last checkpoint in `output_dir`, or"
+                f' "{AUTO}" for that one if there is one, but is {resume_from_checkpoint!r}.'
             )
         check(Path(resume_from_checkpoint))
         return str(resume_from_checkpoint)
@@ -271,9 +339,10 @@ def find_checkpoint(
             continue
         return str(directory)
     reasons = f": {' '.join(problems)}" if problems else "."
+    instead = "and set `overwrite_output_dir`" if problems else f'or with "{AUTO}"'
     raise ValueError(
-        f"There is no checkpoint to resume from in `{output_dir}`{reasons} Start without `resume_from_checkpoint`, and"
-        " with a new trainer if this one has already started."
+        f"There is no checkpoint to resume from in `{output_dir}`{reasons} Start without `resume_from_checkpoint`,"
+        f" {instead}, and with a new trainer if this one has already started."
     )
 
 

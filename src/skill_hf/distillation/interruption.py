@@ -16,15 +16,20 @@ from .checkpointing import how_to_resume
 
 logger = logging.getLogger(__name__)
 
+# The exit code that means "try again" in sysexits.h (EX_TEMPFAIL).
+TRY_AGAIN = 75
 # What a launcher that got Ctrl-C passes on to its processes is no second Ctrl-C.
 SECOND_AFTER = 1.0  # seconds
 
 
 class Terminated(SystemExit):
-    """SIGTERM: ends the process with exit code 143, as in a shell, unless it is caught."""
+    """
+    SIGTERM, as schedulers send it before they take a machine away: unless it is caught, it ends the process with exit
+    code 75, by which they can tell that the same command goes on where this run has stopped.
+    """
 
     def __init__(self, message: str):
-        super().__init__(128 + signal.SIGTERM)
+        super().__init__(TRY_AGAIN)
         self.message = message
 
     def __str__(self) -> str:

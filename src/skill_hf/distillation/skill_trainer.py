@@ -37,6 +37,7 @@ from .checkpoint_validation import (
 )
 from .checkpointing import (
     how_to_resume,
+    resolve_resume,
     run_directory,
     where_it_is_safe,
     write_skill_state,
@@ -235,17 +236,19 @@ class SkillDistillationTrainer(PublishingTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint directory of either stage, or `True` for the last complete one in `args.output_dir`.
+                A checkpoint directory of either stage, `True` for the last complete one in `args.output_dir`, or
+                `"auto"` for that one if there is one, and a new run otherwise.
             trial, ignore_keys_for_eval (*optional*):
                 As in [`~transformers.Trainer.train`].
 
         Raises:
             `ValueError`: if `args.output_dir` contains another run or the teacher, if the checkpoint is incomplete or
-                belongs to a different recipe or run, or if `train()` has already finished. A [`NonFiniteError`] if the
-                run diverges.
+                belongs to a different recipe or run, if machines do not share `args.output_dir`, or if `train()` has
+                already finished. A [`NonFiniteError`] if the run diverges.
             [`~skill_hf.storage.StorageError`]: if another run uses `args.output_dir`, or the disk is full.
             `KeyboardInterrupt`, [`Terminated`]: after Ctrl-C or SIGTERM, once a checkpoint is written.
         """
+        resume_from_checkpoint = resolve_resume(self, resume_from_checkpoint)
         if self.stage == 3:
             raise ValueError("This trainer has finished both stages; create a new one to train again.")
         if self.stage and not resume_from_checkpoint:
@@ -362,6 +365,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         for sentence in self.record.advice_on_cut():
             logger.warning(sentence)
         self.model = self.model_wrapped = self.distiller
+        self.optimizer = None  # stage 2 starts with another
         self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
 
         # Stage 2 always starts from a checkpoint, so that a run that is killed and resumed does the same as this one.

@@ -39,6 +39,11 @@ class SkillTrainingArguments(TrainingArguments):
         per_device_train_batch_size (`int`, *optional*, defaults to 10):
             Clips per step and device. The published recipe uses 640 s of audio per step in total: set
             `gradient_accumulation_steps` and the number of devices accordingly.
+        save_total_limit (`int`, *optional*, defaults to 2):
+            Checkpoints to keep, the last ones; None for all. One of WavLM Base+ in the first stage takes 1.1 GB.
+        resume_from_checkpoint (`str`, *optional*):
+            A checkpoint, `True` for the last complete one in `output_dir`, or `auto` for that one if there is one, and
+            a new run otherwise: for a command that is repeated until the run has ended.
 
     > Of skill_hf
 
@@ -58,6 +63,8 @@ class SkillTrainingArguments(TrainingArguments):
     max_grad_norm: float = 10.0
     logging_steps: float | None = None
     per_device_train_batch_size: int = 10
+    save_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
 
     def __post_init__(self):
