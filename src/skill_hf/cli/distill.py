@@ -127,6 +127,11 @@ class DataArguments:
 # The classes that hold all options, and an object of each.
 KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
 Settings = tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]
+# A setting of the batches -> those of a recipe that it takes the place of.
+INSTEAD_OF = {
+    "per_device_train_batch_size": ("seconds_per_batch", "seconds_per_step"),
+    "gradient_accumulation_steps": ("seconds_per_step",),
+}
 
 
 class RecipeParser(ArgumentParser):
@@ -146,7 +151,9 @@ class RecipeParser(ArgumentParser):
 
     def build(self, settings, where=""):
         recipe = settings.get("recipe")
-        settings = settings if recipe is None else load_recipe(recipe) | settings
+        if recipe is not None:
+            excluded = {name for given, names in INSTEAD_OF.items() if given in settings for name in names}
+            settings = {name: value for name, value in load_recipe(recipe).items() if name not in excluded} | settings
         sparsities = settings.get("target_sparsity")
         if not isinstance(sparsities, list) or not sparsities:
             return [super().build(settings, where)]

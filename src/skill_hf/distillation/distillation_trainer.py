@@ -25,6 +25,7 @@ from ..models.properties import receptive_field
 from ..recipe.skill_config import SkillConfig, StageSteps
 from .distiller import SkillDistiller
 from .divergence import FiniteWatch
+from .duration_batches import DurationBatches, data_seed
 from .ensemble import TeacherEnsemble
 from .loss_sums import HeldOutLosses, LossSums
 from .optimization import make_optimizer
@@ -128,6 +129,7 @@ class DistillationTrainer(Trainer):
         self.unreadable_clips = UnreadableClips(self)
         self._micro_batch = 0
         self._length_order: torch.Generator | None = None
+        self.duration_batches = DurationBatches(self)
         self._train_losses = self._new_train_losses()
         self._eval_losses = self.new_held_out_losses()
 
@@ -218,6 +220,9 @@ class DistillationTrainer(Trainer):
         }
 
     def get_train_dataloader(self):
+        loader = self.duration_batches.loader()
+        if loader is not None:
+            return loader
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
             # Only a loader's first pass starts workers, for which it would draw from the global generator: another
@@ -257,6 +262,7 @@ class DistillationTrainer(Trainer):
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         # Each epoch has its own crops and order; stage 2 uses odd numbers, so that it repeats none of stage 1.
         number = 2 * epoch + (self.stage == 2)
+        self.duration_batches.begin_epoch(number)
         if isinstance(self.data_collator, SpeechCollator):
             if self.args.dataloader_persistent_workers:
                 # Workers that outlive an epoch keep their copy of the collator.
@@ -265,8 +271,9 @@ class DistillationTrainer(Trainer):
             else:
                 self.data_collator.epoch = number
         if self._length_order is not None:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._length_order.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+            self._length_order.manual_seed(
+                int(np.random.SeedSequence((data_seed(self.args), number)).generate_state(1)[0])
+            )
         super()._run_epoch(*args, epoch=epoch, **kwargs)
         if self.unreadable_clips.num_skipped:
             logger.warning("Clips left out of training batches so far: %d.", self.unreadable_clips.num_skipped)
@@ -280,6 +287,7 @@ class DistillationTrainer(Trainer):
         if not batch_samples:  # a stream that has come to its end
             return None
         lengths = torch.cat([_lengths(batch) for batch in batch_samples])
+        self.unreadable_clips.note(lengths)
         # A batch that could not be read is one clip without a valid sample: no frames.
         frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum()
         labels = lengths.new_zeros(())

@@ -29,6 +29,7 @@ ARGUMENTS = (
     "max_grad_norm",
     "train_sampling_strategy",
     "dataloader_drop_last",
+    "seconds_per_batch",
 )
 # Enough to tell data sets apart, few enough to be read from a slow disk.
 ROWS = 64
