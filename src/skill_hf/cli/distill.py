@@ -87,7 +87,6 @@ class DataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none by default."})
     audio_column: str = field(default="audio", metadata={"help": "Name of the audio column."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset; requires max_steps."})
-    shuffle_buffer: Count = field(default=500, metadata={"help": "Size of a stream's shuffle buffer, in rows."})
     audio_dir: str | None = field(
         default=None, metadata={"help": "Directory of audio to train on, including its subdirectories."}
     )
@@ -208,7 +207,7 @@ def parse(arguments: list[str], prog: str | None = None) -> list[Settings]:
     return RecipeParser(KINDS, prog=prog).parse(arguments)
 
 
-def load_data(args: DataArguments, seed: int) -> tuple:
+def load_data(args: DataArguments) -> tuple:
     """Returns the training set, and the evaluation set or `None`."""
     if args.audio_dir is not None:
         train = load_audio_dir(args.audio_dir)
@@ -216,8 +215,6 @@ def load_data(args: DataArguments, seed: int) -> tuple:
         form = {"config_name": args.dataset_config_name, "audio_column": args.audio_column}
         form["protocols"] = args.audio_protocols
         train = load_speech_dataset(args.dataset_name, split=args.train_split, streaming=args.streaming, **form)
-        if args.streaming:
-            train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
     heldout = None
     if args.eval_audio_dir is not None:
         heldout = load_audio_dir(args.eval_audio_dir)
@@ -253,7 +250,7 @@ def make_trainer(
     clock: StageClock,
 ) -> SkillDistillationTrainer:
     with training_args.main_process_first(desc="loading the data"):
-        train, heldout = load_data(data_args, training_args.seed)
+        train, heldout = load_data(data_args)
     student = None
     if model_args.student_name_or_path is not None:
         student = load_initial_student(model_args.student_name_or_path, model_args.task)

@@ -1,7 +1,7 @@
 """Batches of `seconds_per_batch` in training: the loader of a process, and the order of an epoch."""
 
 import functools
-import logging
+from collections.abc import Callable
 
 import datasets
 import numpy as np
@@ -14,8 +14,6 @@ from ..data.duration_batches import DurationBatchSampler
 from ..data.durations import clip_seconds
 from ..recipe.argument_validation import refuse
 
-
-logger = logging.getLogger(__name__)
 
 # Clips shorter than any that a model takes would otherwise fill a batch without end.
 LEAST_SECONDS = 0.1
@@ -64,10 +62,7 @@ class DurationBatches:
             self._sampler.epoch = number
 
     def _seconds_as_cropped(self) -> np.ndarray:
-        trainer, collator = self.trainer, self.trainer.data_collator
-        least, most = (getattr(collator, name, None) for name in ("min_seconds", "max_seconds"))
-        seconds = np.clip(self._seconds(), LEAST_SECONDS if least is None else least, most)
-        limit = trainer.args.seconds_per_batch
+        seconds, limit = as_cropped(self._seconds(), self.trainer.data_collator), self.trainer.args.seconds_per_batch
         if seconds.max() > limit:
             refuse(
                 "seconds_per_batch",
@@ -92,8 +87,17 @@ class DurationBatches:
         return self._lengths[1]
 
 
-def make_loader(trainer, dataset, batch_sampler) -> DataLoader:
-    """A loader as [`~transformers.Trainer`] makes it, but for the batches of `batch_sampler`, all of this process."""
+def as_cropped(seconds: np.ndarray, collator) -> np.ndarray:
+    """Lengths of clips in the batches of a collator, which crops and pads them."""
+    least, most = (getattr(collator, name, None) for name in ("min_seconds", "max_seconds"))
+    return np.clip(seconds, LEAST_SECONDS if least is None else least, most)
+
+
+def make_loader(trainer, dataset, batch_sampler, wrap_collator: Callable = lambda collator: collator) -> DataLoader:
+    """
+    A loader as [`~transformers.Trainer`] makes it, but for the batches of `batch_sampler`, all of this process. What
+    `wrap_collator` makes of the collator is called with what the dataset returns.
+    """
     args = trainer.args
     collator = trainer.data_collator
     if isinstance(dataset, datasets.Dataset):
@@ -103,7 +107,7 @@ def make_loader(trainer, dataset, batch_sampler) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
-        collate_fn=collator,
+        collate_fn=wrap_collator(collator),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

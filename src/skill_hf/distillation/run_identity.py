@@ -62,6 +62,7 @@ def describe_run(trainer) -> dict:
         "audio": _simple_fields(trainer.processing_class),
         "crops": _simple_fields(trainer.data_collator),
         "data": describe_data(trainer.train_dataset, labels=trainer.label_encoder is not None),
+        **({"stream": trainer.stream.identity()} if trainer.stream.is_used else {}),
     }
 
 

@@ -85,8 +85,12 @@ def check_data(trainer) -> None:
             refuse("max_steps", args.max_steps, "a dataset without a length has no epochs; set it above 0")
         if strategy != "random":
             refuse("train_sampling_strategy", strategy, "a stream is always read in order; leave it out")
-        if getattr(args, "seconds_per_batch", None) is not None:
-            refuse("seconds_per_batch", args.seconds_per_batch, "a stream has batches of clips; leave it out")
+        if getattr(args, "seconds_per_batch", None) is not None and not trainer.stream.is_used:
+            refuse(
+                "seconds_per_batch",
+                args.seconds_per_batch,
+                f"a {type(dataset).__name__} is read in order; leave it out, or use a stream of `datasets`",
+            )
         return
     if not len(dataset):
         raise ValueError("`train_dataset` has no rows; pass one with audio.")

@@ -207,7 +207,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             raise ValueError("There is no `train_dataset` to calibrate on; pass one.")
         check_eval_clips(self.eval_dataset, self.eval_data_collator, self.processing_class)
         calibration, *self.other_calibrations = self.ensemble.calibrate(
-            self.train_dataset,
+            self.calibration_dataset,
             self.skill_config,
             self.accelerator,
             seed=self.args.seed,

@@ -59,6 +59,7 @@ NUMBERS = {
     "per_device_eval_batch_size": _COUNT,
     "seconds_per_batch": _SECONDS,  # of `SkillTrainingArguments`, as the next
     "seconds_per_step": _SECONDS,
+    "shuffle_buffer": _OPTIONAL_COUNT,
     "gradient_accumulation_steps": _COUNT,
     "learning_rate": Number(False, 0, above=True),
     "warmup_steps": _WEIGHT,

@@ -51,6 +51,9 @@ class SkillTrainingArguments(TrainingArguments):
         seconds_per_step (`float`, *optional*):
             Most seconds of audio per optimizer step on all devices together, 640 in the published recipe; sets
             `gradient_accumulation_steps`. A multiple of `seconds_per_batch` times the number of devices.
+        shuffle_buffer (`int`, *optional*, defaults to 500):
+            Rows of a stream that are shuffled together, and of which batches of `seconds_per_batch` are made, in each
+            worker; it keeps twice as many.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a new run may start in an `output_dir` that contains another run, whose checkpoints are then
             removed.
@@ -68,6 +71,7 @@ class SkillTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int | None = None
     seconds_per_batch: float | None = None
     seconds_per_step: float | None = None
+    shuffle_buffer: int = 500
     overwrite_output_dir: bool = False
 
     def __post_init__(self):
