@@ -116,17 +116,19 @@ def train_thirty_clips(output, number):
     )
     assert trainer.args.gradient_accumulation_steps == 2 // number
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return trainer, (trainer.batches, losses, weights_of(trainer))
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    losses, seconds = ([row[name] for row in rows] for name in ("loss", "audio_seconds_per_step"))
+    return trainer, (trainer.batches, losses, seconds, weights_of(trainer))
 
 
 @pytest.mark.slow
 def test_two_processes_see_the_batches_of_one(tmp_path):
     ranks = run_in_processes(train_thirty_clips, tmp_path / "2", number=2)
-    _, (batches, losses, weights) = train_thirty_clips(tmp_path / "1", number=1)
+    _, (batches, losses, seconds, weights) = train_thirty_clips(tmp_path / "1", number=1)
     dealt = [batch for together in zip(*(rank[0] for rank in ranks), strict=True) for batch in together]
     assert len(dealt) == 40 and all(map(torch.equal, dealt, batches))
-    for _, same_losses, same_weights in ranks:
+    for _, same_losses, same_seconds, same_weights in ranks:
+        assert same_seconds == pytest.approx(seconds)
         assert same_losses == pytest.approx(losses, abs=1e-4) and len(losses) == 20
         for name, tensor in weights.items():
             torch.testing.assert_close(same_weights[name], tensor, atol=1e-5, rtol=1e-3)

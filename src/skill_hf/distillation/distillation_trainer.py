@@ -32,6 +32,7 @@ from .optimization import make_optimizer
 from .projection_start import LinearFit, set_projections
 from .stream_batches import TrainingStream
 from .task_heads import BATCH_COUNTS, label_encoder, make_head_loss
+from .throughput import Throughput
 from .unreadable_clips import UnreadableClips
 
 
@@ -132,6 +133,8 @@ class DistillationTrainer(Trainer):
         self._length_order: torch.Generator | None = None
         self.duration_batches = DurationBatches(self)
         self.stream = TrainingStream(self)
+        self.throughput = Throughput(self)
+        self.add_callback(self.throughput)
         self._train_losses = self._new_train_losses()
         self._eval_losses = self.new_held_out_losses()
 
@@ -291,7 +294,8 @@ class DistillationTrainer(Trainer):
             logger.warning("Clips left out of training batches so far: %d.", self.unreadable_clips.num_skipped)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
-        batch_samples, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
+        timed = self.throughput.timed(epoch_iterator)
+        batch_samples, counts = super().get_batch_samples(timed, num_batches, device)
         # A stream that ends within a window, which would never be stepped: its gradient would stay for the next one.
         return (batch_samples, counts) if len(batch_samples) == num_batches else ([], None)
 
@@ -306,6 +310,7 @@ class DistillationTrainer(Trainer):
         self.stream.note(batch_samples)
         lengths = torch.cat([_lengths(batch) for batch in batch_samples])
         self.unreadable_clips.note(lengths)
+        self.throughput.note(lengths)
         # A batch that could not be read is one clip without a valid sample: no frames.
         frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum()
         labels = lengths.new_zeros(())
@@ -453,6 +458,7 @@ class DistillationTrainer(Trainer):
             self.finite_watch.check()
             self.unreadable_clips.check()
             logs = logs | self._train_losses.means(self.accelerator) | self._state_of_pruning()
+            logs |= self.throughput.means()
             self._train_losses = self._new_train_losses()
         super().log(logs, start_time)
 
