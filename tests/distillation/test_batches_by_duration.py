@@ -187,4 +187,5 @@ def test_rows_of_datasets(tmp_path):
     trainer = make_trainer(tmp_path, rows, save_strategy="no", max_steps=3)
     trainer.train()
     assert trainer.stage == 3 and len(trainer.batches) == 3
+    assert all("train_samples_per_second" not in row for row in trainer.state.log_history)
     assert (trainer.report().seconds_per_step, trainer.report().clips_per_step) == (3.0, None)

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import tiny_teacher
+from datasets.distributed import split_dataset_by_node
 from test_batches_by_duration import make_trainer
 from test_skill_trainer import run_in_processes
 from test_training_arguments import assert_one_line, differing, weights_of
@@ -172,6 +173,12 @@ def test_streams_that_batches_by_duration_cannot_be_made_of(shards, tmp_path):
     with pytest.raises(ValueError, match="`seconds_per_batch` is 3.0, but a Endless is read in order") as error:
         stream_trainer(tmp_path, shards, Endless(), seconds_per_batch=3.0, per_device_train_batch_size=None).train()
     assert_one_line(error.value)
+
+
+def test_a_stream_that_is_split_already(shards, tmp_path):
+    part = split_dataset_by_node(load_speech_dataset(shards, streaming=True), rank=0, world_size=3)
+    with pytest.raises(ValueError, match="`train_dataset` is split by node; pass the whole stream"):
+        stream_trainer(tmp_path, shards, part).train()
 
 
 def test_a_clip_may_not_be_longer_than_a_batch(shards, tmp_path):

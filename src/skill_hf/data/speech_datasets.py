@@ -79,7 +79,7 @@ def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
 
     Returns:
         `datasets.Dataset` with the columns `audio`, dicts of `path` (absolute) and `bytes` (`None`), and `length`, in
-        seconds, for `train_sampling_strategy="group_by_length"`.
+        seconds, for `seconds_per_batch` and `train_sampling_strategy="group_by_length"`.
 
     Raises:
         [`AudioError`]: if the directory is missing, has no readable audio, or more than half of its audio files cannot
