@@ -7,7 +7,7 @@ WavLM Base+ on LibriSpeech, the published recipe (640 s of audio per step) on 4 
         --teacher_name_or_path microsoft/wavlm-base-plus \\
         --dataset_name openslr/librispeech_asr --dataset_config_name all \\
         --train_split train.clean.100+train.clean.360+train.other.500 --eval_split validation.clean \\
-        --per_device_train_batch_size 10 --dataloader_num_workers 8 \\
+        --seconds_per_batch 160 --seconds_per_step 640 --dataloader_num_workers 8 \\
         --target_sparsity 0.75 --output_dir wavlm-base-plus-skill
 
 A short run on a CPU, on a local folder of audio (wav, flac, mp3, ogg, opus; any rate and number of channels):

@@ -55,9 +55,16 @@ def test_settings_of_a_recipe(name, tmp_path):
     assert data_args.max_seconds == settings["max_seconds"]
     assert model_args.task == ("ctc" if name == FINE_TUNED else None)
     assert (training_args.max_steps, training_args.seed) == (75_000, 7)
-    # At most 640 s of audio in a step of four devices.
-    clips = 4 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    assert 600 < clips * data_args.max_seconds <= 640
+    # A step of 640 s of audio, also on four devices.
+    assert training_args.seconds_per_batch * training_args.gradient_accumulation_steps == 640
+    assert training_args.gradient_accumulation_steps % 4 == 0
+    (by_clips,) = distill.parse([*words, "--per_device_train_batch_size", "8"])
+    assert (by_clips[3].seconds_per_batch, by_clips[3].per_device_train_batch_size) == (None, 8)
+    (accumulated,) = distill.parse([*words, "--gradient_accumulation_steps", "3"])
+    assert (accumulated[3].seconds_per_batch, accumulated[3].gradient_accumulation_steps) == (
+        training_args.seconds_per_batch,
+        3,
+    )
     (changed,) = distill.parse([*words, "--target_sparsity", "0.3", "--max_steps", "30"])
     assert (changed[2].target_sparsity, changed[3].max_steps) == (0.3, 30)
 

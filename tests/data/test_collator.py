@@ -300,6 +300,7 @@ def test_splits_of_a_saved_dataset_are_joined(tmp_path, streaming):
     datasets.DatasetDict({"one": part, "two": part.select([2])}).save_to_disk(tmp_path / "all")
     joined = load_speech_dataset(tmp_path / "all", split="one+two", streaming=streaming)
     assert [row["speaker"] for row in joined] == [1, 2, 3, 3]
+    assert not streaming or joined.num_shards == 4  # for as many workers
     with pytest.raises(AudioError, match="no split `three`; choose from one, two"):
         load_speech_dataset(tmp_path / "all", split="one+three")
 

@@ -59,6 +59,15 @@ def test_a_resumed_run_hears_the_same(tmp_path):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+def test_a_run_with_another_distortion_is_another_run(tmp_path):
+    clips = noise_clips(20, 14_000)
+    with pytest.raises(Kill):
+        train(tmp_path, clips, callbacks=[KillAt(3)])
+    trainer = make_trainer(tmp_path, clips, recipe={"layer_groups": [[0, 1], [2, 3]]})
+    with pytest.raises(ValueError, match="distortion"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_frames_are_masked_for_the_student_in_training_alone(tmp_path):
     clips = noise_clips(20, 20_000)
     teacher = tiny_teacher(mask_time_prob=0.05, mask_time_length=4)

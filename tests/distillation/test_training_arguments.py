@@ -163,6 +163,7 @@ METHODS_OVERRIDDEN = [
     "create_scheduler",
     "evaluate",
     "evaluation_loop",
+    "get_batch_samples",
     "get_eval_dataloader",
     "get_test_dataloader",
     "get_train_dataloader",
@@ -183,7 +184,6 @@ METHODS_INHERITED = [
     "create_accelerator_and_postprocess",
     "end",
     "floating_point_ops",
-    "get_batch_samples",
     "get_cp_size",
     "get_decay_parameter_names",
     "get_learning_rates",
@@ -209,6 +209,7 @@ METHODS_INHERITED = [
 ]
 
 FIELDS = {item.name for item in dataclasses.fields(TrainingArguments)}
+OWN_FIELDS = {item.name for item in dataclasses.fields(SkillTrainingArguments)} - FIELDS
 RNG = np.random.default_rng(0)
 CLIPS = [
     {"input_values": RNG.standard_normal(n).astype(np.float32), "length": n / 16_000, "other": n}
@@ -294,7 +295,7 @@ def test_every_field_is_classified():
     assert sum(map(len, tables)) == len(set().union(*tables))
     # `transformers` before 5.24 has no `activation_checkpointing`.
     assert set().union(*tables) - FIELDS <= {"activation_checkpointing", "activation_checkpointing_kwargs"}
-    assert set(NUMBERS) | set(CHOICES) | set(REFUSED) <= FIELDS
+    assert set(NUMBERS) | set(CHOICES) | set(REFUSED) <= FIELDS | OWN_FIELDS
     for item in dataclasses.fields(TrainingArguments):
         number = isinstance(item.default, (int, float)) and not isinstance(item.default, bool)
         if number and item.name not in (*REFUSED, "local_rank"):
@@ -519,6 +520,8 @@ BAD_VALUES = {
     "max_steps": [0, 4.5, -2],
     "per_device_train_batch_size": [0, 2.5],
     "per_device_eval_batch_size": [0],
+    "seconds_per_batch": [0],
+    "seconds_per_step": [640],  # without `seconds_per_batch`
     "gradient_accumulation_steps": [0, 0.5],
     "adam_beta1": [1, 2],
     "adam_epsilon": [0],
@@ -589,6 +592,7 @@ def accepts_none(name: str) -> bool:
         "max_steps",
         "num_train_epochs",
         "logging_steps",
+        "per_device_train_batch_size",
     )  # of `SkillTrainingArguments`
 
 

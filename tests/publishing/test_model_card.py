@@ -366,6 +366,8 @@ def test_card_tells_how_it_was_trained(tmp_path, report):
     assert "| 1: distil and prune | 2,000 | 0.0003 |" in card
     assert "| 2: distil after the cut | 1,000 | 0.0001 |" in card
     assert "Clips per step: 6; precision: float32; seed: 11; peak learning rate of the gates: 0.02." in card
+    report.clips_per_step, report.seconds_per_step = None, 640.0
+    assert "\nSeconds of audio per step, at most: 640; precision: float32;" in written(tmp_path, report)
     assert rows_below(card, "Loss", "Step", "Distillation loss", "L1", "− cosine similarity") == [
         ["Training, stage 1", "20", "-0.2500", "0.5000", "-0.7500"],
         ["Training, stage 2", "30", "-0.5000", "0.5000", "-0.8125"],

@@ -90,7 +90,6 @@ class DataArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; none by default."})
     audio_column: str = field(default="audio", metadata={"help": "Name of the audio column."})
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset; requires max_steps."})
-    shuffle_buffer: Count = field(default=500, metadata={"help": "Size of a stream's shuffle buffer, in rows."})
     audio_dir: str | None = field(
         default=None, metadata={"help": "Directory of audio to train on, including its subdirectories."}
     )
@@ -159,6 +158,11 @@ class DataArguments:
 # The classes that hold all options, and an object of each.
 KINDS = (ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments)
 Settings = tuple[ModelArguments, DataArguments, SkillConfig, SkillTrainingArguments]
+# A setting of the batches -> those of a recipe that it takes the place of.
+INSTEAD_OF = {
+    "per_device_train_batch_size": ("seconds_per_batch", "seconds_per_step"),
+    "gradient_accumulation_steps": ("seconds_per_step",),
+}
 
 
 class RecipeParser(ArgumentParser):
@@ -178,7 +182,9 @@ class RecipeParser(ArgumentParser):
 
     def build(self, settings, where=""):
         recipe = settings.get("recipe")
-        settings = settings if recipe is None else load_recipe(recipe) | settings
+        if recipe is not None:
+            excluded = {name for given, names in INSTEAD_OF.items() if given in settings for name in names}
+            settings = {name: value for name, value in load_recipe(recipe).items() if name not in excluded} | settings
         sparsities = settings.get("target_sparsity")
         if not isinstance(sparsities, list) or not sparsities:
             return [super().build(settings, where)]
@@ -233,7 +239,7 @@ def parse(arguments: list[str], prog: str | None = None) -> list[Settings]:
     return RecipeParser(KINDS, prog=prog).parse(arguments)
 
 
-def load_data(args: DataArguments, seed: int) -> tuple:
+def load_data(args: DataArguments) -> tuple:
     """Returns the training set, and the evaluation set or `None`."""
     if args.audio_dir is not None:
         train = load_audio_dir(args.audio_dir)
@@ -241,8 +247,6 @@ def load_data(args: DataArguments, seed: int) -> tuple:
         form = {"config_name": args.dataset_config_name, "audio_column": args.audio_column}
         form["protocols"] = args.audio_protocols
         train = load_speech_dataset(args.dataset_name, split=args.train_split, streaming=args.streaming, **form)
-        if args.streaming:
-            train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
     heldout = None
     if args.eval_audio_dir is not None:
         heldout = load_audio_dir(args.eval_audio_dir)
@@ -278,7 +282,7 @@ def make_trainer(
     clock: StageClock,
 ) -> SkillDistillationTrainer:
     with training_args.main_process_first(desc="loading the data"):
-        train, heldout = load_data(data_args, training_args.seed)
+        train, heldout = load_data(data_args)
         distortion = data_args.distortion()
     student = None
     if model_args.student_name_or_path is not None:

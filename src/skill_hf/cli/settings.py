@@ -75,7 +75,10 @@ Seed = Annotated[int, Range(least=0, most=MAX_SEED)]
 TRAINING_RANGES = {
     "per_device_train_batch_size": Range(least=1, most=MAX_COUNT),
     "per_device_eval_batch_size": Range(least=1, most=MAX_COUNT),
+    "seconds_per_batch": Range(above=0, most=MAX_SECONDS),
+    "seconds_per_step": Range(above=0, most=MAX_SECONDS),
     "gradient_accumulation_steps": Range(least=1, most=MAX_COUNT),
+    "shuffle_buffer": Range(least=1, most=MAX_COUNT),
     "num_train_epochs": Range(above=0, most=MAX_COUNT),
     "max_steps": Range(least=-1, most=MAX_COUNT),
     "learning_rate": Range(least=0),

@@ -65,6 +65,16 @@ class Distortion:
                 raise ValueError(f"`{name}` must be the lowest and the highest ratio in dB, but is {list(bounds)}.")
         self._noises, self._responses = _files_in(self.noise_dir), _files_in(self.reverb_dir)
 
+    def describe(self) -> dict:
+        """What tells runs apart, as JSON values; directories may be elsewhere on another machine."""
+        settings = {
+            "noise": (self.noise_prob, *self.noise_snr),
+            "reverb": (self.reverb_prob,),
+            "mixing": (self.mixing_prob, *self.mixing_snr),
+        }
+        files = {"noises": len(self._noises), "responses": len(self._responses)}
+        return {name: list(map(float, values)) for name, values in settings.items()} | files
+
     @property
     def does_nothing(self) -> bool:
         """Whether no clip is ever changed."""

@@ -33,6 +33,9 @@ MAX_NAMED = 5
 
 _ROWS_TRIED = 32
 
+# Of a saved dataset that is streamed, so that each process and worker has its own.
+_SHARDS_OF_SAVED = 64
+
 # Tables of a split that may lie beside the folder of its audio, and what reads them.
 _TABLES = {
     ".csv": ("csv", {}),
@@ -76,7 +79,7 @@ def load_audio_dir(directory: str | os.PathLike) -> datasets.Dataset:
 
     Returns:
         `datasets.Dataset` with the columns `audio`, dicts of `path` (absolute) and `bytes` (`None`), and `length`, in
-        seconds, for `train_sampling_strategy="group_by_length"`.
+        seconds, for `seconds_per_batch` and `train_sampling_strategy="group_by_length"`.
 
     Raises:
         [`AudioError`]: if the directory is missing, has no readable audio, or more than half of its audio files cannot
@@ -324,7 +327,8 @@ def _load_split(
         joined = datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
         if not len(joined):
             raise AudioError(f"The split `{split}` of `{name}` has no rows; choose another split or dataset.")
-        return (joined.to_iterable_dataset() if streaming else joined), root
+        num_shards = min(len(joined), _SHARDS_OF_SAVED)
+        return (joined.to_iterable_dataset(num_shards) if streaming else joined), root
 
     builder = datasets.load_dataset_builder(name, config_name)
     # Both would encode `datasets.Audio`; tar shards take their features from outside only.

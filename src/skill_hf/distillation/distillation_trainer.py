@@ -25,11 +25,14 @@ from ..models.properties import receptive_field
 from ..recipe.skill_config import SkillConfig, StageSteps
 from .distiller import SkillDistiller
 from .divergence import FiniteWatch
+from .duration_batches import DurationBatches, data_seed
 from .ensemble import TeacherEnsemble
 from .loss_sums import HeldOutLosses, LossSums
 from .optimization import make_optimizer
 from .projection_start import LinearFit, set_projections
+from .stream_batches import TrainingStream
 from .task_heads import BATCH_COUNTS, label_encoder, make_head_loss
+from .throughput import Throughput
 from .unreadable_clips import UnreadableClips
 
 
@@ -128,6 +131,10 @@ class DistillationTrainer(Trainer):
         self.unreadable_clips = UnreadableClips(self)
         self._micro_batch = 0
         self._length_order: torch.Generator | None = None
+        self.duration_batches = DurationBatches(self)
+        self.stream = TrainingStream(self)
+        self.throughput = Throughput(self)
+        self.add_callback(self.throughput)
         self._train_losses = self._new_train_losses()
         self._eval_losses = self.new_held_out_losses()
 
@@ -219,6 +226,10 @@ class DistillationTrainer(Trainer):
         }
 
     def get_train_dataloader(self):
+        for source in (self.duration_batches, self.stream):
+            loader = source.loader()
+            if loader is not None:
+                return loader
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
             # Only a loader's first pass starts workers, for which it would draw from the global generator: another
@@ -255,9 +266,19 @@ class DistillationTrainer(Trainer):
         finally:
             self.data_collator, self.args = collator, args
 
+    @property
+    def calibration_dataset(self):
+        """What clips are taken from before training."""
+        return self.stream.shuffled() if self.stream.is_used else self.train_dataset
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.stream.save(output_dir)
+
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         # Each epoch has its own crops and order; stage 2 uses odd numbers, so that it repeats none of stage 1.
         number = 2 * epoch + (self.stage == 2)
+        self.duration_batches.begin_epoch(number)
         if isinstance(self.data_collator, SpeechCollator):
             if self.args.dataloader_persistent_workers:
                 # Workers that outlive an epoch keep their copy of the collator.
@@ -266,11 +287,18 @@ class DistillationTrainer(Trainer):
             else:
                 self.data_collator.epoch = number
         if self._length_order is not None:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            self._length_order.manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
+            self._length_order.manual_seed(
+                int(np.random.SeedSequence((data_seed(self.args), number)).generate_state(1)[0])
+            )
         super()._run_epoch(*args, epoch=epoch, **kwargs)
         if self.unreadable_clips.num_skipped:
             logger.warning("Clips left out of training batches so far: %d.", self.unreadable_clips.num_skipped)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, torch.Tensor]:
+        timed = self.throughput.timed(epoch_iterator)
+        batch_samples, counts = super().get_batch_samples(timed, num_batches, device)
+        # A stream that ends within a window, which would never be stepped: its gradient would stay for the next one.
+        return (batch_samples, counts) if len(batch_samples) == num_batches else ([], None)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """
@@ -280,7 +308,10 @@ class DistillationTrainer(Trainer):
         self._micro_batch = 0  # the first of an optimizer step comes next
         if not batch_samples:  # a stream that has come to its end
             return None
+        self.stream.note(batch_samples)
         lengths = torch.cat([_lengths(batch) for batch in batch_samples])
+        self.unreadable_clips.note(lengths)
+        self.throughput.note(lengths)
         # A batch that could not be read is one clip without a valid sample: no frames.
         frames = self.student._get_feat_extract_output_lengths(lengths).clamp(min=0).sum()
         labels = lengths.new_zeros(())
@@ -317,15 +348,20 @@ class DistillationTrainer(Trainer):
             "`hyperparameter_search` cannot be called: a trainer trains only once; create one for each trial."
         )
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, *args, **kwargs) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            self.stream.restore(resume_from_checkpoint)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):  # one that the checkpoint's run did not have
                 self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if self.stage != 2:
             return position
-        # Steps count on through both stages, but each reads the data from its beginning: a stream could otherwise
-        # start stage 2 only after reading all of stage 1 again.
+        # Steps count on through both stages, but each reads the data from its beginning.
         epochs, updates = divmod(max(self.state.global_step - self.steps.joint, 0), num_update_steps_per_epoch)
         return epochs, 0 if self.args.ignore_data_skip else updates * self.args.gradient_accumulation_steps
 
@@ -426,6 +462,9 @@ class DistillationTrainer(Trainer):
             self.finite_watch.check()
             self.unreadable_clips.check()
             logs = logs | self._train_losses.means(self.accelerator) | self._state_of_pruning()
+            logs |= self.throughput.means()
+        if getattr(self.args, "seconds_per_batch", None) is not None:
+            logs.pop("train_samples_per_second", None)  # of batches, for the Trainer does not know how many clips
             self._train_losses = self._new_train_losses()
         super().log(logs, start_time)
 

@@ -41,6 +41,8 @@ class PublishingTrainer(DistillationTrainer):
             OtherTeacher(teacher.name, teacher.model, groups)
             for teacher, groups in zip_longest(self.teachers[1:], groups_of_others)
         ]
+        seconds = getattr(args, "seconds_per_batch", None)
+        batches = args.gradient_accumulation_steps * args.world_size
         return RunReport(
             student=self.student,
             teacher=self.teacher,
@@ -56,7 +58,8 @@ class PublishingTrainer(DistillationTrainer):
             num_steps_done=self.state.global_step,
             log_history=self.state.log_history,
             learning_rate=args.learning_rate,
-            clips_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            clips_per_step=None if seconds else args.train_batch_size * batches,
+            seconds_per_step=seconds and seconds * batches,
             precision=self.accelerator.mixed_precision,  # which `accelerate launch` may have set
             seed=args.seed,
             sampling_rate=self.processing_class.sampling_rate,

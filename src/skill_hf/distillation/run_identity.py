@@ -29,6 +29,7 @@ ARGUMENTS = (
     "max_grad_norm",
     "train_sampling_strategy",
     "dataloader_drop_last",
+    "seconds_per_batch",
 )
 # Enough to tell data sets apart, few enough to be read from a slow disk.
 ROWS = 64
@@ -42,6 +43,7 @@ def describe_run(trainer) -> dict:
     if trainer.optimizer_cls_and_kwargs is not None:
         cls, kwargs = trainer.optimizer_cls_and_kwargs
         run["optimizer"] = [cls.__name__, {name: _plain(value) for name, value in kwargs.items() if name != "lr"}]
+    distortion = getattr(trainer.data_collator, "distortion", None)
     return run | {
         "warmup_steps": args.get_warmup_steps(trainer.steps.joint),
         "sparsity_warmup_steps": trainer.steps.sparsity_warmup,
@@ -60,7 +62,9 @@ def describe_run(trainer) -> dict:
         "student_weights": trainer.start_checksum,
         "audio": _simple_fields(trainer.processing_class),
         "crops": _simple_fields(trainer.data_collator),
+        **({"distortion": distortion.describe()} if distortion is not None else {}),
         "data": describe_data(trainer.train_dataset, labels=trainer.label_encoder is not None),
+        **({"stream": trainer.stream.identity()} if trainer.stream.is_used else {}),
     }
 
 

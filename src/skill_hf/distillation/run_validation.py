@@ -84,7 +84,17 @@ def check_data(trainer) -> None:
         if args.max_steps < 0:
             refuse("max_steps", args.max_steps, "a dataset without a length has no epochs; set it above 0")
         if strategy != "random":
-            refuse("train_sampling_strategy", strategy, "a stream is always read in order; leave it out")
+            refuse("train_sampling_strategy", strategy, "a stream has an order of its own; leave it out")
+        if getattr(dataset, "_distributed", None) is not None:
+            raise ValueError(
+                "`train_dataset` is split by node; pass the whole stream, whose shards are dealt to the processes."
+            )
+        if getattr(args, "seconds_per_batch", None) is not None and not trainer.stream.is_used:
+            refuse(
+                "seconds_per_batch",
+                args.seconds_per_batch,
+                f"a {type(dataset).__name__} is read in order; leave it out, or use a stream of `datasets`",
+            )
         return
     if not len(dataset):
         raise ValueError("`train_dataset` has no rows; pass one with audio.")

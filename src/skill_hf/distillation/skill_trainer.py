@@ -210,7 +210,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             raise ValueError("There is no `train_dataset` to calibrate on; pass one.")
         check_eval_clips(self.eval_dataset, self.eval_data_collator, self.processing_class)
         calibration, *self.other_calibrations = self.ensemble.calibrate(
-            self.train_dataset,
+            self.calibration_dataset,
             self.skill_config,
             self.accelerator,
             seed=self.args.seed,
@@ -321,6 +321,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         args = copy.copy(self.args)
         self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
+        self.throughput.reset()
         if self.stage == 1:
             args.max_steps = self.steps.joint
             args.load_best_model_at_end = False  # the best of the first stage is the one that is pruned the least

@@ -67,7 +67,11 @@ def run_over_calibration_clips(trainer, models: Sequence, consume: Callable, tit
     config, ensemble = trainer.skill_config, trainer.ensemble
     reading = trainer.reading | {"feature_extractor": ensemble.collator_extractor()}
     clips = calibration_waveforms(
-        trainer.train_dataset, config.calibration_samples, config.calibration_seconds, trainer.args.seed, **reading
+        trainer.calibration_dataset,
+        config.calibration_samples,
+        config.calibration_seconds,
+        trainer.args.seed,
+        **reading,
     )
     run_over_clips(
         models,

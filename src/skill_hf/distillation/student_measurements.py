@@ -33,7 +33,7 @@ class StudentMeasurements:
         """Rows of some clips: held-out clips if there are any, otherwise training clips."""
         heldout = self.trainer.eval_dataset
         heldout = next(iter(heldout.values()), None) if isinstance(heldout, dict) else heldout
-        source = self.trainer.train_dataset if heldout is None else heldout
+        source = self.trainer.calibration_dataset if heldout is None else heldout
         rows = sample_rows(source, CLIPS_MEASURED, self.trainer.args.seed)
         self.trainer.record.measured_on = f"{len(rows)} {'training' if heldout is None else 'held-out'} clips"
         return rows

@@ -22,6 +22,7 @@ class UnreadableClips:
     def __init__(self, trainer):
         self.trainer = trainer
         self._judged = (0, 0)  # step and clips left out, when the share was last judged
+        self._num_read = torch.zeros((), dtype=torch.int64)  # clips in batches since then
 
     @property
     def num_skipped(self) -> int:
@@ -31,19 +32,25 @@ class UnreadableClips:
     def reset(self) -> None:
         """Starts counting; called at the start of a stage."""
         self._judged = (self.trainer.state.global_step, self.num_skipped)
+        self._num_read = torch.zeros((), dtype=torch.int64)
+
+    def note(self, lengths: torch.Tensor) -> None:
+        """Counts clips that were read, by their numbers of samples; 0 stands for a batch that could not be read."""
+        self._num_read = self._num_read.to(lengths.device) + (lengths > 0).sum()
 
     def check(self) -> None:
         """Raises an `AudioError` on all processes if too many clips since the last check cannot be read."""
         trainer = self.trainer
-        step, skipped = trainer.state.global_step, self.num_skipped
-        steps = step - self._judged[0]
-        clips = steps * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-        if clips < CLIPS_JUDGED:
-            return
-        share = (skipped - self._judged[1]) / clips
-        self._judged = (step, skipped)
+        steps = trainer.state.global_step - self._judged[0]
+        skipped = self.num_skipped - self._judged[1]
+        counts = torch.stack([self._num_read, self._num_read + skipped]).to(trainer.args.device)
         if trainer.accelerator.num_processes > 1:  # all of them continue or end
-            share = trainer.accelerator.gather(torch.tensor([share], device=trainer.args.device)).mean().item()
+            counts = trainer.accelerator.gather(counts[None]).sum(0)
+        num_read, num_tried = counts.tolist()
+        if num_tried < CLIPS_JUDGED:
+            return
+        self.reset()
+        share = 1 - num_read / num_tried
         if share > MAX_BAD_SHARE:
             raise AudioError(
                 f"{100 * share:.0f} % of the clips of the last {steps} steps cannot be read; the warnings above name"

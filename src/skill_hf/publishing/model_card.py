@@ -149,7 +149,8 @@ class TrainingContent:
     stages: list[tuple[int, float]] | None  # optimizer steps and peak learning rate of each
     gate_learning_rate: float | None
     num_steps_done: int
-    clips_per_step: int
+    clips_per_step: int | None
+    seconds_per_step: float | None
     precision: str
     seed: int
     head_losses: list[str]  # of a head that was distilled, by their names in logs
@@ -351,6 +352,7 @@ def _training_content(
         gate_learning_rate=steps and config.resolve_gate_learning_rate(steps.joint),
         num_steps_done=report.num_steps_done,
         clips_per_step=report.clips_per_step,
+        seconds_per_step=report.seconds_per_step,
         precision=PRECISIONS.get(report.precision, "float32"),
         seed=report.seed,
         head_losses=head_losses,

@@ -49,7 +49,8 @@ class RunReport:
         num_steps_done (`int`): optimizer steps so far.
         log_history (`list[dict]`): log lines.
         learning_rate (`float`): peak learning rate of the first stage.
-        clips_per_step (`int`): clips per optimizer step in all processes together.
+        clips_per_step (`int`, *optional*): clips per optimizer step in all processes together.
+        seconds_per_step (`float`, *optional*): instead, most seconds of audio per step.
         precision (`str`): of training, in accelerate's terms: `no`, `bf16` or `fp16`.
         seed (`int`): seed of the run.
         sampling_rate (`int`): sampling rate in Hz.
@@ -71,7 +72,8 @@ class RunReport:
     num_steps_done: int = 0
     log_history: list[dict] = field(default_factory=list)
     learning_rate: float = 0.0
-    clips_per_step: int = 1
+    clips_per_step: int | None = 1
+    seconds_per_step: float | None = None
     precision: str = "no"
     seed: int = 0
     sampling_rate: int = 16_000

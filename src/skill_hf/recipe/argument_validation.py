@@ -49,6 +49,7 @@ _OPTIONAL_COUNT = Number(True, 1, optional=True)
 _WEIGHT = Number(False, 0)
 _DECAY = Number(False, 0, 1, below=True)
 _INTERVAL = Number(False, 0, above=True)
+_SECONDS = Number(False, 0, above=True, optional=True)
 _SEED = Number(True, 0, 2**32 - 1)  # what numpy takes
 
 NUMBERS = {
@@ -56,6 +57,9 @@ NUMBERS = {
     "num_train_epochs": _WEIGHT,
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
+    "seconds_per_batch": _SECONDS,  # of `SkillTrainingArguments`, as the next
+    "seconds_per_step": _SECONDS,
+    "shuffle_buffer": _OPTIONAL_COUNT,
     "gradient_accumulation_steps": _COUNT,
     "learning_rate": Number(False, 0, above=True),
     "warmup_steps": _WEIGHT,
@@ -269,7 +273,7 @@ def _check_flag(args, name: str) -> None:
 
 
 def _check_number(args, name: str, number: Number) -> None:
-    value = getattr(args, name)
+    value = getattr(args, name, None)
     if value is None and number.optional:
         return
     is_number = isinstance(value, Integral if number.whole else Real) and not isinstance(value, (bool, np.bool_))
@@ -305,6 +309,7 @@ def _check_combinations(args: TrainingArguments) -> None:
             name = f"dataloader_{name}"
             if getattr(args, name, None):
                 refuse(name, getattr(args, name), "there are no workers; set `dataloader_num_workers` above 0")
+    _check_durations(args)
     if args.fp16 and args.bf16:
         raise ValueError("`fp16` and `bf16` are both True; set only one.")
     if args.use_cpu or not torch.accelerator.is_available():
@@ -324,6 +329,19 @@ def _check_combinations(args: TrainingArguments) -> None:
     _check_checkpointing(args)
     _check_compiler(args)
     _check_accelerator_config(args)
+
+
+def _check_durations(args) -> None:
+    if getattr(args, "seconds_per_batch", None) is None:
+        if getattr(args, "seconds_per_step", None) is not None:
+            refuse("seconds_per_step", args.seconds_per_step, "`seconds_per_batch` is None; set it, too")
+        return
+    if args.train_sampling_strategy != "random":
+        refuse(
+            "train_sampling_strategy", args.train_sampling_strategy, "`seconds_per_batch` sets the order; leave it out"
+        )
+    if args.dataloader_drop_last:
+        refuse("dataloader_drop_last", True, "batches of `seconds_per_batch` have all clips; leave it out")
 
 
 def _check_reports(args) -> None:

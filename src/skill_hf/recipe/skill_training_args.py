@@ -1,15 +1,17 @@
 """`SkillTrainingArguments`: transformers' training arguments with the published recipe as defaults."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from .argument_validation import check_arguments, one_line
+from .argument_validation import check_arguments, one_line, refuse
 from .fields import help_from_docstring
 from .skill_config import FULL_STEPS
 
 
 FULL_LOGGING_STEPS = 50
+CLIPS_PER_BATCH = 10
 LOG_LINES = 20  # that even a short run has, so that there is something to see
 
 
@@ -36,9 +38,9 @@ class SkillTrainingArguments(TrainingArguments):
             Maximum norm of the gradient; larger gradients are scaled down to it.
         logging_steps (`float`, *optional*):
             Optimizer steps between two log lines; by default 50, or fewer if a run would have less than 20 lines.
-        per_device_train_batch_size (`int`, *optional*, defaults to 10):
-            Clips per step and device. The published recipe uses 640 s of audio per step in total: set
-            `gradient_accumulation_steps` and the number of devices accordingly.
+        per_device_train_batch_size (`int`, *optional*):
+            Clips per batch and device, of any lengths and cropped to the shortest; by default 10, unless
+            `seconds_per_batch` is set.
         save_total_limit (`int`, *optional*, defaults to 2):
             Checkpoints to keep, the last ones; None for all. One of WavLM Base+ in the first stage takes 1.1 GB.
         resume_from_checkpoint (`str`, *optional*):
@@ -48,6 +50,15 @@ class SkillTrainingArguments(TrainingArguments):
     > Of skill_hf
 
     Args:
+        seconds_per_batch (`float`, *optional*):
+            Most seconds of audio per batch and device: clips of similar length share a batch, as many as fit. With
+            batches of a number of clips, cropping to the shortest loses about half of the audio.
+        seconds_per_step (`float`, *optional*):
+            Most seconds of audio per optimizer step on all devices together, 640 in the published recipe; sets
+            `gradient_accumulation_steps`. A multiple of `seconds_per_batch` times the number of devices.
+        shuffle_buffer (`int`, *optional*, defaults to 500):
+            Rows of a stream that are shuffled together, and of which batches of `seconds_per_batch` are made, in each
+            worker; it keeps twice as many.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether a new run may start in an `output_dir` that contains another run, whose checkpoints are then
             removed.
@@ -62,7 +73,10 @@ class SkillTrainingArguments(TrainingArguments):
     warmup_steps: float = 0.3
     max_grad_norm: float = 10.0
     logging_steps: float | None = None
-    per_device_train_batch_size: int = 10
+    per_device_train_batch_size: int | None = None
+    seconds_per_batch: float | None = None
+    seconds_per_step: float | None = None
+    shuffle_buffer: int = 500
     save_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
@@ -75,8 +89,38 @@ class SkillTrainingArguments(TrainingArguments):
         if self.logging_steps is None:
             is_short = isinstance(self.max_steps, int) and 0 < self.max_steps < LOG_LINES * FULL_LOGGING_STEPS
             self.logging_steps = max(self.max_steps // LOG_LINES, 1) if is_short else FULL_LOGGING_STEPS
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = CLIPS_PER_BATCH if self.seconds_per_batch is None else 1
+        elif self.seconds_per_batch is not None and self.per_device_train_batch_size != 1:
+            refuse(
+                "per_device_train_batch_size",
+                self.per_device_train_batch_size,
+                "`seconds_per_batch` is set, too; choose one",
+            )
         check_arguments(self)
         try:
             super().__post_init__()
         except Exception as error:  # of any type: what it converts and imports is of many libraries
             raise ValueError(f"The training arguments cannot be used: {one_line(error)}.") from error
+        if self.seconds_per_step is not None:
+            number = self._batches_per_step()
+            if self.gradient_accumulation_steps not in (1, number):
+                refuse(
+                    "gradient_accumulation_steps",
+                    self.gradient_accumulation_steps,
+                    f"`seconds_per_step` makes it {number}; leave it out",
+                )
+            self.gradient_accumulation_steps = number
+
+    def _batches_per_step(self) -> int:
+        """Batches of each device in an optimizer step of `seconds_per_step`."""
+        on_all = self.seconds_per_batch * self.world_size
+        number = round(self.seconds_per_step / on_all)
+        if number < 1 or not math.isclose(number * on_all, self.seconds_per_step, rel_tol=1e-6):
+            refuse(
+                "seconds_per_step",
+                self.seconds_per_step,
+                f"it must be a multiple of {on_all:g}: `seconds_per_batch` ({self.seconds_per_batch:g}) times"
+                f" {self.world_size} devices",
+            )
+        return number
