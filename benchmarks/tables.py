@@ -21,14 +21,14 @@ def _machine(machine: dict, settings: dict, peaks: dict) -> str:
     )
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
     lines = [f"### {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def _models(rows: list[dict]) -> str:
     seconds = rows[0]["macs_seconds"]
-    return _table(
+    return table(
         "Models",
         ["model", "parameters", "MACs for 1 s", f"MACs for {seconds:g} s", "what it is"],
         [
@@ -45,7 +45,7 @@ def _models(rows: list[dict]) -> str:
 
 
 def _inference(rows: list[dict]) -> str:
-    return _table(
+    return table(
         "Inference",
         [
             "clips x seconds",
@@ -76,7 +76,7 @@ def _inference(rows: list[dict]) -> str:
 
 
 def _training(rows: list[dict]) -> str:
-    return _table(
+    return table(
         "Training step of stage 1",
         [
             "clips x seconds",
@@ -109,7 +109,7 @@ def _training(rows: list[dict]) -> str:
 
 
 def _stages(rows: list[dict]) -> str:
-    return _table(
+    return table(
         "A whole stage 1 that shrinks, by the given schedule",
         ["precision", "average step", "of the peer's time"],
         [[row["precision"], _time(row["average"]), f"{row['ratio']:.2f}"] for row in rows],
@@ -117,7 +117,7 @@ def _stages(rows: list[dict]) -> str:
 
 
 def _clustering(rows: list[dict]) -> str:
-    return _table(
+    return table(
         "Clustering",
         ["clips x seconds", "measure", "median", "of the bare forward"],
         [[row["case"], row["measure"], _time(row["median"]), f"{row['ratio']:.2f}"] for row in rows],
@@ -133,8 +133,8 @@ def _profiles(rows: list[dict]) -> str:
         operators = [
             [f"`{one['name']}`", one["group"], str(one["calls"]), _time(one["seconds"])] for one in row["operators"]
         ]
-        tables.append(_table(title, ["group", "time", "share"], groups))
-        tables.append(_table("Its operators", ["operator", "group", "calls", "time"], operators))
+        tables.append(table(title, ["group", "time", "share"], groups))
+        tables.append(table("Its operators", ["operator", "group", "calls", "time"], operators))
     return "\n\n".join(tables)
 
 

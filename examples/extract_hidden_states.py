@@ -21,8 +21,10 @@ order of `--layers`; 0 is the input of the first layer. In safetensors files its
 lists the clips, their files, and their numbers of samples and frames. The same command resumes an interrupted run.
 
 Memory grows with the square of a clip's length. Clips longer than `--longest_seconds`, and clips for which memory is
-not sufficient, are therefore skipped with a warning that names each. `--max_seconds` crops clips instead. Values too
-large for `--save_dtype float16` are an error that names the clip.
+not sufficient, are therefore skipped with a warning that names each. `--max_seconds` crops clips instead.
+`--window_seconds 30` reads longer clips, up to many hours, in windows that overlap by twice `--context_seconds`;
+memory then does not depend on their length. Values too large for `--save_dtype float16` are an error that names the
+clip.
 
 The hidden states of a clip do not depend on the rest of its batch (to 1e-4 in float32). Students and models with layer
 norms ignore padding. Other models with a group norm, such as WavLM Base, can't; for these, a batch contains only clips
@@ -35,7 +37,7 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated
@@ -49,11 +51,13 @@ from tqdm.auto import tqdm
 
 from skill_hf.cli.settings import Count, Range, Seconds, checked_device, parse, run_script
 from skill_hf.data import AudioError, load_audio_dir, load_speech_dataset, read_audio
+from skill_hf.data.audio import open_clip
 from skill_hf.data.batches import make_batches
 from skill_hf.encoders import PretrainedEncoder, feature_extractor_for, is_out_of_memory
 from skill_hf.files import read_json, try_directory, write_json
 from skill_hf.models.loading import load_model
 from skill_hf.superb.features import cast_states
+from skill_hf.windows import WindowedEncoder
 
 
 logger = logging.getLogger("extract_hidden_states")
@@ -104,6 +108,13 @@ class ExtractArguments:
     longest_seconds: Seconds = field(
         default=120.0, metadata={"help": "Clips longer than this, in seconds, are left out unless they are cropped."}
     )
+    window_seconds: Count | None = field(
+        default=None,
+        metadata={"help": "Read clips longer than this, in whole seconds, in windows; not done by default."},
+    )
+    context_seconds: Count = field(
+        default=5, metadata={"help": "Seconds that each window has in addition at its inner borders, not kept."}
+    )
     batch_seconds: Seconds = field(
         default=60.0, metadata={"help": "Maximum audio per batch in seconds, including padding."}
     )
@@ -119,6 +130,13 @@ class ExtractArguments:
             self.audio_dir = str(DEMO_DATA / "audio" / "heldout")
         if self.id_column is not None and self.dataset_name is None:
             raise ValueError("`id_column` needs `dataset_name`; files of `audio_dir` already have names.")
+        if self.window_seconds is not None:
+            if self.max_seconds is not None:
+                raise ValueError("`max_seconds` crops clips that `window_seconds` would read to their end; set one.")
+            if self.file_format != "npy" and not self.mean_over_time:
+                raise ValueError(
+                    "`window_seconds` writes a file in parts, which safetensors cannot; set `file_format` to npy."
+                )
 
 
 def load_clips(args: ExtractArguments) -> tuple[datasets.Dataset, list[str]]:
@@ -261,15 +279,40 @@ class Folder:
         return [row for row in rows if len(row) == len(COLUMNS) and row[-1].isdigit()]
 
     def save(self, name: str, states: np.ndarray, num_samples: int, num_frames: int) -> None:
+        def write(part: Path) -> None:
+            if self.file_format == "npy":
+                with open(part, "wb") as file:
+                    np.save(file, states)
+            else:
+                # `save_file` raises errors of its own where the disk is full.
+                part.write_bytes(serialize({"hidden_states": states}, metadata={"clip": name}))
+
+        self._save(name, write, num_samples, num_frames)
+
+    def save_parts(self, name: str, parts: Iterator[np.ndarray], num_samples: int, num_frames: int) -> None:
+        """As `save` in npy, from consecutive parts, `(layers, frames, hidden size)`, with one in memory at a time."""
+
+        def write(path: Path) -> None:
+            start = 0
+            for part in parts:
+                layers, frames, size = part.shape
+                if not start:
+                    shape = (layers, num_frames, size)
+                    offset = np.lib.format.open_memmap(path, "w+", dtype=part.dtype, shape=shape).offset
+                # Not into the map, whose pages would count as memory of this process.
+                with open(path, "r+b") as file:
+                    for layer, of_layer in enumerate(part):
+                        file.seek(offset + (layer * num_frames + start) * size * part.itemsize)
+                        file.write(of_layer.tobytes())
+                start += frames
+
+        self._save(name, write, num_samples, num_frames)
+
+    def _save(self, name: str, write: Callable[[Path], None], num_samples: int, num_frames: int) -> None:
         path = self.directory / self.files[name]
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        if self.file_format == "npy":
-            with open(part, "wb") as file:
-                np.save(file, states)
-        else:
-            # `save_file` raises errors of its own where the disk is full.
-            part.write_bytes(serialize({"hidden_states": states}, metadata={"clip": name}))
+        write(part)
         os.replace(part, path)
         with open(self.index, "a", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow((name, self.files[name], num_samples, num_frames))
@@ -295,11 +338,14 @@ def load_encoder(args: ExtractArguments) -> PretrainedEncoder:
     return PretrainedEncoder(model, feature_extractor, [layer % number for layer in layers])
 
 
-def read_clips(args, dataset, names, done, encoder) -> Iterator[tuple[str, np.ndarray]]:
+def read_clips(args, dataset, names, done, encoder, long_clips: list[int]) -> Iterator[tuple[str, np.ndarray]]:
     """
     Names and normalised waveforms of the clips that are not done; one that cannot be read or is too long is left out.
+    Rows of clips that are read in windows are added to `long_clips` instead.
     """
     longest = args.longest_seconds if args.max_seconds is None else args.max_seconds
+    if args.window_seconds is not None:
+        longest = args.window_seconds
     for row, name in enumerate(names):
         if name in done:
             continue
@@ -311,9 +357,12 @@ def read_clips(args, dataset, names, done, encoder) -> Iterator[tuple[str, np.nd
                 min_samples=encoder.min_samples,
             )
             if len(samples) > round(longest * encoder.sampling_rate):
+                if args.window_seconds is not None:
+                    long_clips.append(row)
+                    continue
                 raise AudioError(
-                    f"{name} is longer than {longest:g} s; raise `longest_seconds` if there is enough memory, or crop"
-                    " clips with `max_seconds`."
+                    f"{name} is longer than {longest:g} s; raise `longest_seconds` if there is enough memory, crop"
+                    " clips with `max_seconds`, or read them in windows with `window_seconds`."
                 )
         except AudioError as error:
             logger.warning("Left out: %s", error)
@@ -344,11 +393,36 @@ def encode(encoder: PretrainedEncoder, batch: list[tuple[str, np.ndarray]]) -> I
         yield name, len(waveform), clip_states
 
 
+def save_long_clip(args: ExtractArguments, audio, name: str, windows: WindowedEncoder, folder: Folder) -> None:
+    """
+    Saves what one pass would, window by window.
+
+    Raises:
+        [`AudioError`]: if the clip cannot be read to its end.
+    """
+    with open_clip(audio, windows.encoder.sampling_rate) as clip:
+        num_samples = round(clip.seconds() * windows.encoder.sampling_rate)
+    num_frames, parts = windows.num_frames(audio), windows(audio)
+
+    def cast(states: torch.Tensor) -> np.ndarray:
+        return cast_states(states, args.save_dtype, f"the clip {name}", "save_dtype")
+
+    if args.mean_over_time:
+        total = sum(part.double().sum(0) for part in parts)
+        folder.save(name, cast((total / num_frames).float()), num_samples, num_frames)
+    else:
+        folder.save_parts(name, (cast(part.transpose(0, 1)) for part in parts), num_samples, num_frames)
+
+
 def extract(args: ExtractArguments) -> None:
     try_directory(args.output_dir)
     dataset, names = load_clips(args)
     file_names(names, f".{args.file_format}")
     encoder = load_encoder(args)
+    windows = None
+    if args.window_seconds is not None:
+        batch_size = max(int(args.batch_seconds / args.window_seconds), 1)
+        windows = WindowedEncoder(encoder, args.window_seconds, args.context_seconds, batch_size)
     settings = {
         "speech": [os.path.abspath(args.audio_dir)]
         if args.audio_dir is not None
@@ -360,10 +434,12 @@ def extract(args: ExtractArguments) -> None:
         "dtype": args.dtype,
         "save_dtype": args.save_dtype,
         "max_seconds": args.max_seconds,
+        "windows": None if args.window_seconds is None else [args.window_seconds, args.context_seconds],
     }
     folder = Folder(Path(args.output_dir), names, args.file_format, settings)
     already = len(folder.done)
-    clips = read_clips(args, dataset, names, frozenset(folder.done), encoder)
+    long_clips: list[int] = []
+    clips = read_clips(args, dataset, names, frozenset(folder.done), encoder, long_clips)
     most_samples = int(args.batch_seconds * encoder.sampling_rate)
     with tqdm(total=len(names), initial=already, desc="Hidden states", unit="clip") as bar:
         for batch in make_batches(clips, most_samples, args.buffer_clips, encoder.equal_lengths):
@@ -372,6 +448,12 @@ def extract(args: ExtractArguments) -> None:
                 array = cast_states(kept, args.save_dtype, f"the clip {name}", "save_dtype")
                 folder.save(name, array, num_samples, len(states))
             bar.update(len(batch))
+        for row in long_clips:
+            try:
+                save_long_clip(args, dataset[row]["audio"], names[row], windows, folder)
+            except AudioError as error:
+                logger.warning("Left out: %s", error)
+            bar.update()
     if not folder.done:
         raise AudioError(f"None of the {len(names)} clips can be used; the warnings above say why.")
     logger.info(

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import compared_models  # noqa: E402
 import operators  # noqa: E402
+import predict_cost  # noqa: E402
 import run_benchmarks  # noqa: E402
 import shrinking  # noqa: E402
 import tables  # noqa: E402
@@ -300,6 +301,30 @@ def test_the_page_says_what_the_results_say(name):
         title, _, table = tables.DRAWN[part](results[part]).partition("\n\n")
         assert table in page, title
     assert tables.render(results).splitlines()[0] in page  # the machine, versions and seed
+
+
+def test_the_page_has_the_predicted_cost(capsys):
+    assert predict_cost.main(["--measured", str(RESULTS / "step_h200.json")]) == 0
+    _, _, printed = capsys.readouterr().out.strip().partition("\n\n")
+    assert printed in (RESULTS.parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_prediction_of_the_measured_batch_is_what_was_measured(precision):
+    results = json.loads((RESULTS / "step_h200.json").read_text(encoding="utf-8"))
+    base = predict_cost.build("WavLM Base+")
+    measured = predict_cost.Measured.read(results, precision, base)
+    (row,) = (row for row in results["training"] if row["rival"] == "skill" and row["precision"] == precision)
+    least, most = measured.step(base, 160.0)
+    assert 0.97 * least <= row["median"] <= 1.03 * most
+    assert least == pytest.approx(most, rel=0.03)
+    assert measured.memory(base, 160.0) == pytest.approx(row["peak_bytes"], rel=0.01)
+
+
+def test_results_without_steps_are_named(tmp_path, capsys):
+    (tmp_path / "forward.json").write_text((RESULTS / "forward_h200.json").read_text(encoding="utf-8"))
+    assert predict_cost.main(["--measured", str(tmp_path / "forward.json")]) == 2
+    assert "forward.json has no measured training steps" in capsys.readouterr().err
 
 
 def test_the_page_says_where_a_step_goes():

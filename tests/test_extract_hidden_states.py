@@ -406,3 +406,36 @@ def test_unreadable_clips_are_left_out_and_named(shared, tmp_path, caplog):
     soundfile.write(tmp_path / "audio" / "short.wav", np.zeros(300), 16_000)
     assert len(extract(shared, tmp_path / "out", audio_dir=tmp_path / "audio")) == 7
     assert "short.wav` has 300 samples" in caplog.text and "7 of them new, 1 left out" in caplog.text
+
+
+def test_long_clips_are_read_in_windows(shared, tmp_path):
+    speech = read_audio(HELDOUT / read_metadata(HELDOUT)[0]["file_name"])
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    soundfile.write(audio / "long.wav", np.resize(speech, 16_000 * 7 + 123), 16_000)
+    soundfile.write(audio / "short.wav", speech[:16_000], 16_000)
+    settings = {"audio_dir": audio, "model": shared / "student_large", "file_format": "npy"}
+    whole = extract(shared, tmp_path / "whole", **settings)
+    windows = {"window_seconds": 3, "context_seconds": 1}
+    in_windows = extract(shared, tmp_path / "windows", **settings, **windows)
+    assert {row["clip"]: row["samples"] for row in index_of(tmp_path / "windows")} == {
+        row["clip"]: row["samples"] for row in index_of(tmp_path / "whole")
+    }
+    np.testing.assert_allclose(in_windows["short.wav"], whole["short.wav"], atol=1e-5)
+    assert in_windows["long.wav"].shape == whole["long.wav"].shape
+    np.testing.assert_allclose(in_windows["long.wav"][0], whole["long.wav"][0], atol=2e-4)
+    means = extract(shared, tmp_path / "means", **settings, **windows, mean_over_time=True)
+    np.testing.assert_allclose(means["long.wav"], in_windows["long.wav"].mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window_seconds": 30}, "set `file_format` to npy"),
+        ({"window_seconds": 30, "max_seconds": 5, "file_format": "npy"}, "`max_seconds` crops"),
+        ({"window_seconds": 10, "file_format": "npy"}, "`window_seconds` (10) must be more than twice"),
+    ],
+)
+def test_windows_that_do_not_fit_are_one_line(shared, tmp_path, settings, message):
+    status, _, (error,) = run_main(extract_hidden_states, settings_of(shared, tmp_path / "out", **settings))
+    assert status == 2 and message in error

@@ -45,8 +45,10 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     "half root": lambda joint: {"root_weight": 0.5},
     "rising root": lambda joint: {"root_weight": 1.0, "root_schedule": "sparsity"},
     "mixture": lambda joint: {"student_layers": "mixture"},
-    "slow ramp": lambda joint: {"sparsity_warmup_steps": joint // 2},
-    "slow cubic ramp": lambda joint: {"sparsity_warmup_steps": joint // 2, "sparsity_schedule": "cubic"},
+    # DPHuBERT's, in proportion to its 50 000 steps, and its multipliers.
+    "short ramp": lambda joint: {"sparsity_warmup_steps": joint // 10},
+    "learned multipliers": lambda joint: {"lagrange_multiplier": "learned"},
+    "cubic ramp": lambda joint: {"sparsity_schedule": "cubic"},
     "value dimensions": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_value_dims"]},
     "blocks": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_blocks", "ffn_blocks"]},
     "layers": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "layers"]},
@@ -135,9 +137,10 @@ OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
 FEW = SEEDS[:3]
 # What matters most comes first.
 BLOCKS = (
-    Block(("SKILL", *(group + way for group in UNEQUAL for way in WEIGHTED)), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL", *OF_SKILL, "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), FEW),
-    Block(("DPHuBERT", "one group", "DistilHuBERT", SHAPE), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("SKILL", SHAPE), at(0.75, teachers=("wavlm",)), FEW),
+    Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("DPHuBERT", "one group", "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
     Block(("early cut", "late cut", "every layer"), at(0.9, teachers=("wavlm",)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),

@@ -174,6 +174,7 @@ def edit_weights(change):
 
 
 NAME = "student.encoder.layers.1.feed_forward.output_dense.weight"
+GATE = "student.encoder.layers.1.feed_forward.dim_gate.log_alpha"
 STATE, PROGRESS = "skill_state.json", "trainer_state.json"
 IMPOSSIBLE = {
     "stage 7": (edit(STATE, "stage", value=7), "`stage` in skill_state.json must be from 1 to 2, but is 7"),
@@ -231,7 +232,7 @@ IMPOSSIBLE = {
     "a weight more": (edit_weights(lambda weights: weights.update(x=torch.ones(1))), "model.safetensors contains x"),
     "a weight of another shape": (edit_weights(lambda weights: weights.update({NAME: torch.ones(1)})), "shape [1]"),
     "NaN": (edit_weights(lambda weights: weights[NAME].fill_(math.nan)), f"{NAME} in model.safetensors contains NaN"),
-    "an infinite multiplier": (edit_weights(lambda weights: weights["lambda_1"].fill_(math.inf)), "lambda_1"),
+    "an infinite gate": (edit_weights(lambda weights: weights[GATE].fill_(math.inf)), GATE),
 }
 
 

@@ -391,6 +391,25 @@ def test_checkpoints_know_their_head(run, ctc_directory, task, recipe, named):
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_long_recordings_are_recognised_in_chunks_as_by_a_stock_model(run):
+    directory = run.args.output_dir + "/saved"
+    student, processor = AutoModelForCTC.from_pretrained(directory).eval(), AutoProcessor.from_pretrained(directory)
+    encoder = student.base_model.to_stock()
+    encoder.config.update({"vocab_size": student.config.vocab_size, "pad_token_id": student.config.pad_token_id})
+    stock = AutoModelForCTC.from_config(encoder.config).eval()
+    setattr(stock, stock.base_model_prefix, encoder)
+    stock.lm_head = student.lm_head
+    audio = np.random.default_rng(5).standard_normal(16_000 * 6).astype(np.float32)
+
+    def text(model, **kwargs) -> str:
+        parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor, "device": "cpu"}
+        return pipeline("automatic-speech-recognition", model, **parts)(audio, **kwargs)["text"]
+
+    chunks = {"chunk_length_s": 2, "stride_length_s": 0.5}
+    assert text(student, **chunks) == text(stock, **chunks) != ""
+    assert len(text(student, **chunks)) == pytest.approx(len(text(student)), rel=0.3)
+
+
 def test_what_is_saved_loads_and_writes_text(run):
     directory = run.args.output_dir + "/saved"
     student = AutoModelForCTC.from_pretrained(directory).eval()

@@ -20,6 +20,7 @@ PRUNING = {
     "sparsity_schedule": "linear",
     "pruning_units": ["conv_channels", "attention_heads", "ffn_dims"],
     "width_multiple": 1,
+    "lagrange_multiplier": "learned",
     "gate_learning_rate": 0.02,
     "shared_gate_noise": False,
     "shrink_steps": 0,
@@ -74,7 +75,7 @@ def test_with_the_training_arguments_they_are_the_published_run(name, tmp_path):
     assert (args.learning_rate, args.get_warmup_steps(steps.joint), args.max_grad_norm) == (2e-4, 15_000, 10.0)
     scaled = dict.fromkeys(["final_steps", "sparsity_warmup_steps", "final_warmup_steps", "gate_learning_rate"])
     short = getattr(SkillConfig, name)(**scaled)
-    assert short.resolve_steps(7_500) == StageSteps(joint=5_000, final=2_500, sparsity_warmup=500, final_warmup=500)
+    assert short.resolve_steps(7_500) == StageSteps(joint=5_000, final=2_500, sparsity_warmup=2_500, final_warmup=500)
 
 
 @pytest.mark.parametrize("name", STATED)

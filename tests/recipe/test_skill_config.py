@@ -50,14 +50,14 @@ def test_impossible_values_are_named(fields, names):
 
 OPTIONAL = {field.name for field in dataclasses.fields(SkillConfig) if field.default is None}
 TEXTS = ("similarity", "linkage", "student_layers", "teacher_targets", "budget", "latency_costs", "group_weights")
-TEXTS += ("root_schedule", "sparsity_schedule")
+TEXTS += ("root_schedule", "sparsity_schedule", "lagrange_multiplier")
 WHOLE = ("num_clusters", "calibration_samples", "width_multiple", "shrink_steps")
 WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
 FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise", "normalize_states")
 NUMBERS = ("distance_threshold", "calibration_seconds", "l1_weight", "l2_weight", "cosine_weight", "target_sparsity")
 NUMBERS += ("budget_seconds", "gate_learning_rate", "final_learning_rate")
-NUMBERS += ("logits_weight", "logits_temperature", "task_weight", "root_weight")
-SHARES = ("target_sparsity", "root_weight")
+NUMBERS += ("student_mask_prob", "logits_weight", "logits_temperature", "task_weight", "root_weight")
+SHARES = ("target_sparsity", "root_weight", "student_mask_prob")
 LISTS = ("layer_groups", "projection_groups", "pruning_units")
 
 
@@ -167,7 +167,8 @@ def test_a_warmup_of_the_full_recipe_set_by_hand_is_kept():
     with pytest.raises(ValueError, match="sparsity_warmup_steps.*5000.*500"):
         SkillConfig(sparsity_warmup_steps=5_000).resolve_steps(750)
     assert SkillConfig(sparsity_warmup_steps=5_000).resolve_steps(30_000).sparsity_warmup == 5_000
-    assert SkillConfig().resolve_steps(30_000).sparsity_warmup == 2_000
+    assert SkillConfig().resolve_steps(3_000).sparsity_warmup == 1_000
+    assert SkillConfig().resolve_steps(30_000).sparsity_warmup == 5_000
     assert SkillConfig(final_warmup_steps=5_000).resolve_steps(30_000).final_warmup == 5_000
 
 
@@ -182,7 +183,7 @@ def test_steps_shrink_in_proportion_unless_set_by_hand():
     steps = SkillConfig().resolve_steps(75_000)
     assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (50_000, 25_000, 5_000, 5_000)
     steps = SkillConfig().resolve_steps(750)
-    assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (500, 250, 50, 50)
+    assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (500, 250, 250, 50)
     steps = SkillConfig(final_steps=100, sparsity_warmup_steps=40, final_warmup_steps=7).resolve_steps(150)
     assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (50, 100, 40, 7)
     assert SkillConfig(final_steps=0).resolve_steps(10).final == 0

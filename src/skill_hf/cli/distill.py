@@ -26,6 +26,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback, set_seed
 
 from ..data.audio import AudioError
+from ..data.distortion import Distortion
 from ..data.speech_datasets import load_audio_dir, load_speech_dataset
 from ..distillation.checkpointing import has_begun, is_finished, mark_finished
 from ..distillation.divergence import NonFiniteError
@@ -36,7 +37,7 @@ from ..models.families import auto_class_of, head_of
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from .recipes import load_recipe
-from .settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, require, run_script
+from .settings import MAX_COUNT, ArgumentParser, Count, Range, Seconds, Share, require, run_script
 from .sparsity_chain import chain, check_later, resume_setting
 
 
@@ -105,6 +106,24 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "URL protocols to allow in rows in addition to http, https and hf, such as s3 or zip."},
     )
+    noise_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory of noise to add to the student's clips in training; the teacher hears the clean audio."
+        },
+    )
+    noise_prob: Share = field(default=0.5, metadata={"help": "Share of clips that get noise."})
+    noise_snr: list[float] = field(
+        default_factory=lambda: [0.0, 20.0], metadata={"help": "Lowest and highest signal-to-noise ratio in dB."}
+    )
+    reverb_dir: str | None = field(
+        default=None, metadata={"help": "Directory of room impulse responses to convolve the student's clips with."}
+    )
+    reverb_prob: Share = field(default=0.5, metadata={"help": "Share of clips that get reverberation."})
+    mixing_prob: Share = field(
+        default=0.0,
+        metadata={"help": "Share of clips in which the student hears a second speaker, of the same batch."},
+    )
     num_heldout: Annotated[int, Range(least=0, most=MAX_COUNT)] = field(
         default=32,
         metadata={
@@ -121,6 +140,17 @@ class DataArguments:
                 "`eval_split` is a split of `dataset_name` and cannot be combined with `eval_audio_dir`; remove one"
                 " of them."
             )
+
+    def distortion(self) -> Distortion | None:
+        distortion = Distortion(
+            noise_dir=self.noise_dir,
+            noise_prob=self.noise_prob,
+            noise_snr=self.noise_snr,
+            reverb_dir=self.reverb_dir,
+            reverb_prob=self.reverb_prob,
+            mixing_prob=self.mixing_prob,
+        )
+        return None if distortion.does_nothing else distortion
 
 
 # The classes that hold all options, and an object of each.
@@ -251,6 +281,7 @@ def make_trainer(
 ) -> SkillDistillationTrainer:
     with training_args.main_process_first(desc="loading the data"):
         train, heldout = load_data(data_args)
+        distortion = data_args.distortion()
     student = None
     if model_args.student_name_or_path is not None:
         student = load_initial_student(model_args.student_name_or_path, model_args.task)
@@ -266,7 +297,9 @@ def make_trainer(
     )
     lengths = {"max_seconds": data_args.max_seconds, "min_seconds": data_args.min_seconds}
     lengths["protocols"] = data_args.audio_protocols
-    trainer.data_collator = dataclasses.replace(trainer.data_collator, seed=training_args.seed, **lengths)
+    trainer.data_collator = dataclasses.replace(
+        trainer.data_collator, seed=training_args.seed, distortion=distortion, **lengths
+    )
     trainer.eval_data_collator = dataclasses.replace(trainer.eval_data_collator, **lengths)
     return trainer
 

@@ -217,13 +217,19 @@ class Gating:
 
     Attributes:
         seed (`int`, *optional*): seed of the noise; `None` to use torch's global generator.
+        common_shift (`torch.Tensor`, *optional*): scalar that is added to every `log_alpha` in training.
         handle: the handle of the hook, once it is registered.
     """
 
     def __init__(self, gates: list[HardConcreteGate], kinds: Sequence[str], width_multiple: int):
         self.gates, self.kinds, self.width_multiple = gates, kinds, width_multiple
         self.seed: int | None = None
+        self.common_shift: torch.Tensor | None = None
         self.handle = None
+
+    def __getstate__(self):
+        # As for the value of a gate.
+        return self.__dict__ | {"common_shift": None}
 
     def __call__(self, module, args):
         if not self.gates:
@@ -233,6 +239,9 @@ class Gating:
                 gate.value = gate.deterministic()
             return
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        values = sample(torch.cat([gate.log_alpha for gate in self.gates]), generator)
+        log_alpha = torch.cat([gate.log_alpha for gate in self.gates])
+        if self.common_shift is not None:
+            log_alpha = log_alpha + self.common_shift
+        values = sample(log_alpha, generator)
         for gate, value in zip(self.gates, values.split([gate.size for gate in self.gates]), strict=True):
             gate.value = value

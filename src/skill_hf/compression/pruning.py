@@ -247,10 +247,20 @@ def prune(student) -> None:
     """
     if not has_gates(student):
         raise ValueError("The student has no gates to prune with; call `add_gates()` first.")
-    cut = Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
+    cut = _cut_of_closed(student)
     _rebuild(student, cut.config, cut(_folded(student)))
     student.gating.handle.remove()
     student.gating = None
+
+
+@torch.no_grad()
+def config_after_pruning(student):
+    """Config of the model that `prune` would leave now; `student` has gates and is not changed."""
+    return _cut_of_closed(student).config
+
+
+def _cut_of_closed(student) -> "Cut":
+    return Cut(student, {name: gate.deterministic().nonzero().flatten() for name, gate in named_gates(student)})
 
 
 @torch.no_grad()

@@ -101,6 +101,15 @@ class Clip:
         silent = peak < SILENT_PEAK
         return ClipLevels(silent, cancelled=not silent and mono_energy < CANCELLED_ENERGY * energy)
 
+    def moments(self) -> tuple[float, float]:
+        """Mean and variance of all samples of the mono waveform at its own rate, read in blocks."""
+        number, total, squares = 0, 0.0, 0.0
+        for block in self._stream.blocks():
+            mono = self._mono(block).astype(np.float64)
+            number, total, squares = number + len(mono), total + mono.sum(), squares + np.vdot(mono, mono)
+        mean = total / max(number, 1)
+        return mean, max(squares / max(number, 1) - mean**2, 0.0)
+
     def _mono(self, block: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
             mono = block[:, 0].copy()

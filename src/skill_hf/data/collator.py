@@ -16,6 +16,7 @@ import torch
 from transformers import Wav2Vec2FeatureExtractor
 
 from .audio import AudioError, Clip, check_seconds, crop_samples, open_clip, samples_in
+from .distortion import Distortion
 from .labels import LabelEncoder, pad_labels
 from .speech_datasets import (
     MAX_BAD_SHARE,
@@ -73,6 +74,8 @@ class SpeechCollator:
             Converts the `labels` of rows to ids. Labels describe whole clips, so clips are then read from their
             beginning and padded in training, too. A clip longer than `max_seconds` keeps its class, but loses a
             sequence of labels.
+        distortion ([`~skill_hf.data.distortion.Distortion`], *optional*):
+            Distorts what the student hears in training; the teacher hears the clean clips.
     """
 
     feature_extractor: Wav2Vec2FeatureExtractor
@@ -84,6 +87,7 @@ class SpeechCollator:
     epoch: int | torch.Tensor = 0
     protocols: Sequence[str] = ()
     label_encoder: LabelEncoder | None = None
+    distortion: Distortion | None = None
     _named: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     _skipped: torch.Tensor = field(init=False, repr=False, compare=False)
 
@@ -111,15 +115,18 @@ class SpeechCollator:
         Returns:
             `input_values`, float32 of shape `(batch, samples)`, and, if a clip is padded, `attention_mask`, int64 of
             the same shape, 1 for samples and 0 for padding; with `label_encoder` also `labels`, as
-            [`~skill_hf.data.labels.pad_labels`] gives them.
+            [`~skill_hf.data.labels.pad_labels`] gives them; with `distortion` also `distorted_values`, of the shape
+            of `input_values`.
 
         Raises:
             `ValueError`: if labels of a row cannot be used.
         """
         choose_start, crop = None, self.crop == "random" and self.label_encoder is None
-        if crop:
+        if crop or self.distortion is not None:
             content = functools.reduce(lambda checksum, row: zlib.crc32(row_key(row), checksum), rows, 0)
-            choose_start = _random_start(self.seed, int(self.epoch), content)
+            seed = (self.seed, int(self.epoch), content)
+        if crop:
+            choose_start = _random_start(*seed)
         clips, labels, errors = [], [], []
         for row in rows:
             try:
@@ -131,7 +138,13 @@ class SpeechCollator:
             except AudioError as error:
                 errors.append(error)
         self._count(errors)
-        batch = self._batch(clips, crop, choose_start)
+        if crop and clips:
+            clips = self._cropped(clips, choose_start)
+        batch = self._batch(clips)
+        if self.distortion is not None and clips:
+            rate, raw = self.feature_extractor.sampling_rate, [raw for _, raw in clips]
+            distorted = self.distortion([samples for samples, _ in clips], rate, seed)
+            batch["distorted_values"] = self._batch(list(zip(distorted, raw, strict=True)))["input_values"]
         if self.label_encoder is not None:
             batch["labels"] = pad_labels(labels or [[]], self.label_encoder.one_per_clip)
         return batch
@@ -143,18 +156,19 @@ class SpeechCollator:
         is_whole = not ids or self.label_encoder.one_per_clip or clip.seconds() <= self.max_seconds
         return ids if is_whole else []
 
-    def _batch(
-        self, clips: list[tuple[np.ndarray, bool]], crop: bool, choose_start: Callable[[int], int] | None
-    ) -> dict[str, torch.Tensor]:
+    def _cropped(
+        self, clips: list[tuple[np.ndarray, bool]], choose_start: Callable[[int], int]
+    ) -> list[tuple[np.ndarray, bool]]:
+        shortest = min(len(samples) for samples, _ in clips)
+        length = max(shortest, samples_in(self.min_seconds, self.feature_extractor.sampling_rate))
+        return [(crop_samples(samples, length, choose_start), raw) for samples, raw in clips]
+
+    def _batch(self, clips: list[tuple[np.ndarray, bool]]) -> dict[str, torch.Tensor]:
         if not clips:
             # As long as a clip may be padded to: a single frame is more than some networks and settings can take.
             rate = self.feature_extractor.sampling_rate
             nothing = torch.zeros(1, max(self.min_samples, int(samples_in(self.min_seconds, rate))))
             return {"input_values": nothing, "attention_mask": nothing.long()}
-        if crop:
-            shortest = min(len(samples) for samples, _ in clips)
-            length = max(shortest, samples_in(self.min_seconds, self.feature_extractor.sampling_rate))
-            clips = [(crop_samples(samples, length, choose_start), raw) for samples, raw in clips]
         values = [_normalise(samples, self.feature_extractor) if raw else samples for samples, raw in clips]
         batch = self.feature_extractor.pad(
             {"input_values": values}, padding=True, return_attention_mask=True, return_tensors="pt"

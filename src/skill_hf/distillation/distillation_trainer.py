@@ -192,6 +192,7 @@ class DistillationTrainer(Trainer):
             "group_weights": config.group_weights,
             "root_weight": config.root_weight,
             "root_schedule": config.root_schedule,
+            "multiplier": config.lagrange_multiplier,
             "state_sizes": self._state_sizes,
             "head_loss": self.head_loss,
         }
@@ -368,6 +369,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.get("labels") if self.skill_config.task_weight else None
+        distorted = inputs.get("distorted_values") if model.training else None
         inputs = {name: inputs[name] for name in ("input_values", "attention_mask") if name in inputs}
         noise = (self.args.seed, self.state.global_step)
         if not self.skill_config.shared_gate_noise:
@@ -380,6 +382,8 @@ class DistillationTrainer(Trainer):
             counts = dict(zip(BATCH_COUNTS, items.unbind(), strict=True))
         penalty_scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         targets, target_logits = self.teacher_outputs(**inputs)
+        if distorted is not None:
+            inputs["input_values"] = distorted
         inputs["input_values"] = self.ensemble.prepare(0, **inputs)
         outputs = model(
             **inputs,
@@ -468,12 +472,12 @@ class DistillationTrainer(Trainer):
         return LossSums(self.args.device, self.training_losses)
 
     def _state_of_pruning(self) -> dict[str, float]:
-        gates = self.distiller.has_gates
+        lambda_1, lambda_2 = self.distiller.multipliers()
         return {
             "sparsity": self.distiller.sparsity().item(),
             "target_sparsity": self._target_sparsity(),
-            "lambda_1": self.distiller.lambda_1.item() if gates else 0.0,
-            "lambda_2": self.distiller.lambda_2.item() if gates else 0.0,
+            "lambda_1": lambda_1,
+            "lambda_2": lambda_2,
             "num_parameters": num_parameters(self.student),
             "stage": self.stage,
         }

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..compression.budgets import UnitCosts
+from ..compression.multiplier import MultiplierEstimate
 from ..compression.pruning import expected_cost, seed_gates
 from ..losses import attended, distillation_sums, group_means, lagrangian
 from ..models.properties import has_gates, student_states
@@ -20,7 +21,7 @@ MIXTURE_START = 0.95
 
 class SkillDistiller(nn.Module):
     """
-    Student, projections and Lagrange multipliers. All trained parameters are used in this one forward, as
+    Student, projections and learned Lagrange multipliers. All trained parameters are used in this one forward, as
     data-parallel wrappers require; the teacher is not part of it.
 
     Args:
@@ -39,6 +40,8 @@ class SkillDistiller(nn.Module):
             with the target sparsity.
         state_sizes (sequence of `tuple[int, int]`, *optional*): number and width of the hidden states of each teacher,
             if they are normalised.
+        multiplier (`str`, *optional*, defaults to `"estimated"`): `estimated` or `learned`, how the multiplier of the
+            constraint on the size is found.
         previous ([`SkillDistiller`], *optional*): the one of the first stage, whose projections, mixture and
             normalisation go on; by default new projections, identity maps where the widths are equal.
         head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
@@ -57,6 +60,7 @@ class SkillDistiller(nn.Module):
         root_weight: float = 0.0,
         root_schedule: str = "constant",
         state_sizes: Sequence[tuple[int, int]] = (),
+        multiplier: str = "estimated",
         previous: "SkillDistiller | None" = None,
         head_loss: HeadLoss | None = None,
     ):
@@ -87,7 +91,8 @@ class SkillDistiller(nn.Module):
             if student_layers == "mixture":
                 self.mixture_logits = previous.mixture_logits
         self.has_gates = has_gates(student)
-        if self.has_gates:
+        self.multiplier_estimate = MultiplierEstimate() if self.has_gates and multiplier == "estimated" else None
+        if self.has_gates and multiplier == "learned":
             self.lambda_1 = nn.Parameter(torch.zeros(()))
             self.lambda_2 = nn.Parameter(torch.zeros(()))
 
@@ -189,10 +194,11 @@ class SkillDistiller(nn.Module):
         num_labels: torch.Tensor | float | None = None,
     ) -> dict[str, torch.Tensor]:
         r"""
-        `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. One linear map for each
-        group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830). Terms are means
-        over the groups of all target sets, in which each group counts equally, whatever its width. With a head, the
-        weighted losses of its logits and of the labels are added.
+        `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. With an estimated
+        multiplier the Lagrangian is not part of the value of the loss, only of the gates' gradients. One linear map
+        for each group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830). Terms are
+        means over the groups of all target sets, in which each group counts equally, whatever its width. With a head,
+        the weighted losses of its logits and of the labels are added.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as prepared by the feature extractor.
@@ -213,7 +219,7 @@ class SkillDistiller(nn.Module):
             `num_clips`, `num_labels` and `sparsity`, scalars; all but `loss` are detached.
         """
         if self.has_gates:
-            seed_gates(self.student.base_model, gate_seed)
+            self._prepare_gates(gate_seed, target_sparsity, penalty_scale)
         outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
         means = self.group_features(outputs.hidden_states)
         predictions = [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
@@ -235,7 +241,7 @@ class SkillDistiller(nn.Module):
                 loss = loss + self.head_loss.weights[name] * head_terms[name]
         sparsity = self.sparsity()
         penalty = torch.zeros_like(loss)
-        if self.has_gates:
+        if self.has_gates and self.multiplier_estimate is None:
             penalty = penalty_scale * lagrangian(sparsity, target_sparsity, self.lambda_1, self.lambda_2)
             # In evaluation only the distillation loss counts: it must compare gated with pruned students.
             loss = loss + penalty if self.training else loss
@@ -244,6 +250,23 @@ class SkillDistiller(nn.Module):
         outputs = {name: value.detach() for name, value in outputs.items()}
         counts = {name: torch.as_tensor(count, device=loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
+
+    def _prepare_gates(self, seed: int | None, target_sparsity: float, loss_scale: float) -> None:
+        encoder = self.student.base_model
+        seed_gates(encoder, seed)
+        if self.multiplier_estimate is not None and torch.is_grad_enabled():
+            encoder.gating.common_shift = self.multiplier_estimate.common_shift(
+                encoder, self.costs, self.teacher_cost, target_sparsity, loss_scale
+            )
+
+    def multipliers(self) -> tuple[float, float]:
+        """`lambda_1` and `lambda_2` of the Lagrangian, 0 where there is none."""
+        if not self.has_gates:
+            return 0.0, 0.0
+        if self.multiplier_estimate is None:
+            return self.lambda_1.item(), self.lambda_2.item()
+        value = self.multiplier_estimate.value
+        return 0.0 if value is None else value.item(), 0.0
 
     def _distillation_sums(self, predictions, targets, frame_mask, weights) -> dict[str, torch.Tensor]:
         """Sums over valid frames and weighted groups; `predictions` and `weights` have an entry for each group."""

@@ -63,7 +63,8 @@ def validate_recipe(
             the student's width or number of classes differs from the teacher's, it has layers that the teacher does
             not have, the budget's clips are too
             short for one frame, latency was measured for a different architecture, or the gates cannot reach the
-            sparsity, or whole layers have gates under a head that weighs them.
+            sparsity, or whole layers have gates under a head that weighs them, or frames would be masked by an
+            embedding that is not there.
     """
     last = teacher.config.num_hidden_layers
     rows = last + int(config.include_embeddings)
@@ -95,6 +96,11 @@ def validate_recipe(
         raise ValueError(
             f"`model` has the teacher's layers {student.config.remaining_layers}, but the teacher has only {last}"
             " layers, numbered from 0."
+        )
+    if config.student_mask_prob and getattr(student.base_model, "masked_spec_embed", None) is None:
+        raise ValueError(
+            f"`student_mask_prob` is {config.student_mask_prob}, but this teacher has no embedding for masked frames"
+            " (`mask_time_prob` and `mask_feature_prob` of its config are 0): set it to 0."
         )
     samples, min_samples = round(config.budget_seconds * sampling_rate), receptive_field(teacher.config)
     if config.budget == "macs" and samples < min_samples:

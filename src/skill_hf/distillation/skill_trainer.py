@@ -20,7 +20,7 @@ from ..grouping.calibration import Calibration, check_eval_clips
 from ..grouping.clustering import layer_tree
 from ..models.families import build_student
 from ..models.loading import check_feature_extractor, plain_feature_extractor
-from ..models.model_modes import trace_hidden_states
+from ..models.model_modes import MASKING, trace_hidden_states
 from ..models.properties import has_gates
 from ..publishing.model_card import write_model_card
 from ..publishing.run_record import RunRecord
@@ -56,6 +56,7 @@ from .shrinking import ShrinkCallback
 from .state_norms import measure_states
 from .student_measurements import StudentMeasurements
 from .teacher import find_tokenizer
+from .watching import ArchitectureCallback
 
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         ensemble = TeacherEnsemble(teachers, skill_config, processing_class)
         # LayerDrop and SpecAugment would shorten and mask the student's hidden states. What the student is later
         # fine-tuned with is the teacher's setting again.
-        self._apply_spec_augment = student.config.apply_spec_augment
+        self._masking = {name: getattr(student.config, name) for name in MASKING}
         student.config.layerdrop = 0.0
         student.config.base_model = teachers[0].hub_id or student.config.base_model
         super().__init__(
@@ -191,6 +192,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         if skill_config.shrink_steps:
             self.add_callback(ShrinkCallback(self))
         self.add_callback(self.interruption)
+        self.add_callback(ArchitectureCallback(self))
 
     # ---- Calibration ----
 
@@ -261,7 +263,9 @@ class SkillDistillationTrainer(PublishingTrainer):
             self._begin()
         else:
             self._restore(checkpoint)
-        self.student.config.apply_spec_augment = False
+        mask_prob = self.skill_config.student_mask_prob
+        masking = (True, mask_prob, 0.0) if mask_prob else (False,)
+        self.student.config.update(dict(zip(MASKING, masking, strict=False)))
         if user_args.torch_compile:
             trace_hidden_states(self.student)
         try:
@@ -286,7 +290,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         finally:
             self.args = user_args
             self.is_in_train = False
-            self.student.config.apply_spec_augment = self._apply_spec_augment
+            self.student.config.update(self._masking)
             self.model = self.model_wrapped = self.callback_handler.model = self.student
         if boundary is not None and user_args.save_strategy == "no" and user_args.should_save:
             shutil.rmtree(boundary, ignore_errors=True)
@@ -314,7 +318,6 @@ class SkillDistillationTrainer(PublishingTrainer):
         args = copy.copy(self.args)
         self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
-        self.throughput.reset()
         if self.stage == 1:
             args.max_steps = self.steps.joint
             args.load_best_model_at_end = False  # the best of the first stage is the one that is pruned the least

@@ -10,6 +10,10 @@ from transformers import PreTrainedModel
 from .properties import receptive_field
 
 
+# Fields of a config: whether frames and features are masked in training, and their shares.
+MASKING = ("apply_spec_augment", "mask_time_prob", "mask_feature_prob")
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within this context, `model` is in eval mode; afterwards the mode of each of its modules is restored."""

@@ -279,7 +279,7 @@ def plot_training(
     head_losses: Sequence[str] = (),
 ):
     """
-    Loss terms, losses of a head, penalty of the size constraint, and sparsity with its target, over the optimizer
+    Loss terms, losses of a head, multiplier of the size constraint, and sparsity with its target, over the optimizer
     steps of both stages, with the cut between them marked.
 
     Args:
@@ -299,7 +299,7 @@ def plot_training(
         raise ValueError("`log_history` has no line with `distillation_loss`; train for `logging_steps` steps first.")
     heights = (3, *[1.6] * len(head_losses), 1.3, 2)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    terms, *of_head, penalty, sparsity = panels
+    terms, *of_head, multiplier, sparsity = panels
 
     # The stages are drawn separately: one line would turn the sudden change at the cut into a slope.
     first_stage = [line for line in log_history if line.get("stage") == 1]
@@ -323,14 +323,14 @@ def plot_training(
     for axes, name, colour in zip(of_head, head_losses, COLOURS, strict=False):
         draw(axes, name, "training", colour)
         draw(axes, f"eval_{name}", "held out", HELD_OUT, **diamonds)
-    draw(penalty, "lagrangian_loss", None, COLOURS[0])
+    draw(multiplier, "lambda_1", None, COLOURS[0])
     draw(sparsity, "target_sparsity", "target", DARK, 100, ls="--")
     draw(sparsity, "sparsity", "student", COLOURS[0], 100, lw=2)
-    labels = ("loss", *(HEAD_LABELS[name] for name in head_losses), "penalty", "sparsity (%)")
+    labels = ("loss", *(HEAD_LABELS[name] for name in head_losses), "multiplier", "sparsity (%)")
     for axes, label in zip(panels, labels, strict=True):
         label_axes(axes, ylabel=label, xlabel="optimizer step" if axes is sparsity else "")
         axes.grid(axis="y", color=LIGHT, lw=0.8)
-        if axes is not penalty:
+        if axes is not multiplier:
             axes.legend(frameon=False, fontsize=8)
 
     if first_stage and len(first_stage) < len(lines):

@@ -25,6 +25,7 @@ _PRUNING = {
     "sparsity_schedule": "linear",
     "pruning_units": ["conv_channels", "attention_heads", "ffn_dims"],
     "width_multiple": 1,
+    "lagrange_multiplier": "learned",
     "gate_learning_rate": 0.02,
     "shared_gate_noise": False,
     "shrink_steps": 0,

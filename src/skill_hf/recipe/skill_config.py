@@ -19,6 +19,7 @@ GROUP_WEIGHTS = ("equal", "size")
 ROOT_SCHEDULES = ("constant", "sparsity")
 TEACHER_TARGETS = ("average", "separate")
 BUDGETS = ("parameters", "macs", "latency")
+LAGRANGE_MULTIPLIERS = ("estimated", "learned")
 SKILL_CONFIG_NAME = "skill_config.json"
 
 # The published recipe trains for 50 000 + 25 000 steps (DPHuBERT, arXiv 2305.17651, section 3.1).
@@ -26,6 +27,8 @@ FULL_STEPS = 75_000
 FULL_FINAL_STEPS = 25_000
 FULL_WARMUP_STEPS = 5_000  # of the sparsity target, and of the learning rate in the final stage
 FULL_GATE_LEARNING_RATE = 0.02
+# Sparsity must rise over as large a share of the first stage, where that is too short for `FULL_WARMUP_STEPS`.
+SPARSITY_WARMUP_SHARE = 1 / 2
 # What `log_alpha` must be able to travel in the first stage, wherever that is set by default.
 GATE_TRAVEL = 12.0
 
@@ -101,6 +104,9 @@ class SkillConfig:
         task_weight (`float`, *optional*, defaults to 0.0):
             Weight of the loss of the labels, in rows with `labels`: connectionist temporal classification or cross
             entropy, by the head that the teacher keeps. Clips are then padded, not cropped to one length.
+        student_mask_prob (`float`, *optional*, defaults to 0.0):
+            Share of the student's frames that are masked in training, in spans as in transformers'
+            `mask_time_prob`; the student must predict what the teacher hears there (MaskHuBERT, arXiv 2305.11685).
 
     > Parameters of pruning and of the two stages
 
@@ -119,8 +125,8 @@ class SkillConfig:
             `examples/calibrate_latency.py` has written, whose content becomes part of the recipe. Required for
             `budget="latency"`, and only allowed with it.
         sparsity_warmup_steps (`int`, *optional*):
-            Steps over which the target rises from 0, or from the sparsity of the student to start from; a tenth of the
-            first stage by default, at most 5000.
+            Steps over which the target rises from 0, or from the sparsity of the student to start from; DPHuBERT's
+            5000 by default, but at most half of the first stage.
         sparsity_schedule (`str`, *optional*, defaults to `"linear"`):
             How it rises: `linear` or `cubic`, fast at first.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
@@ -131,8 +137,12 @@ class SkillConfig:
         width_multiple (`int`, *optional*, defaults to 1):
             The cut rounds the numbers of convolution channels and feed-forward units to multiples of this. With 8 or
             16, matrix products in half precision run on the tensor cores of GPUs.
+        lagrange_multiplier (`str`, *optional*, defaults to `"estimated"`):
+            How the pressure on the size is found: `estimated` at each step from the gradients (see
+            [`~skill_hf.compression.multiplier.MultiplierEstimate`]), or `learned` by gradient ascent, as in DPHuBERT.
+            In short runs learned multipliers miss the target by far.
         gate_learning_rate (`float`, *optional*):
-            Peak learning rate of the gates and of the Lagrange multipliers. By default DPHuBERT's 0.02, and more in
+            Peak learning rate of the gates and of learned multipliers. By default DPHuBERT's 0.02, and more in
             short runs, where it would be too small to close a gate (see [`gate_travel`]).
         shared_gate_noise (`bool`, *optional*, defaults to `False`):
             Whether all micro-batches and processes of a step use the same gate noise. An update then equals that of
@@ -156,7 +166,7 @@ class SkillConfig:
 
     >>> recipe = SkillConfig(target_sparsity=0.5, num_clusters=4)
     >>> recipe.resolve_steps(max_steps=7_500)
-    StageSteps(joint=5000, final=2500, sparsity_warmup=500, final_warmup=500)
+    StageSteps(joint=5000, final=2500, sparsity_warmup=2500, final_warmup=500)
     ```
     """
 
@@ -182,6 +192,7 @@ class SkillConfig:
     logits_weight: float = 1.0
     logits_temperature: float = 1.0
     task_weight: float = 0.0
+    student_mask_prob: float = 0.0
     target_sparsity: float = 0.75
     budget: str = "parameters"
     budget_seconds: float = 10.0
@@ -190,6 +201,7 @@ class SkillConfig:
     sparsity_schedule: str = "linear"
     pruning_units: list[str] = field(default_factory=lambda: list(DEFAULT_KINDS))
     width_multiple: int = 1
+    lagrange_multiplier: str = "estimated"
     gate_learning_rate: float | None = None
     shared_gate_noise: bool = False
     shrink_steps: int = 0
@@ -294,8 +306,8 @@ class SkillConfig:
 
     def resolve_steps(self, max_steps: int) -> "StageSteps":
         """
-        The steps of both stages for a run of `max_steps` optimizer steps in total. Defaults are scaled in proportion
-        to the full recipe; values set by hand are kept.
+        The steps of both stages for a run of `max_steps` optimizer steps in total. Defaults are scaled to it; values
+        set by hand are kept.
 
         Raises:
             `ValueError`: if a stage or its warm-up does not fit.
@@ -309,12 +321,15 @@ class SkillConfig:
                 f"`final_steps` ({final}) must not exceed the steps of the run, `max_steps` ({max_steps})."
             )
         joint = max_steps - final
-        full_joint = FULL_STEPS - FULL_FINAL_STEPS
         return StageSteps(
             joint=joint,
             final=final,
-            sparsity_warmup=_fit_warmup("sparsity_warmup_steps", self.sparsity_warmup_steps, joint, full_joint),
-            final_warmup=_fit_warmup("final_warmup_steps", self.final_warmup_steps, final, FULL_FINAL_STEPS),
+            sparsity_warmup=_fit_warmup(
+                "sparsity_warmup_steps", self.sparsity_warmup_steps, joint, SPARSITY_WARMUP_SHARE
+            ),
+            final_warmup=_fit_warmup(
+                "final_warmup_steps", self.final_warmup_steps, final, FULL_WARMUP_STEPS / FULL_FINAL_STEPS
+            ),
         )
 
     def resolve_gate_learning_rate(self, joint_steps: int) -> float:
@@ -382,10 +397,10 @@ def gate_travel(learning_rate: float, joint_steps: int) -> float:
     return learning_rate * joint_steps / 2
 
 
-def _fit_warmup(name: str, steps: int | None, stage: int, full_stage: int) -> int:
-    """The default is scaled in proportion to the full recipe; a number set by hand must fit unchanged."""
+def _fit_warmup(name: str, steps: int | None, stage: int, share: float) -> int:
+    """By default that of the full recipe, or `share` of a shorter stage; a number set by hand must fit unchanged."""
     if steps is None:
-        return min(FULL_WARMUP_STEPS, round(stage * FULL_WARMUP_STEPS / full_stage))
+        return min(FULL_WARMUP_STEPS, round(stage * share))
     if stage and steps > stage:
         raise ValueError(f"`{name}` ({steps}) must not exceed the steps of its stage ({stage}).")
     return steps
@@ -413,6 +428,7 @@ FIELD_KINDS = {
     "logits_weight": fields.number(least=0),
     "logits_temperature": fields.number(above=0),
     "task_weight": fields.number(least=0),
+    "student_mask_prob": fields.number(least=0, most=1),
     "target_sparsity": fields.number(above=0, below=1),
     "budget": fields.one_of(BUDGETS),
     "budget_seconds": fields.number(above=0),
@@ -421,6 +437,7 @@ FIELD_KINDS = {
     "sparsity_schedule": fields.one_of(tuple(SPARSITY_SCHEDULES)),
     "pruning_units": fields.some_of(KINDS),
     "width_multiple": fields.whole(1),
+    "lagrange_multiplier": fields.one_of(LAGRANGE_MULTIPLIERS),
     "gate_learning_rate": fields.optional(fields.number(least=0)),
     "shared_gate_noise": fields.true_or_false,
     "shrink_steps": fields.whole(0),

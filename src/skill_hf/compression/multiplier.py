@@ -1,0 +1,68 @@
+"""The multiplier of the constraint on the expected cost, estimated anew at each step."""
+
+import torch
+
+from .budgets import UnitCosts
+from .pruning import expected_cost, named_gates
+
+
+# How much a gap between target and expected sparsity raises or lowers the multiplier: 0.02 doubles it, -0.02 takes
+# it away. More closes units without regard to what they do, less leaves the target too far behind.
+GAIN = 50.0
+
+
+class MultiplierEstimate:
+    r"""
+    With a multiplier `lambda`, gates descend on `L + lambda (t - s)`, with loss `L`, expected sparsity `s` and its
+    target `t`. A multiplier that is learned by ascent, as in FLOP (arXiv 1910.04732), has steps of its own, which do
+    not know the scale of the loss: in a short run it arrives too late, and then goes on too long. This one follows
+    from the gradients of each step:
+
+        lambda = max(0, lambda*) (1 + GAIN (t - s)),   lambda* = sum_i dL/d(log_alpha_i) / sum_i ds/d(log_alpha_i)
+
+    With `lambda*`, no common shift of all `log_alpha` lowers the Lagrangian: a first-order estimate of the multiplier
+    at the constrained minimum, as in Fletcher's method (1970). The other factor leads the sparsity to its target. If
+    the loss is multiplied by a number, so is `lambda`, and the gates move as before.
+
+    Attributes:
+        value (`torch.Tensor`, *optional*): `lambda` of the last backward pass, a scalar; times the factor that a
+            gradient scaler has put on the loss.
+    """
+
+    value: torch.Tensor | None = None
+
+    # Gradients within a forward pass cannot be compiled.
+    @torch.compiler.disable
+    def common_shift(
+        self, student, costs: UnitCosts, teacher_cost: int, target_sparsity: float, loss_scale: float = 1.0
+    ) -> torch.Tensor:
+        """
+        The scalar 0, to be added to every `log_alpha`. In the backward pass it gives each of them the gradient of
+        `lambda (t - s)`, in addition to that of the loss.
+
+        Args:
+            student (`PreTrainedModel`): with gates.
+            costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of its units.
+            teacher_cost (`int`): the cost that sparsity is relative to.
+            target_sparsity (`float`): at this step.
+            loss_scale (`float`, *optional*, defaults to 1.0): share of this batch in the loss of a step.
+        """
+        log_alphas = [gate.log_alpha for _, gate in named_gates(student)]
+        with torch.enable_grad():
+            sparsity = 1 - expected_cost(student, costs) / teacher_cost
+            gradients = torch.autograd.grad(sparsity, log_alphas, retain_graph=True)
+            slope = sum(gradient.sum() for gradient in gradients)
+            # All gates at their limit: nothing moves the sparsity.
+            slope = torch.where(slope == 0, -1.0, slope).to(sparsity.dtype)
+            shift = ((sparsity.detach() - sparsity) / slope).float()
+        pressure = (1 + GAIN * (target_sparsity - sparsity.detach())).float()
+        slope = slope.float()
+
+        def press(gradient: torch.Tensor) -> torch.Tensor:
+            # The loss falls as gates open; where it does not, nothing has to hold them.
+            pressed = gradient.clamp(max=0) * pressure
+            self.value = pressed.detach() / slope / loss_scale
+            return pressed
+
+        shift.register_hook(press)
+        return shift

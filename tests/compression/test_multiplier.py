@@ -1,0 +1,94 @@
+"""The estimate of the Lagrange multiplier against scipy's solution of the same constrained problem."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_teacher
+from scipy.optimize import NonlinearConstraint, minimize
+
+from skill_hf.compression.budgets import ParameterBudget
+from skill_hf.compression.multiplier import GAIN, MultiplierEstimate
+from skill_hf.compression.pruning import expected_cost, named_gates
+from skill_hf.models.families import build_student
+
+
+@pytest.fixture
+def problem():
+    """A gated student, its costs, and a smooth loss of the gates, each of which has a weight of its own."""
+    student = build_student(tiny_teacher())
+    student.add_gates(["attention_heads", "ffn_dims"])
+    costs = ParameterBudget().unit_costs(student)
+    total = costs.count()
+    gates = [gate for _, gate in named_gates(student)]
+    size = sum(gate.size for gate in gates)
+    weights = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+
+    def set_log_alpha(values) -> None:
+        parts = torch.as_tensor(values, dtype=torch.float32).split([gate.size for gate in gates])
+        for gate, part in zip(gates, parts, strict=True):
+            gate.log_alpha.data.copy_(part)
+
+    def loss(shift=0.0) -> torch.Tensor:
+        closed = torch.cat([torch.sigmoid(-(gate.log_alpha + shift)) for gate in gates]).double()
+        return (weights * (closed + closed.square())).sum() / size
+
+    def sparsity() -> torch.Tensor:
+        return 1 - expected_cost(student, costs) / total
+
+    def gradient(function) -> np.ndarray:
+        gradients = torch.autograd.grad(function(), [gate.log_alpha for gate in gates])
+        return torch.cat(gradients).double().numpy()
+
+    return student, costs, total, size, set_log_alpha, loss, sparsity, gradient
+
+
+def test_the_estimate_is_the_multiplier_at_the_constrained_minimum(problem):
+    student, costs, total, size, set_log_alpha, loss, sparsity, gradient = problem
+
+    def at(function, value=lambda result: result):
+        def evaluate(values):
+            set_log_alpha(values)
+            return value(function)
+
+        return evaluate
+
+    target = 0.25
+    solution = minimize(
+        at(loss, lambda function: function().item()),
+        np.zeros(size),
+        jac=at(loss, gradient),
+        method="trust-constr",
+        constraints=NonlinearConstraint(
+            at(sparsity, lambda function: function().item()), target, target, jac=at(sparsity, gradient)
+        ),
+        options={"maxiter": 300},
+    )
+    set_log_alpha(solution.x)
+    assert sparsity().item() == pytest.approx(target, abs=1e-3)
+    estimate = MultiplierEstimate()
+    loss(estimate.common_shift(student, costs, total, sparsity().item())).backward()
+    # scipy adds its multiplier times the constraint to the loss, we subtract it.
+    assert estimate.value.item() == pytest.approx(-solution.v[0].item(), rel=0.03)
+
+
+@pytest.mark.parametrize("gap", [-1.0, -0.01, 0.0, 0.02])
+def test_gates_get_the_gradient_of_the_lagrangian(problem, gap):
+    student, costs, total, size, set_log_alpha, loss, sparsity, gradient = problem
+    set_log_alpha(torch.randn(size, generator=torch.Generator().manual_seed(1)))
+    of_loss, of_sparsity = gradient(loss), gradient(sparsity)
+    estimate = MultiplierEstimate()
+    loss(estimate.common_shift(student, costs, total, sparsity().item() + gap)).backward()
+    multiplier = of_loss.sum() / of_sparsity.sum() * (1 + GAIN * gap)
+    assert estimate.value.item() == pytest.approx(multiplier, rel=1e-3)
+    given = torch.cat([gate.log_alpha.grad for _, gate in named_gates(student)]).numpy()
+    np.testing.assert_allclose(given, of_loss - multiplier * of_sparsity, atol=1e-6)
+
+
+def test_no_pressure_where_closing_lowers_the_loss(problem):
+    student, costs, total, _, _, loss, _, gradient = problem
+    of_loss = gradient(loss)
+    estimate = MultiplierEstimate()
+    (-loss(estimate.common_shift(student, costs, total, 0.5))).backward()
+    assert estimate.value == 0
+    given = torch.cat([gate.log_alpha.grad for _, gate in named_gates(student)]).numpy()
+    np.testing.assert_allclose(given, -of_loss, atol=1e-7)
