@@ -160,6 +160,8 @@ def test_datasets_in_memory_and_streaming(shared, tmp_path, form, streaming):
         streaming=streaming,
         max_eval_samples=2,
     )
+    if form == "csv":
+        settings |= {"per_device_train_batch_size": None, "seconds_per_batch": 1.5, "shuffle_buffer": 4}
     assert distill.main(command_line(settings)) == 0
     results = results_of(tmp_path / "out")
     assert results["sparsity"] == pytest.approx(0.3, abs=0.02)

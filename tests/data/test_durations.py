@@ -65,17 +65,34 @@ def test_a_clip_that_cannot_be_read_has_no_length(folder):
     ]
 
 
+def test_rows_without_audio_have_no_length():
+    assert clip_seconds(datasets.Dataset.from_dict({"text": ["a", "b"]}), RATE).tolist() == [0.0, 0.0]
+
+
 def test_a_column_in_seconds_is_taken(folder, monkeypatch):
     monkeypatch.setattr(datasets.Dataset, "map", lambda *args, **kwargs: pytest.fail("the headers are read"))
     listed = load_audio_dir(folder)
     np.testing.assert_array_equal(clip_seconds(listed, RATE), listed["length"][:])
 
 
+def test_a_million_rows_with_lengths_are_not_opened(monkeypatch):
+    """A few are, in which the lengths are checked."""
+    opened = []
+
+    def count(row, *args):
+        opened.append(row)
+        return row["length"]
+
+    monkeypatch.setattr(durations, "row_seconds", count)
+    rows = [{"length": seconds} for seconds in (1.0, 2.0, 4.0, 8.0)] * 250_000
+    assert clip_seconds(rows, RATE).sum() == 3.75e6
+    assert len(opened) == 8
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list], ids=["list", "dataset"])
 @pytest.mark.parametrize("values", [[8_000, 55_125, 6_000, 88_200], ["short", "long", "short", "long"]])
-def test_a_column_of_anything_else_is_not(folder, values, caplog):
-    rows = datasets.Dataset.from_list(
-        [row | {"length": value} for row, value in zip(rows_of(folder), values, strict=True)]
-    )
+def test_a_column_of_anything_else_is_not(folder, values, make, caplog):
+    rows = make([row | {"length": value} for row, value in zip(rows_of(folder), values, strict=True)])
     np.testing.assert_allclose(clip_seconds(rows, RATE), seconds_written(), atol=0.06)
     assert "The column `length` has no lengths in seconds" in caplog.text
 

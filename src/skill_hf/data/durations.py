@@ -55,14 +55,15 @@ def clip_seconds(
     Returns:
         `np.ndarray` of shape `(clips,)`, float64; 0 for clips that cannot be read.
     """
-    if not isinstance(dataset, datasets.Dataset):
-        rows = (dataset[index] for index in tqdm(range(len(dataset)), "Reading lengths", unit="clip", disable=None))
-        return np.array([row_seconds(row, sampling_rate, protocols) for row in rows], dtype=np.float64)
-    dataset = dataset.with_format(None)
+    dataset = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else dataset
     seconds = _seconds_in(dataset, length_column, sampling_rate, protocols)
     if seconds is not None:
         return seconds
-    audio = dataset.select_columns([name for name in ("audio", "input_values") if name in dataset.column_names])
+    if not isinstance(dataset, datasets.Dataset):
+        rows = (dataset[index] for index in tqdm(range(len(dataset)), "Reading lengths", unit="clip", disable=None))
+        return np.array([row_seconds(row, sampling_rate, protocols) for row in rows], dtype=np.float64)
+    columns = [name for name in ("audio", "input_values") if name in dataset.column_names]
+    audio = dataset.select_columns(columns or dataset.column_names)
     measured = audio.map(
         functools.partial(_measure, sampling_rate=sampling_rate, protocols=tuple(protocols)),
         remove_columns=audio.column_names,
@@ -70,25 +71,28 @@ def clip_seconds(
         num_proc=num_processes or None,
         desc="Reading lengths",
     )
-    return _column(measured, "seconds")
+    return np.array(measured["seconds"][:], dtype=np.float64)
 
 
 def _measure(row: Mapping, sampling_rate: int, protocols: Sequence[str]) -> dict[str, float]:
     return {"seconds": row_seconds(row, sampling_rate, protocols)}
 
 
-def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
-    return np.asarray(dataset.with_format("numpy")[name][:], dtype=np.float64)
+def _column(dataset: Any, name: str) -> Any:
+    """The values of a column; `None` if there is none, or if each row would have to be read for it."""
+    if isinstance(dataset, datasets.Dataset):
+        return dataset[name][:] if name in dataset.column_names else None
+    is_list = isinstance(dataset, list) and all(isinstance(row, Mapping) and name in row for row in dataset)
+    return [row[name] for row in dataset] if is_list else None
 
 
-def _seconds_in(
-    dataset: datasets.Dataset, name: str, sampling_rate: int, protocols: Sequence[str]
-) -> np.ndarray | None:
+def _seconds_in(dataset: Any, name: str, sampling_rate: int, protocols: Sequence[str]) -> np.ndarray | None:
     """The lengths in a column; `None` if they are not seconds: others count samples or tokens there."""
-    if name not in dataset.column_names:
+    values = _column(dataset, name)
+    if values is None:
         return None
     try:
-        seconds = _column(dataset, name)
+        seconds = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
         seconds = np.full(len(dataset), np.nan)
     for index in {int(index) for index in np.linspace(0, len(seconds) - 1, _ROWS_COMPARED)}:

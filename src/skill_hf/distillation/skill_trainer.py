@@ -321,7 +321,6 @@ class SkillDistillationTrainer(PublishingTrainer):
         args = copy.copy(self.args)
         self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
-        self.throughput.reset()
         if self.stage == 1:
             args.max_steps = self.steps.joint
             args.load_best_model_at_end = False  # the best of the first stage is the one that is pruned the least

@@ -25,6 +25,9 @@ class Throughput(TrainerCallback):
         self.trainer = trainer
         self.reset()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.reset()
+
     def reset(self) -> None:
         """Starts anew, at the start of a stage or after a log line."""
         self._samples = torch.zeros((), dtype=torch.int64)
