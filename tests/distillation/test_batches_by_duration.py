@@ -23,6 +23,7 @@ SETTINGS = {
     "seconds_per_batch": 3.0,
     "logging_steps": 1,
     "save_steps": 1,
+    "save_total_limit": None,
     "learning_rate": 1e-3,
     "report_to": "none",
     "use_cpu": True,

@@ -275,7 +275,7 @@ def long(output, number):
         raise
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_launcher_that_is_preempted(tmp_path):
     """All processes write one checkpoint; torchrun's own exit code is always 1."""
     directory = tmp_path / "run"
@@ -324,7 +324,7 @@ def on_two_machines(output, number):
     return trainer, (refused, trainer.model.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_machines_that_share_no_directory(tmp_path, weights_of_two_processes):
     program = write_program(on_two_machines, tmp_path / "run", number=2)
     with socket.socket() as free:

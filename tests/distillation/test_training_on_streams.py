@@ -30,6 +30,7 @@ SETTINGS = {
     "per_device_train_batch_size": 4,
     "max_steps": 18,
     "save_steps": 4,
+    "save_total_limit": None,
     "shuffle_buffer": 8,
 }
 QUIET = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}

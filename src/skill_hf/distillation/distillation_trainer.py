@@ -463,9 +463,9 @@ class DistillationTrainer(Trainer):
             self.unreadable_clips.check()
             logs = logs | self._train_losses.means(self.accelerator) | self._state_of_pruning()
             logs |= self.throughput.means()
+            self._train_losses = self._new_train_losses()
         if getattr(self.args, "seconds_per_batch", None) is not None:
             logs.pop("train_samples_per_second", None)  # of batches, for the Trainer does not know how many clips
-            self._train_losses = self._new_train_losses()
         super().log(logs, start_time)
 
     def _new_train_losses(self) -> LossSums:
