@@ -311,7 +311,7 @@ def panels_of(study: Study, width: float, height: float, shown: Callable[[Condit
     }
     rows = [conditions for conditions in rows.values() if conditions]
     columns = max(map(len, rows), default=1)
-    figure = new_figure(width * columns + 1.2, height * max(len(rows), 1) + 0.5)
+    figure = new_figure(max(width * columns + 1.2, 5.0), height * max(len(rows), 1) + 0.5)
     panels = figure.subplots(max(len(rows), 1), columns, squeeze=False)
     filled = [
         pair for axes, conditions in zip(panels, rows, strict=False) for pair in zip(axes, conditions, strict=False)
@@ -324,19 +324,22 @@ def panels_of(study: Study, width: float, height: float, shown: Callable[[Condit
 def draw_distances(study: Study):
     """A mark for each student, a bar for the mean of each method."""
     figure, panels = panels_of(study, 2.2, 2.6)
+    conditions = [condition for _, condition in panels]
+    shown = [name for name in COMPARED if any(study.values(DISTANCE, name, condition) for condition in conditions)]
     for axes, condition in panels:
-        for place, name in enumerate(COMPARED):
+        for place, name in enumerate(shown):
             values = list(study.values(DISTANCE, name, condition).values())
             if values:
                 colour, marker = STYLES[name]
                 axes.plot(values, [place] * len(values), ls="", color=colour, marker=marker, markersize=5)
                 axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=colour, lw=2)
         is_first = axes.get_subplotspec().is_first_col()
-        axes.set_yticks(range(len(COMPARED)), COMPARED if is_first else [""] * len(COMPARED))
-        axes.set_ylim(len(COMPARED) - 0.5, -0.5)
+        axes.set_yticks(range(len(shown)), shown if is_first else [""] * len(shown))
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="x", color=LIGHT, lw=0.8)
         label_axes(axes, f"{condition.teacher}, {condition.label}", "", "")
-    figure.supxlabel("mean distance to the teacher (1 − CKA), held-out readers; a bar is a mean", fontsize=9)
+    figure.supxlabel("mean distance to the teacher (1 − CKA); bars are means", fontsize=9)
     return figure
 
 

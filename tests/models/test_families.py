@@ -146,6 +146,7 @@ def test_a_run_resumes_to_the_same_student(layout, tmp_path, monkeypatch):
 
     def make_trainer(name: str, **kwargs) -> SkillDistillationTrainer:
         arguments = {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 3, "learning_rate": 1e-3}
+        arguments["save_total_limit"] = None
         arguments |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
         return SkillDistillationTrainer(
             teacher=family_teacher(layout),
