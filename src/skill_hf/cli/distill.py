@@ -115,7 +115,7 @@ class DataArguments:
         },
     )
     noise_prob: Share = field(default=0.5, metadata={"help": "Share of clips that get noise."})
-    noise_snr: list[float] = field(
+    noise_snr: list[Annotated[float, Range(least=-100, most=100)]] = field(
         default_factory=lambda: [0.0, 20.0], metadata={"help": "Lowest and highest signal-to-noise ratio in dB."}
     )
     reverb_dir: str | None = field(
