@@ -9,6 +9,7 @@ constant of this file.
 """
 
 import argparse
+import functools
 import json
 import sys
 import textwrap
@@ -50,6 +51,11 @@ SHARE_OF_PEAK = {"fp32": 0.75, "bf16": 0.35}
 LINK = 200e9
 # What a GPU offers, in bytes, and the part of it that a step may fill.
 GPU_MEMORY, FILLED = 80e9, 0.85
+
+
+@functools.cache
+def macs_of_clip(model: PreTrainedModel) -> int:
+    return count_macs(model, CLIP_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,10 @@ class Measured:
         Least and most seconds of a forward and backward pass over `seconds` of audio, of teacher and unpruned student.
         """
         layers = model.config.num_hidden_layers / self.base.config.num_hidden_layers
-        macs = count_macs(model, CLIP_SECONDS)
+        macs = macs_of_clip(model)
         # A backward pass costs twice a forward pass.
         arithmetic = 2 * 4 * seconds / CLIP_SECONDS * macs / self.flops
-        longer = seconds / self.seconds_of_audio * macs / count_macs(self.base, CLIP_SECONDS)
+        longer = seconds / self.seconds_of_audio * macs / macs_of_clip(self.base)
         least = max(self.launching * layers, arithmetic)
         return least, max(least, self.median * max(longer, layers))
 
@@ -123,6 +129,7 @@ def _fixed_bytes(row: dict, precision: str) -> float:
     return BYTES_STUDENT * row["student_parameters"] + BYTES_TEACHER[precision] * row["teacher_parameters"]
 
 
+@functools.cache
 def build(name: str) -> PreTrainedModel:
     cls, config, changes = MODELS[name]
     with torch.device("meta"):

@@ -34,6 +34,7 @@ FLOORS = {
     "encoders": {"models"},
     "export": {"files", "models"},
     "latency": {"compression", "models", "recipe", "version"},
+    "windows": {"data", "encoders", "models"},
     # Its class names are in adapters of PEFT.
     "modeling_wavlm_skill_student": {"models"},
     "grouping": {"data", "losses", "models", "recipe"},
@@ -65,6 +66,7 @@ FLOORS = {
         "models",
         "publishing",
         "recipe",
+        "storage",
         "version",
     },
     # Hands out public names and registers students; nothing imports it.

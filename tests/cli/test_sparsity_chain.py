@@ -138,6 +138,7 @@ def test_what_is_finished_is_not_done_again(shared, chained, by_hand, tmp_path, 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.nightly
 def test_overwriting_begins_with_the_first(shared, chained, by_hand, tmp_path, monkeypatch, capsys):
     """What is left of the earlier chain is not taken for this one's."""
     output_dir = copy_of(chained, tmp_path)

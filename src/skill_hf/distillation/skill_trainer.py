@@ -20,7 +20,7 @@ from ..grouping.calibration import Calibration, check_eval_clips
 from ..grouping.clustering import layer_tree
 from ..models.families import build_student
 from ..models.loading import check_feature_extractor, plain_feature_extractor
-from ..models.model_modes import MASKING, trace_hidden_states
+from ..models.model_modes import MASKING, set_masking, trace_hidden_states
 from ..models.properties import has_gates
 from ..publishing.model_card import write_model_card
 from ..publishing.run_record import RunRecord
@@ -262,13 +262,8 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     def _train_stages(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
         user_args, boundary = self.args, None
-        if checkpoint is None:
-            self._begin()
-        else:
-            self._restore(checkpoint)
-        mask_prob = self.skill_config.student_mask_prob
-        masking = (True, mask_prob, 0.0) if mask_prob else (False,)
-        self.student.config.update(dict(zip(MASKING, masking, strict=False)))
+        self._begin() if checkpoint is None else self._restore(checkpoint)
+        set_masking(self.student.config, self.skill_config.student_mask_prob)
         if user_args.torch_compile:
             trace_hidden_states(self.student)
         try:

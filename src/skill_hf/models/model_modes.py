@@ -5,13 +5,20 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .properties import receptive_field
 
 
 # Fields of a config: whether frames and features are masked in training, and their shares.
 MASKING = ("apply_spec_augment", "mask_time_prob", "mask_feature_prob")
+
+
+def set_masking(config: PreTrainedConfig, mask_prob: float) -> None:
+    """Masks a share of the frames in training, in place, or none; features are not masked."""
+    # Without masks the shares stay: a model that is rebuilt from its config has a mask embedding only if one is set.
+    masking = (True, mask_prob, 0.0) if mask_prob else (False,)
+    config.update(dict(zip(MASKING, masking, strict=False)))
 
 
 @contextmanager
