@@ -1,9 +1,8 @@
 """The multiplier of the constraint on the expected cost, estimated anew at each step."""
 
-import torch
+from collections.abc import Sequence
 
-from .budgets import UnitCosts
-from .pruning import expected_cost, named_gates
+import torch
 
 
 # How much a gap between target and expected sparsity raises or lowers the multiplier: 0.02 doubles it, -0.02 takes
@@ -34,29 +33,28 @@ class MultiplierEstimate:
     # Gradients within a forward pass cannot be compiled.
     @torch.compiler.disable
     def common_shift(
-        self, student, costs: UnitCosts, teacher_cost: int, target_sparsity: float, loss_scale: float = 1.0
+        self,
+        log_alphas: Sequence[torch.Tensor],
+        sparsity: torch.Tensor,
+        target_sparsity: float,
+        loss_scale: float = 1.0,
     ) -> torch.Tensor:
         """
         The scalar 0, to be added to every `log_alpha`. In the backward pass it gives each of them the gradient of
         `lambda (t - s)`, in addition to that of the loss.
 
         Args:
-            student (`PreTrainedModel`): with gates.
-            costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of its units.
-            teacher_cost (`int`): the cost that sparsity is relative to.
+            log_alphas (`Sequence[torch.Tensor]`): of all gates.
+            sparsity (`torch.Tensor`): expected, a scalar that depends on them.
             target_sparsity (`float`): at this step.
             loss_scale (`float`, *optional*, defaults to 1.0): share of this batch in the loss of a step.
         """
-        log_alphas = [gate.log_alpha for _, gate in named_gates(student)]
-        with torch.enable_grad():
-            sparsity = 1 - expected_cost(student, costs) / teacher_cost
-            gradients = torch.autograd.grad(sparsity, log_alphas, retain_graph=True)
-            slope = sum(gradient.sum() for gradient in gradients)
-            # All gates at their limit: nothing moves the sparsity.
-            slope = torch.where(slope == 0, -1.0, slope).to(sparsity.dtype)
-            shift = ((sparsity.detach() - sparsity) / slope).float()
-        pressure = (1 + GAIN * (target_sparsity - sparsity.detach())).float()
-        slope = slope.float()
+        gradients = torch.autograd.grad(sparsity, list(log_alphas), retain_graph=True)
+        slope = sum(gradient.sum() for gradient in gradients)
+        # All gates at their limit: nothing moves the sparsity.
+        slope = torch.where(slope == 0, -1.0, slope)
+        shift = (sparsity.detach() - sparsity) / slope
+        pressure = 1 + GAIN * (target_sparsity - sparsity.detach())
 
         def press(gradient: torch.Tensor) -> torch.Tensor:
             # The loss falls as gates open; where it does not, nothing has to hold them.

@@ -175,6 +175,8 @@ class SkillDistiller(nn.Module):
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
+    # The estimate of the multiplier goes through this graph a second time, which compilers do not allow.
+    @torch.compiler.disable
     def sparsity(self) -> torch.Tensor:
         """Removed share of the teacher's cost, in expectation if there are gates; a float scalar."""
         return (1 - expected_cost(self.student.base_model, self.costs) / self.teacher_cost).float()
@@ -218,8 +220,15 @@ class SkillDistiller(nn.Module):
             `dict`: `loss`, each of [`~skill_hf.losses.TRAINING_LOSSES`] and of the head's losses, `num_frames`,
             `num_clips`, `num_labels` and `sparsity`, scalars; all but `loss` are detached.
         """
+        sparsity = self.sparsity()
         if self.has_gates:
-            self._prepare_gates(gate_seed, target_sparsity, penalty_scale)
+            gating = self.student.base_model.gating
+            seed_gates(self.student.base_model, gate_seed)
+            if self.multiplier_estimate is not None and self.training and sparsity.requires_grad:
+                log_alphas = [gate.log_alpha for gate in gating.gates]
+                gating.common_shift = self.multiplier_estimate.common_shift(
+                    log_alphas, sparsity, target_sparsity, penalty_scale
+                )
         outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
         means = self.group_features(outputs.hidden_states)
         predictions = [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
@@ -239,7 +248,6 @@ class SkillDistiller(nn.Module):
             for name, unit in self.head_loss.units.items():
                 head_terms[name] = sums[name] / _divisor(counts[unit], given[unit])
                 loss = loss + self.head_loss.weights[name] * head_terms[name]
-        sparsity = self.sparsity()
         penalty = torch.zeros_like(loss)
         if self.has_gates and self.multiplier_estimate is None:
             penalty = penalty_scale * lagrangian(sparsity, target_sparsity, self.lambda_1, self.lambda_2)
@@ -250,14 +258,6 @@ class SkillDistiller(nn.Module):
         outputs = {name: value.detach() for name, value in outputs.items()}
         counts = {name: torch.as_tensor(count, device=loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
-
-    def _prepare_gates(self, seed: int | None, target_sparsity: float, loss_scale: float) -> None:
-        encoder = self.student.base_model
-        seed_gates(encoder, seed)
-        if self.multiplier_estimate is not None and torch.is_grad_enabled():
-            encoder.gating.common_shift = self.multiplier_estimate.common_shift(
-                encoder, self.costs, self.teacher_cost, target_sparsity, loss_scale
-            )
 
     def multipliers(self) -> tuple[float, float]:
         """`lambda_1` and `lambda_2` of the Lagrangian, 0 where there is none."""

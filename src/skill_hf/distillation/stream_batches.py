@@ -14,12 +14,11 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..data.durations import row_seconds
 from ..data.streams import Bookmark, StreamBatches, batches_of_clips, batches_of_seconds
 from ..recipe.argument_validation import refuse
+from ..recipe.skill_training_args import SHUFFLE_BUFFER
 from .duration_batches import as_cropped, data_seed, make_loader
 
 
 logger = logging.getLogger(__name__)
-
-SHUFFLE_BUFFER = 500
 
 # In a batch, until it is used.
 BOOKMARK = "bookmark"

@@ -12,6 +12,7 @@ from .skill_config import FULL_STEPS
 
 FULL_LOGGING_STEPS = 50
 CLIPS_PER_BATCH = 10
+SHUFFLE_BUFFER = 500
 LOG_LINES = 20  # that even a short run has, so that there is something to see
 
 
@@ -76,7 +77,7 @@ class SkillTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int | None = None
     seconds_per_batch: float | None = None
     seconds_per_step: float | None = None
-    shuffle_buffer: int = 500
+    shuffle_buffer: int = SHUFFLE_BUFFER
     save_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
