@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "skill_hf"
 # Folder, or module beside the folders -> those that it may import, which stand on lower floors.
 FLOORS = {
     "data": set(),
+    "distribution": set(),
     "files": set(),
     "losses": set(),
     "metrics": set(),
@@ -29,7 +30,7 @@ FLOORS = {
     "version": set(),
     "models": {"files"},
     "compression": {"models"},
-    "recipe": {"compression", "files", "losses", "models"},
+    "recipe": {"compression", "distribution", "files", "losses", "models"},
     "conversion": {"files", "models"},
     "encoders": {"models"},
     "export": {"files", "models"},
@@ -37,12 +38,13 @@ FLOORS = {
     "windows": {"data", "encoders", "models"},
     # Its class names are in adapters of PEFT.
     "modeling_wavlm_skill_student": {"models"},
-    "grouping": {"data", "losses", "models", "recipe"},
+    "grouping": {"data", "distribution", "losses", "models", "recipe"},
     "publishing": {"compression", "losses", "models", "recipe", "version"},
     "analysis": {"compression", "grouping"},
     "distillation": {
         "compression",
         "data",
+        "distribution",
         "files",
         "grouping",
         "losses",
@@ -58,6 +60,7 @@ FLOORS = {
         "conversion",
         "data",
         "distillation",
+        "distribution",
         "encoders",
         "export",
         "files",

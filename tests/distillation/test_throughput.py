@@ -59,6 +59,7 @@ def test_audio_and_speed(tmp_path, monkeypatch, capsys):
         waited = 3.0 * sum(map(len, batches))
         assert row["audio_seconds_per_step"] == pytest.approx(seconds / 2)
         assert row["data_wait_share"] == pytest.approx(waited / (waited + 16))
+        assert 0.1 < row["memory_gib"] < 30
         assert row["audio_hours_per_hour"] == pytest.approx(seconds / (waited + 16))
     shown = f"0 h of audio an hour, {rows[-1]['data_wait_share']:.0%} waiting for it"
     assert shown in capsys.readouterr().err

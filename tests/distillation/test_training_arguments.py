@@ -791,7 +791,6 @@ except OSError as error:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
-        ("ACCELERATE_USE_FSDP", "true"),
         ("ACCELERATE_USE_DEEPSPEED", "1"),
         ("ACCELERATE_MIXED_PRECISION", "fp16"),
         ("ACCELERATE_MIXED_PRECISION", "fp8"),
@@ -800,7 +799,7 @@ except OSError as error:
 def test_what_the_launcher_asks_for_is_checked(monkeypatch, variable, value):
     args = TrainingArguments(output_dir="x", use_cpu=True, report_to="none")
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match="mixed_precision|ACCELERATE_USE") as error:
+    with pytest.raises(ValueError, match="mixed_precision|fsdp_version|DeepSpeed") as error:
         check_arguments(args)
     assert_one_line(error.value)
 

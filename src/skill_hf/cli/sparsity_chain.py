@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from ..distillation.checkpointing import AUTO, has_begun, has_mark, make_room, on_all_processes
+from ..distillation.checkpointing import AUTO, has_begun, has_mark, make_room
 from ..distillation.recipe_validation import validate_recipe
 from ..distillation.skill_trainer import SkillDistillationTrainer
+from ..distribution import on_all_processes
 from ..files import keep_sources
 from ..recipe.skill_training_args import SkillTrainingArguments
 

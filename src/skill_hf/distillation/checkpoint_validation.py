@@ -19,6 +19,7 @@ from ..models.configuration_skill_student import PRUNED_FIELDS
 from ..publishing.run_record import RunRecord
 from ..recipe.skill_config import SKILL_CONFIG_NAME, SkillConfig
 from ..version import __version__
+from .distiller import SkillDistiller
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def check_checkpoint(directory: Path, trainer) -> None:
                     f"{SKILL_STATE_NAME} groups layer {largest}, but the teacher has only {layers} layers"
                 )
         try:
-            distiller = trainer.blank_distiller(directory, state)
+            distiller = blank_distiller(trainer, directory, state)
         except RuntimeError as error:  # shapes beyond all bounds
             raise CheckpointError(f"{CONFIG_NAME} does not describe a valid student ({_first_line(error)})") from error
         _check_weights(directory, distiller)
@@ -111,6 +112,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} must contain a JSON object, but contains {_short(content)}")
     return content
+
+
+def blank_distiller(trainer, checkpoint: Path, state: dict) -> SkillDistiller:
+    """A distiller with the shapes of the weights in `checkpoint`, whose skill_state.json is `state`."""
+    config = read_student_config(checkpoint, trainer.student.config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        student = type(trainer.student)(config).to("meta")  # an old constructor may use another device
+        if state["stage"] == 1:
+            trainer.add_gates(student)
+        targets = trainer.ensemble.target_sets(groups_in(state))
+        return SkillDistiller(student, targets, costs=None, **trainer.distiller_settings)
 
 
 def _read_states(directory: Path) -> tuple[dict, int]:

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import storage
+from ..distribution import gathered, on_all_processes, results_of_all
 from ..files import keep_sources, read_json, try_directory, write_json
 from ..recipe.skill_config import SKILL_CONFIG_NAME
 from .checkpoint_validation import (
@@ -139,30 +139,6 @@ def last_checkpoint_to(output_dir: str | Path, step: float) -> str | None:
 # ---- The directory of a run ----
 
 
-def on_all_processes(accelerator, function: Callable, needed: bool = True):
-    """
-    Returns the result of `function()` on the main process. It runs where it is `needed`; a `ValueError` or `OSError`
-    in one process is raised in all of them.
-    """
-    return _results(accelerator, function, needed)[0]
-
-
-def _results(accelerator, function: Callable, needed: bool) -> list:
-    """The results of `function()` on all processes where it is `needed`; for errors see [`on_all_processes`]."""
-    result = error = None
-    if needed:
-        try:
-            result = function()
-        except (ValueError, OSError) as raised:
-            error = raised
-    outcome = (needed, result, error)
-    outcomes = gather_object([outcome]) if accelerator.num_processes > 1 else [outcome]
-    for *_, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for ran, result, _ in outcomes if ran]
-
-
 @contextmanager
 def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterator[str | None]:
     """
@@ -190,7 +166,7 @@ def run_directory(trainer, resume_from_checkpoint: str | bool | None) -> Iterato
         return checkpoint
 
     with ExitStack() as stack:
-        choices = _results(trainer.accelerator, prepare, needed=trainer.args.should_save)
+        choices = results_of_all(trainer.accelerator, prepare, needed=trainer.args.should_save)
         checkpoint = choices[0]
         if len(set(choices)) > 1:
             raise ValueError(
@@ -215,10 +191,10 @@ def check_shared(trainer) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     if accelerator.num_processes == 1:
         return
-    name = gather_object([f".seen-{uuid.uuid4().hex}"])[0]  # that no cache of a network file system knows
+    name = gathered(accelerator, f".seen-{uuid.uuid4().hex}")[0]  # that no cache of a network file system knows
     path = Path(args.output_dir) / name
     on_all_processes(accelerator, path.touch, needed=args.should_save)
-    sees = gather_object([path.is_file()])
+    sees = gathered(accelerator, path.is_file())
     if args.should_save:
         path.unlink(missing_ok=True)
     if not all(sees):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -18,6 +18,7 @@ from ..compression.pruning import num_parameters
 from ..data.audio import AudioError
 from ..data.collator import SpeechCollator
 from ..data.speech_datasets import disable_audio_decoding
+from ..distribution import forward_context, stacked
 from ..grouping.calibration import Calibration
 from ..losses import DISTILLATION_LOSSES, TRAINING_LOSSES, sparsity_at, term_weights
 from ..models.model_modes import padding_ignored
@@ -26,6 +27,7 @@ from ..recipe.skill_config import SkillConfig, StageSteps
 from .distiller import SkillDistiller
 from .divergence import FiniteWatch
 from .duration_batches import DurationBatches, data_seed
+from .engine_trainer import EngineTrainer
 from .ensemble import TeacherEnsemble
 from .loss_sums import HeldOutLosses, LossSums
 from .optimization import make_optimizer
@@ -39,7 +41,7 @@ from .unreadable_clips import UnreadableClips
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(EngineTrainer):
     """
     Batches, loss, optimizer, evaluation and logs of a distillation in two stages. The loop itself is that of
     [`~transformers.Trainer`]; [`SkillDistillationTrainer`] decides when to cluster, cut and stop.
@@ -318,24 +320,21 @@ class DistillationTrainer(Trainer):
         if self.skill_config.task_weight:
             labels = sum(self.head_loss.count_labels(batch.get("labels")).to(lengths) for batch in batch_samples)
         counts = torch.stack([frames, (lengths > 0).sum(), labels]).to(device)
-        return self.accelerator.gather(counts[None]).sum(0) if self.accelerator.num_processes > 1 else counts
+        return stacked(self.accelerator, counts).sum(0)
 
     # ---- Optimizer and schedule of a stage ----
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = make_optimizer(
-                model,
-                cls,
-                kwargs,
-                decayed=set(self.get_decay_parameter_names(model)),
-                weight_decay=self.args.weight_decay,
-                learning_rate=self.args.learning_rate,
-                gate_learning_rate=self.skill_config.resolve_gate_learning_rate(self.steps.joint),
-            )
-        return self.optimizer
+    def make_optimizer(self, model) -> torch.optim.Optimizer:
+        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        return make_optimizer(
+            model,
+            cls,
+            kwargs,
+            decayed=set(self.get_decay_parameter_names(model)),
+            weight_decay=self.args.weight_decay,
+            learning_rate=self.args.learning_rate,
+            gate_learning_rate=self.skill_config.resolve_gate_learning_rate(self.steps.joint),
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         return super().create_scheduler(self.steps.final if self.stage == 2 else self.steps.joint, optimizer)
@@ -385,17 +384,18 @@ class DistillationTrainer(Trainer):
         if distorted is not None:
             inputs["input_values"] = distorted
         inputs["input_values"] = self.ensemble.prepare(0, **inputs)
-        outputs = model(
-            **inputs,
-            targets=targets,
-            target_logits=target_logits,
-            labels=labels,
-            target_sparsity=self._target_sparsity(),
-            # A function of these numbers alone, so that it is the same after resuming.
-            gate_seed=noise_seed(*noise),
-            penalty_scale=penalty_scale,
-            **counts,
-        )
+        with forward_context(self.accelerator, self.divides_parameters):
+            outputs = model(
+                **inputs,
+                targets=targets,
+                target_logits=target_logits,
+                labels=labels,
+                target_sparsity=self._target_sparsity(),
+                # A function of these numbers alone, so that it is the same after resuming.
+                gate_seed=noise_seed(*noise),
+                penalty_scale=penalty_scale,
+                **counts,
+            )
         if model.training:
             terms, finite = outputs, self.finite_watch.note_terms(outputs)
             # The loss of a step is the sum over its micro-batches, whose weights add up to 1. Steps without a valid

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..distribution import gathered, own_part, stacked
 from .checkpointing import last_checkpoint_to
 
 
@@ -69,9 +70,7 @@ class FiniteWatch(TrainerCallback):
             weights (`bool`, *optional*, defaults to `True`): whether to check the weights as well.
         """
         trainer = self.trainer
-        first = self._first[None]
-        if trainer.accelerator.num_processes > 1:
-            first = trainer.accelerator.gather(first)
+        first = stacked(trainer.accelerator, self._first)
         events = [(step, index) for steps in first.tolist() for index, step in enumerate(steps) if step >= 0]
         step = trainer.state.global_step
         if events:
@@ -85,7 +84,10 @@ class FiniteWatch(TrainerCallback):
             raise NonFiniteError(
                 self._message(step, f"the last {self._skipped} steps overflowed in float16 and were skipped")
             )
-        name = first_non_finite(trainer.distiller) if weights else None
+        if not weights:
+            return
+        names = gathered(trainer.accelerator, first_non_finite(trainer.distiller))
+        name = next(filter(None, names), None)
         if name is not None:
             raise NonFiniteError(self._message(step, f"{name} contains NaN or infinite values"))
 
@@ -103,8 +105,9 @@ class FiniteWatch(TrainerCallback):
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The first parameter that contains NaN or an infinite value, if there is one."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
+    """The first parameter that contains NaN or an infinite value, in this process's part of it, if there is one."""
+    named = [(name, own_part(parameter)) for name, parameter in model.named_parameters()]
+    named = [(name, parameter) for name, parameter in named if parameter.numel()]
     if not named:
         return None
     finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in named]).tolist()

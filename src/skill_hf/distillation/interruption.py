@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from ..distribution import stacked
 from .checkpointing import how_to_resume
 
 
@@ -98,9 +99,8 @@ class Interruption(TrainerCallback):
 
     def _agree(self) -> int:
         """The signal that any of the processes received."""
-        if self.trainer.accelerator.num_processes > 1:
-            signals = torch.tensor([self.signal], device=self.trainer.args.device)
-            self.signal = int(self.trainer.accelerator.gather(signals).max())
+        signal = torch.tensor(self.signal, device=self.trainer.args.device)
+        self.signal = int(stacked(self.trainer.accelerator, signal).max())
         return self.signal
 
     def raise_if_requested(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from accelerate import Accelerator
 
+from ..distribution import stacked
 from ..losses import TRAINING_LOSSES
 
 
@@ -37,8 +38,8 @@ class LossSums:
         if not self.losses:
             return {}
         sums = torch.stack([value.float().reshape(()) for value in (*self.losses.values(), self.weight)])
-        if accelerator is not None and accelerator.num_processes > 1:
-            sums = accelerator.gather(sums[None]).sum(0)
+        if accelerator is not None:
+            sums = stacked(accelerator, sums).sum(0)
         if not sums[-1]:
             return {}
         return dict(zip(self.losses, (sums[:-1] / sums[-1]).tolist(), strict=True))

@@ -9,6 +9,11 @@ GATE_PARAMETERS = ("log_alpha", "lambda_1", "lambda_2", "mixture_logits")
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a distiller that are learned with `gate_learning_rate`, in order."""
+    return [parameter for name, parameter in model.named_parameters() if name.endswith(GATE_PARAMETERS)]
+
+
 def make_optimizer(
     model: nn.Module,
     cls: type[torch.optim.Optimizer],

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
+from ..distribution import from_main_process
 from ..losses import group_means
 from .distiller import SkillDistiller
 from .state_norms import run_over_calibration_clips
@@ -62,10 +62,7 @@ def fit_projections(trainer) -> list[LinearFit]:
     Args:
         trainer ([`SkillDistillationTrainer`]): with the groups of all teachers, and a student without gates.
     """
-    shared = [_fit(trainer) if trainer.accelerator.is_main_process else None]
-    if trainer.accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    return shared[0]
+    return from_main_process(trainer.accelerator, lambda: _fit(trainer))
 
 
 def _fit(trainer) -> list[LinearFit]:

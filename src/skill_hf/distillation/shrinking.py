@@ -36,9 +36,9 @@ class ShrinkCallback(TrainerCallback):
     """
 
     def __init__(self, trainer):
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if trainer.divides_parameters:
             raise ValueError(
-                "`shrink_steps` needs unsharded parameters, but FSDP and DeepSpeed shard them: use data parallelism"
+                "`shrink_steps` needs whole parameters, but FSDP divides them among processes: use data parallelism"
                 " only, or set it to 0."
             )
         cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from .. import storage
-from ..compression import pruning
 from ..compression.cut import fit_to_cost
 from ..files import keep_sources, local_directory
-from ..grouping.calibration import Calibration, check_eval_clips
+from ..grouping.calibration import check_eval_clips
 from ..grouping.clustering import layer_tree
 from ..models.families import build_student
 from ..models.loading import check_feature_extractor, plain_feature_extractor
@@ -29,11 +28,7 @@ from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from ..version import __version__
 from .checkpoint_validation import (
-    SKILL_STATE_NAME,
     TRAINER_STATE_NAME,
-    groups_in,
-    read_json,
-    read_student_config,
 )
 from .checkpointing import (
     how_to_resume,
@@ -51,6 +46,7 @@ from .interruption import Interruption
 from .projection_start import fit_projections
 from .publishing_trainer import PublishingTrainer
 from .recipe_validation import check_recipe, check_student, validate_recipe, warn_of_slow_gates
+from .restoring import restore
 from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
 from .shrinking import ShrinkCallback
@@ -262,7 +258,7 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     def _train_stages(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
         user_args, boundary = self.args, None
-        self._begin() if checkpoint is None else self._restore(checkpoint)
+        self._begin() if checkpoint is None else restore(self, checkpoint)
         set_masking(self.student.config, self.skill_config.student_mask_prob)
         if user_args.torch_compile:
             trace_hidden_states(self.student)
@@ -305,10 +301,10 @@ class SkillDistillationTrainer(PublishingTrainer):
             self.distiller = self._make_distiller()
         self.measurements.loss("start")
         if self.stage == 1:
-            self._add_gates(self.student)
+            self.add_gates(self.student)
             self.distiller = self._make_distiller()
 
-    def _add_gates(self, student: PreTrainedModel) -> None:
+    def add_gates(self, student: PreTrainedModel) -> None:
         student.base_model.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
 
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
@@ -338,7 +334,9 @@ class SkillDistillationTrainer(PublishingTrainer):
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     self._load_best_model()
                 return TrainOutput(self.state.global_step, 0.0, {})
+        self.divide()
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.reunite()
         self.finite_watch.check()
         self.interruption.raise_if_requested()
         return output
@@ -398,7 +396,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         if self.distiller is None:
             self._setup()
             self.steps = self.steps or self.skill_config.resolve_steps(self._total_steps())
-            self.distiller = self._make_distiller()
+            with torch.random.fork_rng(devices=[]):  # training must not depend on it
+                self.distiller = self._make_distiller()
         wrapped = self.model_wrapped
         self.model = self.model_wrapped = self.distiller
         try:
@@ -442,36 +441,6 @@ class SkillDistillationTrainer(PublishingTrainer):
 
     def _get_output_dir(self, trial) -> str:
         return self._checkpoint_parent or super()._get_output_dir(trial)
-
-    def blank_distiller(self, checkpoint: Path, state: dict) -> SkillDistiller:
-        """A distiller with the shapes of the weights in `checkpoint`, whose skill_state.json is `state`."""
-        config = read_student_config(checkpoint, self.student.config)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            student = type(self.student)(config).to("meta")  # an old constructor may use another device
-            if state["stage"] == 1:
-                self._add_gates(student)
-            targets = self.ensemble.target_sets(groups_in(state))
-            return SkillDistiller(student, targets, costs=None, **self.distiller_settings)
-
-    def _restore(self, checkpoint: str) -> None:
-        """Restores groups, stage and shapes from a checkpoint; the Trainer loads the weights."""
-        state = read_json(Path(checkpoint) / SKILL_STATE_NAME)
-        self.layer_groups = state["layer_groups"]
-        similarity = state.get("layer_similarity")
-        self.layer_similarity = None if similarity is None else np.array(similarity)
-        self.other_calibrations = [Calibration.from_dict(other) for other in state.get("other_teachers", [])]
-        self.record = RunRecord.from_dict(state.get("record", {}))
-        self.stage = state["stage"]
-        config = read_student_config(Path(checkpoint), self.student.config)
-        config._attn_implementation = self.student.config._attn_implementation
-        trainable = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
-        layers = self.student.config.remaining_layers
-        with torch.random.fork_rng(devices=[]):
-            self.student = type(self.student)(config)
-            pruning.set_trainable(self.student, trainable, layers)
-            if self.stage == 1:
-                self._add_gates(self.student)
-            self.distiller = self._make_distiller()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = self.args.output_dir if output_dir is None else output_dir

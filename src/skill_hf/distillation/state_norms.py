@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..data.collator import calibration_waveforms
+from ..distribution import from_main_process
 from ..grouping.forward_pass import run_over_clips
 
 
@@ -92,10 +92,7 @@ def measure_states(trainer) -> list[dict[str, np.ndarray]]:
     Args:
         trainer ([`SkillDistillationTrainer`]): before training.
     """
-    shared = [_measure(trainer) if trainer.accelerator.is_main_process else None]
-    if trainer.accelerator.num_processes > 1:
-        broadcast_object_list(shared)
-    return shared[0]
+    return from_main_process(trainer.accelerator, lambda: _measure(trainer))
 
 
 def _measure(trainer) -> list[dict[str, np.ndarray]]:

@@ -19,7 +19,7 @@ CLIPS_MEASURED = 32
 class StudentMeasurements:
     """
     Measures the student of `trainer` on some clips and stores the results in `trainer.record`; only on the first
-    process, and not if parameters are divided among processes.
+    process.
 
     Args:
         trainer ([`SkillDistillationTrainer`]): the trainer whose student is measured.
@@ -38,15 +38,10 @@ class StudentMeasurements:
         self.trainer.record.measured_on = f"{len(rows)} {'training' if heldout is None else 'held-out'} clips"
         return rows
 
-    @property
-    def _is_possible(self) -> bool:
-        trainer = self.trainer
-        return trainer.is_world_process_zero() and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
     @torch.no_grad()
     def loss(self, moment: str) -> None:
         """Records the student's current loss in eval mode; `moment` is one of `run_record.MOMENTS`."""
-        if not self._is_possible:
+        if not self.trainer.is_world_process_zero():
             return
         trainer, size = self.trainer, self.trainer.args.per_device_eval_batch_size
         losses = trainer.new_held_out_losses()
@@ -65,7 +60,7 @@ class StudentMeasurements:
 
     def distances(self) -> None:
         """Records the distance between student and teacher at every layer."""
-        if not self._is_possible:
+        if not self.trainer.is_world_process_zero():
             return
         trainer, seconds = self.trainer, self.trainer.skill_config.calibration_seconds
         clips = calibration_waveforms(self.rows, len(self.rows), seconds, trainer.args.seed, **trainer.reading)

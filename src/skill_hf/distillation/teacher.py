@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Wav2Vec2FeatureExtractor
 
+from ..distribution import divide_frozen
 from ..files import local_directory
 from ..losses import attended
 from ..models.families import (
@@ -80,6 +82,22 @@ class Teacher:
         if autocast_dtype not in self._fast_copies:
             self._fast_copies[autocast_dtype] = fast_teacher(self.model, autocast_dtype)
         return self._fast_copies[autocast_dtype]
+
+    def divide(self, accelerator: Accelerator, autocast_dtype: torch.dtype | None = None) -> None:
+        """
+        Divides the layers of the fast copy for `autocast_dtype` among processes, until [`~Teacher.reunite`]; `model`
+        waits on the CPU. All processes must then run it alike. A model without a fast copy stays whole.
+        """
+        copy = self.fast_copy(autocast_dtype)
+        if copy is not self.model:
+            encoder = copy.base_model.encoder
+            divide_frozen(copy, encoder.layers, encoder, accelerator)
+            self.model.to("cpu")
+
+    def reunite(self, device: torch.device) -> None:
+        """Ends what [`~Teacher.divide`] began."""
+        self._fast_copies.clear()
+        self.model.to(device)
 
     def targets(
         self,

@@ -3,19 +3,23 @@
 import time
 from collections.abc import Iterator
 
+import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from ..distribution import gathered
+
 
 # Log entries that differ between two runs of the same steps.
-TIMINGS = ("audio_hours_per_hour", "data_wait_share")
+TIMINGS = ("audio_hours_per_hour", "data_wait_share", "memory_gib")
 
 
 class Throughput(TrainerCallback):
     """
     Measures optimizer steps, without evaluation and checkpoints. A log line has, since the line before and over all
-    processes: `audio_seconds_per_step`, without padding; `audio_hours_per_hour`; and `data_wait_share`, the share of
-    the time of a step in which a process waits for its batches.
+    processes: `audio_seconds_per_step`, without padding; `audio_hours_per_hour`; `data_wait_share`, the share of the
+    time of a step in which a process waits for its batches; and `memory_gib` of the process with the most, on a GPU
+    the peak of tensors since the start, otherwise what it takes now.
 
     Args:
         trainer ([`~skill_hf.distillation.distillation_trainer.DistillationTrainer`]): the trainer to measure.
@@ -56,10 +60,9 @@ class Throughput(TrainerCallback):
     def means(self) -> dict[str, float]:
         """Entries for a log line; empty if there was no step since the one before."""
         accelerator = self.trainer.accelerator
-        sums = torch.tensor([self._samples.item(), self._waited, self._took], dtype=torch.float64)
-        if accelerator.num_processes > 1:
-            sums = accelerator.gather(sums.float()[None].to(accelerator.device)).sum(0).cpu().double()
-        samples, waited, took = sums.tolist()
+        own = (self._samples.item(), self._waited, self._took, self._memory())
+        *sums, memory = zip(*gathered(accelerator, own), strict=True)
+        samples, waited, took = map(sum, sums)
         num_steps = self._num_steps
         self.reset()
         if not num_steps or not took:
@@ -69,7 +72,14 @@ class Throughput(TrainerCallback):
             "audio_seconds_per_step": seconds / num_steps,
             "audio_hours_per_hour": seconds / (took / accelerator.num_processes),
             "data_wait_share": waited / took,
+            "memory_gib": max(memory) / 2**30,
         }
+
+    def _memory(self) -> int:
+        device = self.trainer.args.device
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return psutil.Process().memory_info().rss
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "data_wait_share" not in logs:

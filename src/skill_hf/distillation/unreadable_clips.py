@@ -4,6 +4,7 @@ import torch
 
 from ..data.audio import AudioError
 from ..data.speech_datasets import MAX_BAD_SHARE
+from ..distribution import stacked
 from .checkpointing import how_to_resume
 
 
@@ -44,9 +45,8 @@ class UnreadableClips:
         steps = trainer.state.global_step - self._judged[0]
         skipped = self.num_skipped - self._judged[1]
         counts = torch.stack([self._num_read, self._num_read + skipped]).to(trainer.args.device)
-        if trainer.accelerator.num_processes > 1:  # all of them continue or end
-            counts = trainer.accelerator.gather(counts[None]).sum(0)
-        num_read, num_tried = counts.tolist()
+        # All processes continue or end.
+        num_read, num_tried = stacked(trainer.accelerator, counts).sum(0).tolist()
         if num_tried < CLIPS_JUDGED:
             return
         self.reset()

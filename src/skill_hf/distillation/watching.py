@@ -54,7 +54,7 @@ class ArchitectureCallback(TrainerCallback):
         if trainer.stage != 1 or not due or not state.is_world_process_zero:
             return
         trackers = [tracker for tracker in trainer.callback_handler.callbacks if type(tracker) in TRACKERS]
-        if not trackers or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if not trackers:
             return
         try:
             picture = draw(config_after_pruning(trainer.student.base_model), trainer.teachers[0].config)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..data.collator import SpeechCollator, calibration_waveforms, check_clips
+from ..distribution import from_main_process
 from ..losses import term_weights
 from ..recipe.skill_config import SkillConfig
 from .clustering import cluster_layers, silhouettes
@@ -97,12 +97,9 @@ def calibrate(
         for _ in waveforms:  # nothing to measure, but audio that cannot be read should show now
             pass
         return Calibration(config.layer_groups, None, [], {})
-    matrices = [None]
-    if accelerator.is_main_process:
-        matrices = [_similarities(teacher, waveforms, config, seed, progress, feature_extractor)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(matrices)
-    similarity, *halves = matrices[0]
+    similarity, *halves = from_main_process(
+        accelerator, lambda: _similarities(teacher, waveforms, config, seed, progress, feature_extractor)
+    )
     first_layer = 0 if config.include_embeddings else 1
     groups, *half_groups = [
         [[row + first_layer for row in group] for group in cluster_layers(matrix, config)]

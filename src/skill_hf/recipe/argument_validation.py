@@ -22,6 +22,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..distribution import NO_DEEPSPEED, check_environment
+
 
 class Number(NamedTuple):
     """A range that includes its ends, except those given by `above` or `below`."""
@@ -132,7 +134,7 @@ CHOICES = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
 }
 
-_WHOLE_TENSORS = "the cut between the stages needs unsharded tensors on each device; use data parallelism"
+_LAUNCHED = "the engine is chosen by `accelerate launch --config_file`; leave it out"
 
 # Field -> the only value that it may have (`None` and what is empty stand for one another), and why.
 REFUSED = {
@@ -159,9 +161,9 @@ REFUSED = {
     ),
     "dataloader_in_order": (True, "a run with batches in arbitrary order cannot be resumed; leave it out"),
     "hub_always_push": (False, "only the finished student is published, with `save_model` or `push_to_hub`"),
-    "fsdp": (None, _WHOLE_TENSORS),
-    "fsdp_config": (None, "FSDP is not supported; use data parallelism"),
-    "deepspeed": (None, _WHOLE_TENSORS),
+    "fsdp": (None, _LAUNCHED),
+    "fsdp_config": (None, _LAUNCHED),
+    "deepspeed": (None, NO_DEEPSPEED),
     "parallelism_config": (None, "only data parallelism is supported; leave it out"),
 }
 
@@ -213,9 +215,7 @@ def check_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name, only)
         if value != only and not (only in (None, False) and value in (None, False, "", [], {})):
             refuse(name, value, why)
-    for variable, name in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
-            refuse(variable, os.environ[variable], REFUSED[name][1])
+    check_environment()
     _check_combinations(args)
 
 

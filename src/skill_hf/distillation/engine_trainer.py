@@ -1,0 +1,75 @@
+"""`EngineTrainer`: the methods of transformers' `Trainer` that depend on how processes share the training."""
+
+from contextlib import nullcontext
+
+import torch
+from transformers import Trainer
+
+from ..distribution import (
+    average_gradients,
+    divide_when_prepared,
+    divides_parameters,
+    load_whole_states,
+    whole,
+    whole_states,
+)
+from .optimization import gate_parameters
+from .restoring import reunite
+
+
+class EngineTrainer(Trainer):
+    """
+    Trains `distiller` with the engine that `accelerate launch` has chosen: one process, DistributedDataParallel or
+    FSDP2. Checkpoints are the same with each. What FSDP2 needs is in [`skill_hf.distribution`].
+
+    Attributes:
+        divides_parameters (`bool`): whether FSDP divides the parameters of a stage among processes.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.divides_parameters = divides_parameters(self.accelerator)
+        # Otherwise the Trainer would write checkpoints that only FSDP can read.
+        self.is_fsdp_enabled = False
+        if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
+            # Groups may leave out the last layers. With gradient checkpointing the Trainer would not look, since that
+            # fails with reentrant checkpoints, which a student does not have.
+            self.accelerator.ddp_handler.find_unused_parameters = True
+
+    def divide(self) -> None:
+        """Before a stage: the processes will share the parameters of distiller and teachers, if FSDP is used."""
+        if not self.divides_parameters:
+            return
+        layers = self.student.base_model.encoder.layers
+        divide_when_prepared(self.distiller, layers, gate_parameters(self.distiller), self.accelerator)
+        for teacher in self.teachers:
+            teacher.divide(self.accelerator, self._autocast_dtype)
+
+    def reunite(self) -> None:
+        """After a stage: every process has the whole models again."""
+        if self.divides_parameters:
+            reunite(self)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.divides_parameters and self.accelerator.sync_gradients:
+            average_gradients(gate_parameters(self.distiller), self.accelerator)
+        return loss
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(self.model if model is None else model)
+            if self.divides_parameters:
+                load_whole_states(self.optimizer)
+        return self.optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Below accelerate's wrapper.
+        is_divided = self.divides_parameters
+        with whole_states(self.optimizer.optimizer, self.args.should_save) if is_divided else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.divides_parameters and state_dict is None:
+            state_dict = whole(self.model.state_dict(), self.args.should_save)
+        super()._save(output_dir, state_dict)

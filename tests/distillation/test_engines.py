@@ -1,0 +1,253 @@
+"""Engines of accelerate: FSDP2 on two processes does what DistributedDataParallel does, and so do the ready files."""
+
+import os
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import noise_clips, tiny_teacher
+from test_kills import same
+from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, make_trainer, run_in_processes
+from transformers import AutoModel, TrainerCallback
+
+from skill_hf import SkillTrainingArguments, WavLMForSkillStudent, distribution
+from skill_hf.distillation.shrinking import ShrinkCallback
+
+
+FILES = Path(distribution.__file__).with_name("recipes") / "accelerate"
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What `accelerate launch` sets for the processes with one of the ready files."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(FILES / f"{name}.yaml"), "script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    # Its port may be in use, and these processes have their own.
+    arguments.main_process_port = 0
+    environment = prepare_multi_gpu_env(arguments)
+    return {key: value for key, value in environment.items() if key.startswith(("ACCELERATE", "FSDP"))}
+
+
+def divide_on_cpus() -> None:
+    """accelerate uses FSDP on GPUs only, though torch can do it anywhere."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+class Watch(TrainerCallback):
+    """What each process holds of the parameters in a step, and of how many."""
+
+    def __init__(self):
+        self.held = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        numbers = [(distribution.own_part(parameter).numel(), parameter.numel()) for parameter in model.parameters()]
+        self.held.append(tuple(map(sum, zip(*numbers, strict=True))))
+
+
+# Learned multipliers and a mixture of layers: all kinds of parameters that FSDP leaves whole.
+RECIPE = {"num_clusters": 2, "final_steps": 3, "lagrange_multiplier": "learned", "student_layers": "mixture"}
+# Two micro-batches a step, of clips of unequal length: processes and micro-batches have different numbers of frames.
+RUN = {
+    "max_steps": 7,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 2,
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
+
+
+def make(output_dir, layout, *callbacks, recipe=RECIPE, **kwargs):
+    teacher = tiny_teacher(layout)
+    callbacks = list(callbacks)
+    return make_trainer(output_dir, noise_clips(16, 12_000), teacher, recipe, callbacks, **RUN | kwargs)
+
+
+def train(output_dir, layout, *callbacks, resume=None, **kwargs) -> tuple:
+    """A trainer after its run, and what it gave."""
+    trainer = make(output_dir, layout, *callbacks, **kwargs)
+    evaluations = [] if resume else [trainer.evaluate()["eval_loss"]]
+    trainer.train(resume_from_checkpoint=resume)
+    evaluations.append(trainer.evaluate()["eval_loss"])
+    trainer.save_model(str(output_dir))
+    rows = trainer.state.log_history
+    result = {
+        "weights": trainer.model.state_dict(),
+        "losses": [row["distillation_loss"] for row in rows if "distillation_loss" in row],
+        "evaluations": evaluations + [row["eval_loss"] for row in rows if "eval_loss" in row],
+    }
+    return trainer, result
+
+
+def use_fsdp(**changes: str) -> None:
+    os.environ.update(environment_of("fsdp2") | {"ACCELERATE_MIXED_PRECISION": "no"} | changes)
+    divide_on_cpus()
+
+
+# Layout -> what is different in its run.
+LAYOUTS = {"base": {"gradient_checkpointing": True}, "large": {}}
+
+
+def by_data_parallelism(output, number):
+    results = {}
+    for layout, settings in LAYOUTS.items():
+        trainer, results[layout] = train(f"{output}/{layout}", layout, **settings)
+    return trainer, results
+
+
+def by_fsdp(output, number):
+    use_fsdp()
+    results = {}
+    for layout, settings in LAYOUTS.items():
+        watch = Watch()
+        _, results[layout] = train(f"{output}/{layout}", layout, watch, **settings)
+        results[layout]["held"] = watch.held
+    # Once more: killed in each stage, and from what other processes with another engine have saved.
+    for step in (2, 5):
+        killed = f"{output}/killed-{step}"
+        with pytest.raises(Kill):
+            make(killed, layout, KillAt(step)).train()
+        trainer, results[f"killed in step {step}"] = train(killed, layout, resume=True)
+    for step in (2, 4):
+        saved = Path(output).parent / "by_data_parallelism" / layout / f"checkpoint-{step}"
+        trainer, results[f"begun by another, {step}"] = train(f"{output}/from-{step}", layout, resume=str(saved))
+    return trainer, results
+
+
+@pytest.mark.slow
+def test_fsdp_equals_data_parallelism(tmp_path):
+    ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
+    fsdp, others = run_in_processes(by_fsdp, tmp_path / "by_fsdp", number=2)
+    for layout in LAYOUTS:
+        assert fsdp[layout]["losses"] == pytest.approx(ddp[layout]["losses"], abs=1e-4)
+        assert fsdp[layout]["evaluations"] == pytest.approx(ddp[layout]["evaluations"], abs=1e-4)
+        assert len(fsdp[layout]["losses"]) == len(fsdp[layout]["held"]) == 7
+        for held, number in fsdp[layout]["held"]:
+            assert held < 0.6 * number
+    whole = fsdp["large"]["weights"]
+    for name, result in fsdp.items():
+        torch.testing.assert_close(result["weights"], ddp.get(name, ddp["large"])["weights"], atol=1e-5, rtol=0)
+        assert same(result["weights"], others[name]["weights"])
+        assert same(result["weights"], whole) or not name.startswith("killed")
+    engines = (tmp_path / "by_fsdp", tmp_path / "by_data_parallelism")
+    names, others = [{path.name for path in (run / "large" / "checkpoint-7").iterdir()} for run in engines]
+    assert names == others
+    assert type(AutoModel.from_pretrained(tmp_path / "by_fsdp" / "large")) is WavLMForSkillStudent
+
+
+# Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
+VARIANTS = {
+    "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 2e-2),
+    "defaults": ({"recipe": {"normalize_states": True}}, {}, 1e-4),
+}
+
+
+def by_variant(output, number):
+    """The variant is the name of the folder."""
+    folder = Path(output)
+    settings, changes, _ = VARIANTS[folder.parent.name]
+    if folder.name == "fsdp":
+        use_fsdp(**changes)
+    return train(f"{output}/run", "base", **settings)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fsdp_with(tmp_path, variant):
+    (tmp_path / variant).mkdir()
+    ddp, fsdp = [run_in_processes(by_variant, tmp_path / variant / engine, number=2)[0] for engine in ("ddp", "fsdp")]
+    assert fsdp["losses"] == pytest.approx(ddp["losses"], abs=VARIANTS[variant][-1])
+    assert fsdp["evaluations"] == pytest.approx(ddp["evaluations"], abs=VARIANTS[variant][-1])
+
+
+class Peak(TrainerCallback):
+    """The most that a process took in a step, in MiB; Linux only."""
+
+    def __init__(self):
+        self.peak = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        status = Path("/proc/self/status").read_text()
+        self.peak = max(self.peak, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)
+
+
+def peak_memory(output, number):
+    """Of a large student and clips of half a second, above what a process takes before it has a model."""
+    if Path(output).name == "fsdp":
+        use_fsdp()
+    before, peak = psutil.Process().memory_info().rss / 2**20, Peak()
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 4}
+    settings = {"max_steps": 4, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    teacher = tiny_teacher("large", **shape)
+    trainer = make_trainer(output, noise_clips(4, 12_000), teacher, RECIPE, [peak], **settings)
+    trainer.train()
+    return trainer, peak.peak - before
+
+
+@pytest.mark.nightly
+def test_processes_of_fsdp_need_less_memory(tmp_path, monkeypatch):
+    monkeypatch.setitem(WITHOUT_GPU, "MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back
+    ddp, fsdp = [max(run_in_processes(peak_memory, tmp_path / engine, number=2)) for engine in ("ddp", "fsdp")]
+    print(f"DistributedDataParallel {ddp:.0f} MiB, FSDP2 {fsdp:.0f} MiB")
+    assert fsdp < 0.75 * ddp
+
+
+# ---- What is refused, and the ready files ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is selected, but it keeps parameters and optimizer"),
+        ({"FSDP_VERSION": "1"}, "`fsdp_version` is 1, but must be 2: 1 is no longer developed"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "`fsdp_cpu_ram_efficient_loading` is true, but must be false"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "`fsdp_offload_params` is true, but must be false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "`fsdp_activation_checkpointing` is true, but must be false"),
+        ({}, "FSDP cannot be used by 1 process.* on cpu: it needs several processes, each with a GPU"),
+    ],
+)
+def test_what_is_refused(tmp_path, monkeypatch, changes, message):
+    for name, value in (environment_of("fsdp2") | {"ACCELERATE_MIXED_PRECISION": "no"} | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as error:
+        SkillTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        make(tmp_path, "base")
+    assert "\n" not in str(error.value)
+
+
+def test_shrinking_is_refused(tmp_path):
+    trainer = make(tmp_path, "base")
+    trainer.divides_parameters = True
+    with pytest.raises(ValueError, match="`shrink_steps` needs whole parameters, but FSDP divides them"):
+        ShrinkCallback(trainer)
+
+
+@pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_files(path):
+    """accelerate reads each, and starts what its comment and docs/engines.md say."""
+    environment = environment_of(path.stem)
+    engine = {"fsdp2": "FSDP", "eight_gpus": "MULTI_GPU", "two_nodes": "MULTI_GPU"}.get(path.stem, "NO")
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == engine and config.num_processes == NUM_PROCESSES[path.stem]
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if path.stem == "cpu" else "bf16")
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (engine == "FSDP")
+    assert f"`{path.name}`" in (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+
+
+NUM_PROCESSES = {"cpu": 1, "one_gpu": 1, "eight_gpus": 8, "two_nodes": 16, "fsdp2": 8}
