@@ -140,8 +140,10 @@ def test_tables_by_hand(results):
     rows = [row_of("SKILL", seed, distance) for seed, distance in ((0, 0.03), (1, 0.05))]
     rows += [row_of("SKILL + by size", 0, 0.02), row_of("DPHuBERT", 0, 0.07)]
     rows += [row_of("first apart", 0, 0.04), row_of("first apart + by size", 0, 0.035)]
+    rows += [row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.625] * 13}}]
     write_rows(results, rows)
     blocks = make_blocks(read_study(results), ".")
+    assert blocks["second speaker"].splitlines()[2:] == ["| SKILL + masked | 1 | 0.500 | 0.625 |"]
     assert "| SKILL | 0.040 ± 0.014 (2) |" in blocks["distances"]
     assert "| 0.75 | mean distance (1 − CKA) ↓ | DPHuBERT | 1 | +0.040 | 0 of 1 | – | – |" in blocks["against SKILL"]
     assert "| by size | −0.010 (1 of 1 better, p –) |" in blocks["options"]
@@ -208,7 +210,8 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
         for seed in (0, 1)
         for condition in conditions
     ]
-    write_rows(results, [*rows, row_of("SKILL + mixture", 0), row_of("first apart", 0)])
+    masked = row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.5] * 13}}
+    write_rows(results, [*rows, row_of("SKILL + mixture", 0), row_of("first apart", 0), masked])
     page = all_blocks(tmp_path / "study.md")
     args = DrawArguments(results, page, tmp_path / "pictures" / "of")
     draw_study.run(args)
@@ -238,8 +241,8 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
     empty = {
         "nothing": set(TABLES),
         "references alone": set(TABLES),
-        "a baseline alone": {"against SKILL", "unequal", "options"},
-        "no references": {"tasks", "unequal", "options"},
+        "a baseline alone": {"against SKILL", "unequal", "second speaker", "options"},
+        "no references": {"tasks", "unequal", "second speaker", "options"},
     }
     blocks = make_blocks(read_study(results), ".")
     assert {name for name, block in blocks.items() if block == NOTHING} == empty[have]

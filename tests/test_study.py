@@ -234,7 +234,7 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
         (run_study, "TEACHERS", {"wavlm": teacher}),
         (run_study, "SEEDS", (0,)),
         (study_design, "COMMON", {"calibration_samples": 8, "calibration_seconds": 0.5}),
-        (study_design, "BLOCKS", (Block(("SKILL", "DPHuBERT", "SKILL + by size"), (condition,), (0,), True),)),
+        (study_design, "BLOCKS", (Block(("SKILL", "DPHuBERT", "SKILL + second speaker"), (condition,), (0,), True),)),
         (study_probes, "LEARNING_RATES", (1e-2,)),
         (study_probes, "STEPS", dict.fromkeys(study_probes.TASKS, 3)),
     ):
@@ -254,13 +254,15 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     assert len(first) == 1 and rows()[0] == first[0]
     assert (args.results / "references.wavlm.json").read_bytes() == references
     assert [row["key"] for row in rows()] == [
-        f"wavlm, 0.75, 6, {method}, 0" for method in ("SKILL", "DPHuBERT", "SKILL + by size")
+        f"wavlm, 0.75, 6, {method}, 0" for method in ("SKILL", "DPHuBERT", "SKILL + second speaker")
     ]
     assert rows()[1]["layer_groups"] == [[0], [1], [2], [3]]
     for row in rows():
         assert row["sparsity_reached"] == pytest.approx(0.75, abs=0.02)
         assert list(row["scores"]) == list(study_probes.METRICS) and np.isfinite(list(row["scores"].values())).all()
         assert len(row["distances"]["cka"]) == 4
+        assert len(row["distances_second_speaker"]["cka"]) == 4
+        assert row["distances_second_speaker"] != row["distances"]
         assert row["cut"]["step"] == 4 and [step for step, _ in row["losses"]] == [1, 2, 3, 4, 5, 6]
 
     study = study_results.read_study(args.results)
@@ -269,5 +271,7 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     page = tmp_path / "study.md"
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
     draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
-    assert page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 2  # unequal groups, layers at 240 steps
+    assert (
+        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 3
+    )  # unequal groups, second speaker, layers at 240 steps
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {draw_study.PICTURES["distances"].file}

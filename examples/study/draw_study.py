@@ -27,6 +27,7 @@ from study_design import (  # noqa: E402
     BASELINES,
     METHODS,
     OPTIONS,
+    ROBUST,
     SHAPE,
     TEACHERS,
     UNEQUAL,
@@ -38,6 +39,7 @@ from study_design import (  # noqa: E402
 from study_probes import METRICS  # noqa: E402
 from study_results import (  # noqa: E402
     DISTANCE,
+    DISTANCE_SECOND_SPEAKER,
     SCORES,
     Outcome,
     Study,
@@ -264,6 +266,19 @@ def options(study: Study, teacher: str) -> str:
     return table(["distance, minus SKILL's", *(condition.label for condition in shown)], rows)
 
 
+def robust(study: Study) -> str:
+    """What distortions of the student's input give, for what the student hears."""
+    condition = Condition("wavlm", 0.75)
+    rows = []
+    for name in ("SKILL", *ROBUST):
+        cells = [
+            list(study.values(outcome, name, condition).values()) for outcome in (DISTANCE, DISTANCE_SECOND_SPEAKER)
+        ]
+        if cells[1]:
+            rows.append([name, len(cells[0]), *(spread(cell, 3) for cell in cells)])
+    return table(["", "seeds", DISTANCE.label, DISTANCE_SECOND_SPEAKER.label], rows) if rows else ""
+
+
 def option_cell(pair) -> str:
     if pair is None:
         return "–"
@@ -369,6 +384,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "against SKILL": per_teacher(against_skill),
     "tasks": per_teacher(tasks),
     "unequal": unequal,
+    "second speaker": robust,
     "options": per_teacher(options),
     "cuts": per_teacher(cuts),
 }

@@ -36,7 +36,7 @@ from transformers import AutoModel, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from study_design import SEEDS, SHAPE, TEACHERS, Student, plan, recipe  # noqa: E402
+from study_design import SECOND_SPEAKER, SEEDS, SHAPE, TEACHERS, Student, plan, recipe  # noqa: E402
 from study_probes import METRICS, TASKS, probe, probe_splits, speech_to_distil  # noqa: E402
 
 from skill_hf import SkillDistillationTrainer, SkillTrainingArguments  # noqa: E402
@@ -44,6 +44,7 @@ from skill_hf.analysis import layer_distances  # noqa: E402
 from skill_hf.cli.settings import Count, Positive, Range, Seconds, Whole, parse, run_script  # noqa: E402
 from skill_hf.compression.layer_dropping import drop_layers  # noqa: E402
 from skill_hf.data import calibration_waveforms  # noqa: E402
+from skill_hf.data.distortion import Distortion  # noqa: E402
 from skill_hf.encoders import FilterBank, PretrainedEncoder, feature_extractor_for  # noqa: E402
 from skill_hf.files import read_json, try_directory, write_json  # noqa: E402
 from skill_hf.latency import device_name  # noqa: E402
@@ -173,8 +174,28 @@ class Workbench:
                 processing_class=self.feature_extractor,
             )
             trainer.data_collator.max_seconds = trainer.eval_data_collator.max_seconds = self.args.max_seconds
+            if student.method.endswith("second speaker"):
+                trainer.data_collator.distortion = Distortion(**SECOND_SPEAKER)
             trainer.train()
         return trainer
+
+    def distances(self, model, hears: Distortion | None = None) -> dict[str, list[float]]:
+        """Mean distance to the teacher at each hidden state; `hears` distorts the student's input alone."""
+        heard = self.heldout_audio
+        if hears is not None:
+            heard = hears(heard, self.feature_extractor.sampling_rate, (0,))
+        clips = iter(heard)
+
+        def hear(module, args, inputs):
+            audio = inputs["input_values"]
+            return args, inputs | {"input_values": torch.from_numpy(np.stack([next(clips) for _ in audio])).to(audio)}
+
+        handle = model.register_forward_pre_hook(hear, with_kwargs=True)
+        try:
+            distances = layer_distances(self.teacher, model, self.heldout_audio, progress=False)
+        finally:
+            handle.remove()
+        return {measure: values.round(6).tolist() for measure, values in distances.items()}
 
     def run(self, student: Student, with_tasks: bool) -> dict:
         """Trains a student and measures its distance to the teacher on unheard readers; tests it on tasks, too."""
@@ -183,14 +204,14 @@ class Workbench:
         seconds = {"training": round(time.perf_counter() - start, 1)}
         model = trainer.model.eval()
         config, logs = model.config, trainer.state.log_history
-        distances = layer_distances(self.teacher, model, self.heldout_audio, progress=False)
         result = {
             "layer_groups": trainer.layer_groups,
             "sparsity_reached": 1 - model.num_parameters() / self.teacher.num_parameters(),
             "parameters": model.num_parameters(),
             "cut": trainer.record.cut and {"step": trainer.steps.joint, **trainer.record.cut},
             "losses": [[line["step"], line["distillation_loss"]] for line in logs if "distillation_loss" in line],
-            "distances": {measure: values.round(6).tolist() for measure, values in distances.items()},
+            "distances": self.distances(model),
+            "distances_second_speaker": self.distances(model, Distortion(mixing_prob=1.0, mixing_snr=(5.0, 5.0))),
             "architecture": {
                 "conv_dim": list(config.conv_dim),
                 "num_heads": [len(heads) for heads in config.remaining_heads],

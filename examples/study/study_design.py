@@ -55,7 +55,11 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     # The other teacher of [`TEACHERS`] is a second one.
     "two teachers": lambda joint: {"teacher_targets": "separate"},
     "shrinking": lambda joint: {"shrink_steps": max(joint // 16, 1)},
+    "masked": lambda joint: {"student_mask_prob": 0.2},
+    # In half of the clips of the student's batches ([`SECOND_SPEAKER`]).
+    "second speaker": lambda joint: {},
 }
+SECOND_SPEAKER = {"mixing_prob": 0.5}
 
 
 def consecutive(layers: int, *starts: int) -> list[list[int]]:
@@ -134,11 +138,12 @@ def at(sparsity: float, steps: int = 240, teachers: tuple[str, ...] = tuple(TEAC
 
 WEIGHTED = ("", " + by size", " + by size + normalised")
 OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
+ROBUST = ("SKILL + masked", "SKILL + second speaker")
 FEW = SEEDS[:3]
 # What matters most comes first.
 BLOCKS = (
     Block(("SKILL", *OF_SKILL, "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), FEW),
-    Block(("SKILL", SHAPE), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("SKILL", SHAPE, *ROBUST), at(0.75, teachers=("wavlm",)), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("DPHuBERT", "one group", "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
     Block(("early cut", "late cut", "every layer"), at(0.9, teachers=("wavlm",)), FEW),

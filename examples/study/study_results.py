@@ -100,6 +100,12 @@ class Outcome:
 DISTANCE = Outcome(
     "mean distance (1 − CKA) ↓", lambda row: float(np.mean(row["distances"]["cka"])), lower_is_better=True, digits=3
 )
+DISTANCE_SECOND_SPEAKER = Outcome(
+    "the same, the student hears a second speaker ↓",
+    lambda row: float(np.mean(row.get("distances_second_speaker", {}).get("cka", math.nan))),
+    lower_is_better=True,
+    digits=3,
+)
 SCORES = {
     metric: Outcome(
         f"{SUPERB_METRICS[metric].label} {'↓' if SUPERB_METRICS[metric].lower_is_better else '↑'}",

@@ -13,16 +13,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DynamoBackend, broadcast_object_list, compare_versions, gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
-# The first whose gradient clipping knows parameters of both kinds.
-FSDP_NEEDS = {"accelerate": "1.15", "torch": "2.7"}
-# What `accelerate launch` sets for an engine.
-FSDP_VARIABLE, DEEPSPEED_VARIABLE = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+# The first whose `Trainer` saves on all processes together; that clips gradients of both kinds of parameters; that
+# divides frozen layers of several dtypes.
+FSDP_NEEDS = {"transformers": "5.23", "accelerate": "1.15", "torch": "2.8"}
+FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
 NO_DEEPSPEED = (
-    "it keeps parameters and optimizer to itself, which the cut between the stages has to rebuild; use data"
+    "the cut between the stages rebuilds parameters and optimizer, which no stage of ZeRO allows; use data"
     " parallelism, or FSDP2, which divides them as ZeRO does"
 )
+# Variables of `accelerate launch` for other engines -> name, and why a run cannot use it.
+REFUSED_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", NO_DEEPSPEED),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it has no speech encoders; use data parallelism"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        "`parallelism_config`",
+        "only data is divided, or parameters by FSDP2; leave it out of the file of accelerate",
+    ),
+}
 # Variable of `accelerate launch`, its key in a file -> the value that it must have, and why.
 FSDP_SETTINGS = {
     ("FSDP_VERSION", "fsdp_version"): ("2", "1 is no longer developed"),
@@ -91,8 +101,9 @@ def check_environment() -> None:
         `ValueError`: if `accelerate launch` asks for an engine that a run cannot use, or for FSDP with settings that
             it cannot have.
     """
-    if _is_on(DEEPSPEED_VARIABLE):
-        raise ValueError(f"DeepSpeed is selected, but {NO_DEEPSPEED}.")
+    for variable, (engine, why) in REFUSED_ENGINES.items():
+        if _is_on(variable):
+            raise ValueError(f"{engine} is selected, but {why}.")
     if not _is_on(FSDP_VARIABLE):
         return
     for (variable, key), (wanted, why) in FSDP_SETTINGS.items():
@@ -120,7 +131,10 @@ def divides_parameters(accelerator: Accelerator) -> bool:
     if plugin is not None and accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision` is fp16, which cannot be used with FSDP; use bf16.")
     if plugin is not None and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError("`torch_compile` is True, which cannot be used with FSDP; leave it out.")
+        raise ValueError(
+            "torch.compile is on (`torch_compile`, or `dynamo_config` in the file of accelerate), which cannot be used"
+            " with FSDP; leave it out."
+        )
     return plugin is not None
 
 
@@ -134,6 +148,22 @@ def forward_context(accelerator: Accelerator, is_divided: bool):
     hold all parameters at once. Within the model of another engine it changes nothing.
     """
     return accelerator.autocast(AutocastKwargs(cache_enabled=not is_divided))
+
+
+def rebuild_data_parallel(module: nn.Module, accelerator: Accelerator) -> None:
+    """
+    Lets a module within `module` that is wrapped in DistributedDataParallel, if there is one, reduce the gradients of
+    the parameters that it has now. The wrapper stays the same object, which the training loop holds.
+    """
+    for wrapper in module.modules():
+        if isinstance(wrapper, DistributedDataParallel):
+            handler = accelerator.ddp_handler
+            kwargs = {} if handler is None else handler.to_kwargs()
+            devices = {"device_ids": wrapper.device_ids, "output_device": wrapper.output_device}
+            wrapper.__init__(wrapper.module, **devices, **kwargs)
+            if handler is not None:
+                handler.register_comm_hook(wrapper)
+            break
 
 
 # ---- FSDP2 ----
@@ -160,11 +190,10 @@ def divide_when_prepared(
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
     plugin.ignored_modules = [nn.ParameterList(whole)]
-    if accelerator.mixed_precision == "bf16":
-        # As autocast has it: matrix products in half precision, gradients of all processes added in float32.
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    # Parameters are gathered in float32, and autocast chooses what runs in half precision, as with other engines.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # Otherwise each process would keep the whole gradient until the last micro-batch.
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     model.register_load_state_dict_pre_hook(_divide_state)
 
 

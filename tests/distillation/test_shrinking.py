@@ -21,7 +21,8 @@ from skill_hf.compression.pruning import (
     expected_cost,
     num_parameters,
 )
-from skill_hf.distillation.shrinking import check_optimizer, cut_optimizer_state
+from skill_hf.distillation.optimization import check_optimizer
+from skill_hf.distillation.shrinking import cut_optimizer_state
 from skill_hf.distillation.throughput import TIMINGS
 from skill_hf.models.families import build_student
 
@@ -203,7 +204,7 @@ def test_no_less_is_left_than_the_target_asks_for():
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 def test_optimizers_that_can_be_cut(cls):
-    check_optimizer(cls, {"lr": 0.1}, torch.device("cpu"))
+    check_optimizer(cls, {"lr": 0.1}, torch.device("cpu"), "FSDP", "use data parallelism")
 
 
 def test_widths_stay_multiples(layout):

@@ -1,9 +1,11 @@
 """`EngineTrainer`: the methods of transformers' `Trainer` that depend on how processes share the training."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..distribution import (
     average_gradients,
@@ -13,7 +15,7 @@ from ..distribution import (
     whole,
     whole_states,
 )
-from .optimization import gate_parameters
+from .optimization import check_optimizer, gate_parameters
 from .restoring import reunite
 
 
@@ -36,8 +38,17 @@ class EngineTrainer(Trainer):
             # fails with reentrant checkpoints, which a student does not have.
             self.accelerator.ddp_handler.find_unused_parameters = True
 
+    def check_optimizer(self, needed_by: str, instead: str) -> None:
+        """See [`~skill_hf.distillation.optimization.check_optimizer`], for the optimizer of this run."""
+        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.student)
+        kwargs = kwargs | {"lr": self.args.learning_rate}
+        check_optimizer(cls, kwargs, self.args.device, needed_by, instead)
+
     def divide(self) -> None:
-        """Before a stage: the processes will share the parameters of distiller and teachers, if FSDP is used."""
+        """
+        Before a stage: the processes will share the parameters of distiller and teachers, if FSDP is used. After an
+        error within the stage they still do, and only a new trainer can go on.
+        """
         if not self.divides_parameters:
             return
         layers = self.student.base_model.encoder.layers
@@ -62,6 +73,16 @@ class EngineTrainer(Trainer):
             if self.divides_parameters:
                 load_whole_states(self.optimizer)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.divides_parameters:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # The Trainer would load the whole state of the optimizer onto each GPU.
+        for target, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            path = Path(checkpoint) / name
+            if path.is_file():  # not at the cut
+                target.load_state_dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Below accelerate's wrapper.

@@ -9,6 +9,43 @@ GATE_PARAMETERS = ("log_alpha", "lambda_1", "lambda_2", "mixture_logits")
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
 
+# Of the parameter that an optimizer is tried on: 8-bit ones keep small parameters in 32 bit.
+TRIED_SHAPE = (96, 96)
+
+
+def check_optimizer(
+    cls: type[torch.optim.Optimizer], kwargs: dict, device: torch.device, needed_by: str, instead: str
+) -> None:
+    """
+    Takes one step on a dummy parameter and checks the state, which has to be cut or divided like the parameter.
+
+    Args:
+        cls, kwargs, device: class and arguments of the optimizer, and where it runs.
+        needed_by, instead (`str`): for the error: what needs it, and what to do without.
+
+    Raises:
+        `ValueError`: if the optimizer's state contains anything but single numbers and tensors of the parameter's
+            shape.
+    """
+    if kwargs.keys() & OWN_GROUPS:
+        return  # refused when it is made for real
+    parameter = nn.Parameter(torch.zeros(TRIED_SHAPE, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = cls([parameter], **kwargs)
+    if callable(getattr(optimizer, "train", None)):  # without a schedule they have modes
+        optimizer.train()
+    optimizer.step()
+    for name, value in optimizer.state[parameter].items():
+        is_number = value is None or isinstance(value, (bool, int, float))
+        if isinstance(value, torch.Tensor):
+            is_number = value.numel() == 1
+        if not is_number and getattr(value, "shape", None) != parameter.shape:
+            raise ValueError(
+                f"{needed_by} cannot be used with the optimizer {cls.__name__}: its `{name}` does not have the"
+                f" parameter's shape. Use a different one, such as `adamw_torch`, or {instead}."
+            )
+
+
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of a distiller that are learned with `gate_learning_rate`, in order."""
     return [parameter for name, parameter in model.named_parameters() if name.endswith(GATE_PARAMETERS)]

@@ -31,10 +31,12 @@ def reunite(trainer) -> None:
     """Gives every process the whole student and the whole teachers again, after a stage with FSDP."""
     divided = trainer.distiller.state_dict()
     # What only training needs would take as much memory as the student.
-    trainer.optimizer = trainer.callback_handler.optimizer = None
+    for owner in (trainer, trainer.callback_handler):
+        owner.optimizer = owner.lr_scheduler = None
     trainer.accelerator.free_memory()
     _build(trainer, trainer.student.config)
     copy_whole(divided, trainer.distiller.state_dict())
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = trainer.distiller
     for teacher in trainer.teachers:
         teacher.reunite(trainer.args.device)
 

@@ -10,17 +10,13 @@ import logging
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from ..compression import pruning
-from .optimization import OWN_GROUPS
+from ..distribution import rebuild_data_parallel
 
 
 logger = logging.getLogger(__name__)
-
-# Of the parameter that an optimizer is tried on: 8-bit ones keep small parameters in 32 bit.
-TRIED_SHAPE = (96, 96)
 
 
 class ShrinkCallback(TrainerCallback):
@@ -41,10 +37,7 @@ class ShrinkCallback(TrainerCallback):
                 "`shrink_steps` needs whole parameters, but FSDP divides them among processes: use data parallelism"
                 " only, or set it to 0."
             )
-        cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-            trainer.args, trainer.student
-        )
-        check_optimizer(cls, kwargs | {"lr": trainer.args.learning_rate}, trainer.args.device)
+        trainer.check_optimizer("`shrink_steps`", "set it to 0")
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -52,34 +45,6 @@ class ShrinkCallback(TrainerCallback):
         within = self.trainer.stage == 1 and state.global_step < self.trainer.steps.joint
         if within and state.global_step % self.trainer.skill_config.shrink_steps == 0:
             shrink(self.trainer)
-
-
-def check_optimizer(cls: type[torch.optim.Optimizer], kwargs: dict, device: torch.device) -> None:
-    """
-    Takes one step on a dummy parameter and checks the state.
-
-    Raises:
-        `ValueError`: if the optimizer's state contains anything but single numbers and tensors of the parameter's
-            shape.
-    """
-    if kwargs.keys() & OWN_GROUPS:
-        return  # refused when it is made for real
-    parameter = nn.Parameter(torch.zeros(TRIED_SHAPE, device=device))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = cls([parameter], **kwargs)
-    if callable(getattr(optimizer, "train", None)):  # without a schedule they have modes
-        optimizer.train()
-    optimizer.step()
-    for name, value in optimizer.state[parameter].items():
-        is_number = value is None or isinstance(value, (bool, int, float))
-        if isinstance(value, torch.Tensor):
-            is_number = value.numel() == 1
-        if not is_number and getattr(value, "shape", None) != parameter.shape:
-            raise ValueError(
-                f"`shrink_steps` cannot be used with the optimizer {cls.__name__}: its `{name}` does not have the"
-                " parameter's shape and cannot be cut with it. Use a different one, such as `adamw_torch`, or set"
-                " `shrink_steps` to 0."
-            )
 
 
 def cut_optimizer_state(
@@ -121,15 +86,7 @@ def shrink(trainer) -> None:
     trainer.distiller.costs = budget.unit_costs(trainer.student)
     # accelerate wraps the optimizer
     cut_optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer), before, student, cut)
-    for module in trainer.model_wrapped.modules():
-        if isinstance(module, DistributedDataParallel):
-            # The loop holds this very wrapper, so it is initialised again in place, its reducer on the new parameters.
-            handler = trainer.accelerator.ddp_handler
-            kwargs = {} if handler is None else handler.to_kwargs()
-            module.__init__(module.module, device_ids=module.device_ids, output_device=module.output_device, **kwargs)
-            if handler is not None:
-                handler.register_comm_hook(module)
-            break
+    rebuild_data_parallel(trainer.model_wrapped, trainer.accelerator)
     logger.info(
         "Step %d: permanently closed units are cut, %s parameters become %s",
         step,

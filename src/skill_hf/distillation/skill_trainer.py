@@ -188,6 +188,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.add_callback(self.finite_watch)
         if skill_config.shrink_steps:
             self.add_callback(ShrinkCallback(self))
+        if self.divides_parameters:
+            self.check_optimizer("FSDP", "use data parallelism")
         self.add_callback(self.interruption)
         self.add_callback(ArchitectureCallback(self))
 

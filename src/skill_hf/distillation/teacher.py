@@ -90,6 +90,7 @@ class Teacher:
         """
         copy = self.fast_copy(autocast_dtype)
         if copy is not self.model:
+            self._fast_copies = {autocast_dtype: copy}  # others would keep the weights where they are
             encoder = copy.base_model.encoder
             divide_frozen(copy, encoder.layers, encoder, accelerator)
             self.model.to("cpu")
