@@ -14,6 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from conftest import noise_clips, tiny_teacher
 from test_kills import same
 from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, make_trainer, run_in_processes
+from test_task_heads import fine_tuned
 from transformers import AutoModel, TrainerCallback
 
 from skill_hf import SkillTrainingArguments, WavLMForSkillStudent, distribution
@@ -73,10 +74,10 @@ RUN = {
 }
 
 
-def make(output_dir, layout, *callbacks, recipe=RECIPE, **kwargs):
-    teacher = tiny_teacher(layout)
+def make(output_dir, layout, *callbacks, recipe=RECIPE, teacher=tiny_teacher, **kwargs):
+    """`teacher`: makes one or several of a layout."""
     callbacks = list(callbacks)
-    return make_trainer(output_dir, noise_clips(16, 12_000), teacher, recipe, callbacks, **RUN | kwargs)
+    return make_trainer(output_dir, noise_clips(16, 12_000), teacher(layout), recipe, callbacks, **RUN | kwargs)
 
 
 def train(output_dir, layout, *callbacks, resume=None, **kwargs) -> tuple:
@@ -156,11 +157,21 @@ def test_fsdp_equals_data_parallelism(tmp_path):
     torch.testing.assert_close(alone["weights"], whole, atol=1e-3, rtol=0)
 
 
+def two_teachers(layout: str) -> list:
+    return [tiny_teacher(layout), tiny_teacher(layout, hidden_size=24, num_attention_heads=2)]
+
+
+def classifier(layout: str):
+    return fine_tuned("classification", layout)
+
+
 # Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
 VARIANTS = {
     "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
     "best": ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 8}, {}, 1e-4),
     "defaults": ({"recipe": {"normalize_states": True}}, {}, 1e-4),
+    "two teachers": ({"teacher": two_teachers, "recipe": {"teacher_targets": "separate"}}, {}, 1e-4),
+    "a head": ({"teacher": classifier}, {}, 1e-4),
 }
 
 
