@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[[int], dict]] = {
     "SKILL": lambda layers: {},
     # Its first layer has a projection of its own, the others share one.
     "DPHuBERT": lambda layers: {"layer_groups": dphubert_layers(layers), "projection_groups": [[0], [1, 2, 3]]},
+    "DPHuBERT's layers": lambda layers: {"layer_groups": dphubert_layers(layers)},  # each with its own projection
     "DistilHuBERT": lambda layers: {"layer_groups": dphubert_layers(layers)[1:], "student_layers": "last"},
     "last layer": lambda layers: {"layer_groups": [[layers]]},
     "every layer": lambda layers: {"layer_groups": [[layer] for layer in range(layers + 1)]},
@@ -144,6 +145,7 @@ FEW = SEEDS[:3]
 BLOCKS = (
     Block(("SKILL", *OF_SKILL, "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), FEW),
     Block(("SKILL", SHAPE, *ROBUST), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("DPHuBERT's layers",), at(0.9, teachers=("wavlm",)), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("DPHuBERT", "one group", "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
     Block(("early cut", "late cut", "every layer"), at(0.9, teachers=("wavlm",)), FEW),

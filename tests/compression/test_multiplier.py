@@ -69,7 +69,7 @@ def test_the_estimate_is_the_multiplier_at_the_constrained_minimum(problem):
     )
     set_log_alpha(solution.x)
     assert sparsity().item() == pytest.approx(target, abs=1e-3)
-    estimate = MultiplierEstimate()
+    estimate = MultiplierEstimate(0.9)
     loss(estimate.common_shift(log_alphas(student), sparsity(), sparsity().item())).backward()
     # scipy adds its multiplier times the constraint to the loss, we subtract it.
     assert estimate.value.item() == pytest.approx(-solution.v[0].item(), rel=0.03)
@@ -80,9 +80,9 @@ def test_gates_get_the_gradient_of_the_lagrangian(problem, gap):
     student, size, set_log_alpha, loss, sparsity, gradient = problem
     set_log_alpha(torch.randn(size, generator=torch.Generator().manual_seed(1)))
     of_loss, of_sparsity = gradient(loss), gradient(sparsity)
-    estimate = MultiplierEstimate()
+    estimate = MultiplierEstimate(0.9)
     loss(estimate.common_shift(log_alphas(student), sparsity(), sparsity().item() + gap)).backward()
-    multiplier = of_loss.sum() / of_sparsity.sum() * (1 + GAIN * gap)
+    multiplier = of_loss.sum() / of_sparsity.sum() * (1 + GAIN * gap / (1 - 0.9))
     assert estimate.value.item() == pytest.approx(multiplier, rel=1e-3)
     given = torch.cat([gate.log_alpha.grad for _, gate in named_gates(student)]).numpy()
     np.testing.assert_allclose(given, of_loss - multiplier * of_sparsity, atol=1e-6)
@@ -91,7 +91,7 @@ def test_gates_get_the_gradient_of_the_lagrangian(problem, gap):
 def test_no_pressure_where_closing_lowers_the_loss(problem):
     student, _, _, loss, sparsity, gradient = problem
     of_loss = gradient(loss)
-    estimate = MultiplierEstimate()
+    estimate = MultiplierEstimate(0.9)
     (-loss(estimate.common_shift(log_alphas(student), sparsity(), 0.5))).backward()
     assert estimate.value == 0
     given = torch.cat([gate.log_alpha.grad for _, gate in named_gates(student)]).numpy()

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 
-# How much a gap between target and expected sparsity raises or lowers the multiplier: 0.02 doubles it, -0.02 takes
-# it away. More closes units without regard to what they do, less leaves the target too far behind.
-GAIN = 50.0
+# How much a gap between target and expected sparsity raises or lowers the multiplier, relative to what the cut is to
+# leave: a fifth more than that doubles it, a fifth less takes it away. More closes units without regard to what they
+# do, less leaves the target too far behind.
+GAIN = 5.0
 
 
 class MultiplierEstimate:
@@ -17,18 +18,24 @@ class MultiplierEstimate:
     not know the scale of the loss: in a short run it arrives too late, and then goes on too long. This one follows
     from the gradients of each step:
 
-        lambda = max(0, lambda*) (1 + GAIN (t - s)),   lambda* = sum_i dL/d(log_alpha_i) / sum_i ds/d(log_alpha_i)
+        lambda = max(0, lambda*) (1 + GAIN (t - s) / (1 - T))
+        lambda* = sum_i dL/d(log_alpha_i) / sum_i ds/d(log_alpha_i)
 
     With `lambda*`, no common shift of all `log_alpha` lowers the Lagrangian: a first-order estimate of the multiplier
-    at the constrained minimum, as in Fletcher's method (1970). The other factor leads the sparsity to its target. If
-    the loss is multiplied by a number, so is `lambda`, and the gates move as before.
+    at the constrained minimum, as in Fletcher's method (1970). The other factor leads the sparsity to its target, `T`
+    in the end. If the loss is multiplied by a number, so is `lambda`, and the gates move as before.
+
+    Args:
+        final_sparsity (`float`): `T`, the target at the end of the schedule, below 1.
 
     Attributes:
         value (`torch.Tensor`, *optional*): `lambda` of the last backward pass, a scalar; times the factor that a
             gradient scaler has put on the loss.
     """
 
-    value: torch.Tensor | None = None
+    def __init__(self, final_sparsity: float):
+        self.gain = GAIN / (1 - final_sparsity)
+        self.value: torch.Tensor | None = None
 
     # Gradients within a forward pass cannot be compiled.
     @torch.compiler.disable
@@ -54,7 +61,7 @@ class MultiplierEstimate:
         # All gates at their limit: nothing moves the sparsity.
         slope = torch.where(slope == 0, -1.0, slope)
         shift = (sparsity.detach() - sparsity) / slope
-        pressure = 1 + GAIN * (target_sparsity - sparsity.detach())
+        pressure = 1 + self.gain * (target_sparsity - sparsity.detach())
 
         def press(gradient: torch.Tensor) -> torch.Tensor:
             # The loss falls as gates open; where it does not, nothing has to hold them.

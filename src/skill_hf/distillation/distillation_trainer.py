@@ -195,6 +195,7 @@ class DistillationTrainer(EngineTrainer):
             "root_weight": config.root_weight,
             "root_schedule": config.root_schedule,
             "multiplier": config.lagrange_multiplier,
+            "final_sparsity": config.target_sparsity,
             "state_sizes": self._state_sizes,
             "head_loss": self.head_loss,
         }

@@ -42,6 +42,8 @@ class SkillDistiller(nn.Module):
             if they are normalised.
         multiplier (`str`, *optional*, defaults to `"estimated"`): `estimated` or `learned`, how the multiplier of the
             constraint on the size is found.
+        final_sparsity (`float`, *optional*, defaults to 0.75): the target at the end of the schedule, which estimated
+            multipliers need.
         previous ([`SkillDistiller`], *optional*): the one of the first stage, whose projections, mixture and
             normalisation go on; by default new projections, identity maps where the widths are equal.
         head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
@@ -61,6 +63,7 @@ class SkillDistiller(nn.Module):
         root_schedule: str = "constant",
         state_sizes: Sequence[tuple[int, int]] = (),
         multiplier: str = "estimated",
+        final_sparsity: float = 0.75,
         previous: "SkillDistiller | None" = None,
         head_loss: HeadLoss | None = None,
     ):
@@ -91,7 +94,8 @@ class SkillDistiller(nn.Module):
             if student_layers == "mixture":
                 self.mixture_logits = previous.mixture_logits
         self.has_gates = has_gates(student)
-        self.multiplier_estimate = MultiplierEstimate() if self.has_gates and multiplier == "estimated" else None
+        is_estimated = self.has_gates and multiplier == "estimated"
+        self.multiplier_estimate = MultiplierEstimate(final_sparsity) if is_estimated else None
         if self.has_gates and multiplier == "learned":
             self.lambda_1 = nn.Parameter(torch.zeros(()))
             self.lambda_2 = nn.Parameter(torch.zeros(()))
