@@ -83,7 +83,7 @@ def test_a_dead_dimension_goes_last():
 
 
 def test_a_run_that_shrinks_ends_the_same_after_a_kill(tmp_path, clips):
-    recipe = {"pruning_units": ["ffn_dims", KIND], "target_sparsity": 0.2, "shrink_steps": 2, "final_steps": 3}
+    recipe = {"pruning_units": ["ffn_dims", KIND], "target_sparsity": 0.3, "shrink_steps": 2, "final_steps": 3}
     recipe["gate_learning_rate"] = 4.0
 
     def make(name, *callbacks):

@@ -56,7 +56,7 @@ def make_trainer(output_dir, rows=CLIPS, teacher=None, recipe=None, **kwargs):
     "settings",
     [
         {},
-        pytest.param({"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, marks=pytest.mark.slow),
+        pytest.param({"dataloader_num_workers": 2, "dataloader_persistent_workers": True}, marks=pytest.mark.nightly),
         pytest.param({"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     ],
     ids=["one process", "persistent workers", "workers and accumulation"],

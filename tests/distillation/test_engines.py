@@ -101,33 +101,23 @@ def use_fsdp(**changes: str) -> None:
     divide_on_cpus()
 
 
-# Layout -> what is different in its run.
-LAYOUTS = {"base": {"gradient_checkpointing": True}, "large": {}}
-
-
 def by_data_parallelism(output, number):
-    results = {}
-    for layout, settings in LAYOUTS.items():
-        trainer, results[layout] = train(f"{output}/{layout}", layout, **settings)
-    return trainer, results
+    return train(f"{output}/whole", "large", gradient_checkpointing=True)
 
 
 def by_fsdp(output, number):
     use_fsdp()
-    results = {}
-    for layout, settings in LAYOUTS.items():
-        watch = Watch()
-        _, results[layout] = train(f"{output}/{layout}", layout, watch, **settings)
-        results[layout]["held"] = watch.held
-    # Once more: killed in each stage, and from what other processes with another engine have saved.
-    for step in (3, 17):
-        killed = f"{output}/killed-{step}"
-        with pytest.raises(Kill):
-            make(killed, "large", KillAt(step)).train()
-        trainer, results[f"killed in step {step}"] = train(killed, "large", resume=True)
-    for step in (12, 14):  # the second is the cut
-        saved = Path(output).parent / "by_data_parallelism" / "large" / f"checkpoint-{step}"
-        trainer, results[f"begun by another, {step}"] = train(f"{output}/from-{step}", "large", resume=str(saved))
+    watch = Watch()
+    _, whole = train(f"{output}/whole", "large", watch, gradient_checkpointing=True)
+    # Killed in stage 1, and from what processes with another engine have saved: in each stage, and at the cut.
+    with pytest.raises(Kill):
+        make(f"{output}/killed", "large", KillAt(11), gradient_checkpointing=True).train()
+    _, killed = train(f"{output}/killed", "large", resume=True, gradient_checkpointing=True)
+    results = {"whole": whole | {"held": watch.held}, "killed": killed}
+    for step in (12, 14, 18):
+        saved = Path(output).parent / "by_data_parallelism" / "whole" / f"checkpoint-{step}"
+        other, settings = f"from-{step}", {"resume": str(saved), "gradient_checkpointing": True}
+        trainer, results[other] = train(f"{output}/{other}", "large", **settings)
     return trainer, results
 
 
@@ -135,26 +125,25 @@ def by_fsdp(output, number):
 def test_fsdp_equals_data_parallelism(tmp_path):
     ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
     fsdp, others = run_in_processes(by_fsdp, tmp_path / "by_fsdp", number=2)
-    for layout in LAYOUTS:
-        assert fsdp[layout]["losses"] == pytest.approx(ddp[layout]["losses"], abs=1e-4)
-        assert fsdp[layout]["evaluations"] == pytest.approx(ddp[layout]["evaluations"], abs=1e-4)
-        assert len(fsdp[layout]["losses"]) == len(fsdp[layout]["held"]) == 20
-        for held, number in fsdp[layout]["held"]:
-            assert held < 0.6 * number
-    whole = fsdp["large"]["weights"]
+    whole = fsdp["whole"]
+    assert whole["losses"] == pytest.approx(ddp["losses"], abs=1e-4)
+    assert whole["evaluations"] == pytest.approx(ddp["evaluations"], abs=1e-4)
+    assert len(whole["losses"]) == len(whole["held"]) == 20
+    for held, number in whole["held"]:
+        assert held < 0.6 * number
     for name, result in fsdp.items():
-        torch.testing.assert_close(result["weights"], ddp.get(name, ddp["large"])["weights"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(result["weights"], ddp["weights"], atol=1e-4, rtol=0)
         assert same(result["weights"], others[name]["weights"])
-        assert same(result["weights"], whole) or not name.startswith("killed")
+    assert same(fsdp["killed"]["weights"], whole["weights"])
     engines = (tmp_path / "by_fsdp", tmp_path / "by_data_parallelism")
-    names, others = [{path.name for path in (run / "large" / "checkpoint-20").iterdir()} for run in engines]
+    names, others = [{path.name for path in (run / "whole" / "checkpoint-20").iterdir()} for run in engines]
     assert names == others
-    assert type(AutoModel.from_pretrained(tmp_path / "by_fsdp" / "large")) is WavLMForSkillStudent
+    assert type(AutoModel.from_pretrained(tmp_path / "by_fsdp" / "whole")) is WavLMForSkillStudent
     # One process takes over, with the same number of clips in a step.
-    resume = str(tmp_path / "by_fsdp" / "large" / "checkpoint-18")
+    resume = str(tmp_path / "by_fsdp" / "whole" / "checkpoint-18")
     trainer, alone = train(tmp_path / "alone", "large", resume=resume, per_device_train_batch_size=4)
     assert trainer.state.global_step == 20
-    torch.testing.assert_close(alone["weights"], whole, atol=1e-3, rtol=0)
+    torch.testing.assert_close(alone["weights"], whole["weights"], atol=1e-3, rtol=0)
 
 
 def two_teachers(layout: str) -> list:

@@ -391,8 +391,8 @@ fill_disks({folder!r}, {sizes!r}, is_checked={is_checked})
 MOUNT = ["unshare", "--map-root-user", "--mount"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("is_checked", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("is_checked", [True, False])
 def test_a_disk_that_is_really_full(tmp_path, is_checked):
     if shutil.which("unshare") is None or subprocess.run([*MOUNT, "mount", "-t", "tmpfs", "x", tmp_path]).returncode:
         pytest.skip("this system lets nobody mount a disk of his own")

@@ -68,6 +68,7 @@ def test_audio_and_speed(tmp_path, monkeypatch, capsys):
 def test_padding_is_no_audio_and_nothing_is_said_without_a_step():
     accelerator = SimpleNamespace(num_processes=1)
     trainer = SimpleNamespace(accelerator=accelerator, processing_class=SimpleNamespace(sampling_rate=RATE))
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
     measured = throughput.Throughput(trainer)
     assert measured.means() == {}
     list(measured.timed(iter([1, 2])))

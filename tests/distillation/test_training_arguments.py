@@ -157,6 +157,7 @@ OWN_WAY = {
 
 METHODS_OVERRIDDEN = [
     "compute_loss",
+    "create_accelerator_and_postprocess",
     "create_model_card",
     "create_optimizer",
     "create_optimizer_and_scheduler",
@@ -175,13 +176,13 @@ METHODS_OVERRIDDEN = [
     "prediction_step",
     "push_to_hub",
     "train",
+    "training_step",
 ]
 METHODS_INHERITED = [
     "add_callback",
     "autocast_smart_context_manager",
     "call_model_init",
     "compute_loss_context_manager",
-    "create_accelerator_and_postprocess",
     "end",
     "floating_point_ops",
     "get_cp_size",
@@ -205,7 +206,6 @@ METHODS_INHERITED = [
     "save_state",
     "set_initial_training_values",
     "store_flos",
-    "training_step",
 ]
 
 FIELDS = {item.name for item in dataclasses.fields(TrainingArguments)}

@@ -82,7 +82,7 @@ def numbers_in(batch: torch.Tensor) -> list[int]:
     [
         {},
         {"seconds_per_batch": 3.0, "per_device_train_batch_size": None},
-        pytest.param({"dataloader_num_workers": 2}, marks=pytest.mark.slow),
+        pytest.param({"dataloader_num_workers": 2}, marks=pytest.mark.nightly),
         pytest.param(
             {
                 "dataloader_num_workers": 2,
