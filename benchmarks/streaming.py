@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,7 +50,7 @@ def write_stream(directory: Path, name: str) -> Path:
     for row in load_audio_dir(DEMO / "audio" / "train"):
         samples = soxr.resample(read_audio(row["audio"]), RATE, rate)
         content = io.BytesIO()
-        soundfile.write(content, samples if channels == 1 else torch.tensor([samples] * 2).T.numpy(), rate, **settings)
+        soundfile.write(content, np.repeat(samples[:, None], channels, axis=1), rate, **settings)
         clips.append({"bytes": content.getvalue(), "path": None})
     features = datasets.Features({"audio": datasets.Audio()})
     directory.mkdir()

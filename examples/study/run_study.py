@@ -174,7 +174,7 @@ class Workbench:
                 processing_class=self.feature_extractor,
             )
             trainer.data_collator.max_seconds = trainer.eval_data_collator.max_seconds = self.args.max_seconds
-            if student.method.endswith("second speaker"):
+            if "second speaker" in student.method.split(" + "):
                 trainer.data_collator.distortion = Distortion(**SECOND_SPEAKER)
             trainer.train()
         return trainer

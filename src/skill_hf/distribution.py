@@ -229,7 +229,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
         gradient.copy_(mean.view_as(gradient))
 
 
-def whole(state, keep: bool = True):
+def whole(state, keep: bool):
     """
     A state of a model or optimizer with whole tensors, on the CPU, in place of divided ones. All processes must call
     it; where `keep` is `False` there is nothing in their place.

@@ -791,6 +791,7 @@ except OSError as error:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
+        ("ACCELERATE_USE_FSDP", "true"),
         ("ACCELERATE_USE_DEEPSPEED", "1"),
         ("ACCELERATE_MIXED_PRECISION", "fp16"),
         ("ACCELERATE_MIXED_PRECISION", "fp8"),
