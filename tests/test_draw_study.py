@@ -211,7 +211,10 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
         for condition in conditions
     ]
     masked = row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.5] * 13}}
-    write_rows(results, [*rows, row_of("SKILL + mixture", 0), row_of("first apart", 0), masked])
+    rows += [row_of("SKILL + mixture", 0), row_of("first apart", 0), masked]
+    (results / "before").mkdir()
+    for directory in (results, results / "before"):
+        write_rows(directory, rows)
     page = all_blocks(tmp_path / "study.md")
     args = DrawArguments(results, page, tmp_path / "pictures" / "of")
     draw_study.run(args)

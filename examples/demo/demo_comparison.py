@@ -84,7 +84,7 @@ def compare(trainer: SkillDistillationTrainer) -> dict:
     start = time.perf_counter()
     logger.info("Comparison 1 of 2: pruned at random to the same size, then distilled for %d steps", total)
     # All steps are of the second stage here, at the higher of the two learning rates.
-    learning_rate = max(trainer.args.learning_rate, config.final_learning_rate)
+    learning_rate = max(trainer.learning_rates)
     by_chance = train_rival(
         trainer,
         "random",

@@ -386,6 +386,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "unequal": unequal,
     "second speaker": robust,
     "options": per_teacher(options),
+    "options before": lambda study: per_teacher(options)(study.before) if study.before else "",
+    "distances before": lambda study: per_teacher(distances)(study.before) if study.before else "",
     "cuts": per_teacher(cuts),
 }
 

@@ -160,7 +160,6 @@ class Workbench:
                     output_dir=directory,
                     max_steps=condition.steps,
                     per_device_train_batch_size=self.args.batch_size,
-                    learning_rate=5e-4,
                     save_strategy="no",
                     logging_steps=max(condition.steps // 12, 1),
                     report_to="none",

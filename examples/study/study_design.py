@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2, 3, 4)
 TEACHERS = {"wavlm": HERE / "teacher", "hubert": HERE.parent / "demo" / "teacher-hubert"}
 # What all students share, beside the defaults of the recipe.
-COMMON = {"calibration_samples": 256, "calibration_seconds": 2.5, "final_learning_rate": 5e-4}
+COMMON = {"calibration_samples": 256, "calibration_seconds": 2.5}
 
 # Name -> number of layers -> what differs from the default recipe, which is SKILL's.
 METHODS: dict[str, Callable[[int], dict]] = {
@@ -143,12 +143,13 @@ ROBUST = ("SKILL + masked", "SKILL + second speaker")
 FEW = SEEDS[:3]
 # What matters most comes first.
 BLOCKS = (
-    Block(("SKILL", *OF_SKILL, "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), FEW),
-    Block(("SKILL", SHAPE, *ROBUST), at(0.75, teachers=("wavlm",)), FEW),
-    Block(("DPHuBERT's layers",), at(0.9, teachers=("wavlm",)), FEW),
+    Block(("SKILL", "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
+    Block(("SKILL", "one group", "DPHuBERT"), (*at(0.9, teachers=("hubert",)), *at(0.75, teachers=("wavlm",))), FEW),
+    Block(("early cut", "late cut", "every layer", "DPHuBERT's layers"), at(0.9, teachers=("wavlm",)), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
-    Block(("DPHuBERT", "one group", "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
-    Block(("early cut", "late cut", "every layer"), at(0.9, teachers=("wavlm",)), FEW),
+    Block(("SKILL + blocks", "SKILL + layers", "SKILL + rising root"), at(0.9, teachers=("wavlm",)), FEW),
+    Block((SHAPE, *ROBUST, "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
+    Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),
     Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),

@@ -32,10 +32,12 @@ class Study:
     Args:
         rows: student -> what was measured.
         references: teacher -> encoder -> `scores` (metric -> a value for each seed) and `learning_rates`.
+        before: students of the recipe that was the default before.
     """
 
     rows: dict[Student, dict]
     references: dict[str, dict[str, dict]]
+    before: "Study | None" = None
 
     def rows_of(self, method: str, condition: Condition) -> dict[int, dict]:
         """Seed -> row, of the seeds that a method has been run with."""
@@ -57,7 +59,7 @@ class Study:
 
 def read_study(directory: Path) -> Study:
     """
-    Reads `students.*.jsonl` and `references.*.json`, whichever there are.
+    Reads `students.*.jsonl` and `references.*.json`, whichever there are, and the same of the directory `before`.
 
     Raises:
         `ValueError`: if the directory is missing, or if students were trained with different settings.
@@ -73,9 +75,11 @@ def read_study(directory: Path) -> Study:
                 " cannot be compared; keep only those with one setting."
             )
     paths = {teacher: directory / f"references.{teacher}.json" for teacher in TEACHERS}
+    before = directory / "before"
     return Study(
         rows={student: found[student.key] for student in plan() if student.key in found},
         references={teacher: read_json(path) for teacher, path in paths.items() if path.is_file()},
+        before=read_study(before) if before.is_dir() else None,
     )
 
 

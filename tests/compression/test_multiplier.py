@@ -7,7 +7,7 @@ from conftest import tiny_teacher
 from scipy.optimize import NonlinearConstraint, minimize
 
 from skill_hf.compression.budgets import ParameterBudget
-from skill_hf.compression.multiplier import GAIN, MultiplierEstimate
+from skill_hf.compression.multiplier import GAIN, GAIN_OF_SUM, MultiplierEstimate
 from skill_hf.compression.pruning import expected_cost, named_gates
 from skill_hf.models.families import build_student
 
@@ -86,6 +86,19 @@ def test_gates_get_the_gradient_of_the_lagrangian(problem, gap):
     assert estimate.value.item() == pytest.approx(multiplier, rel=1e-3)
     given = torch.cat([gate.log_alpha.grad for _, gate in named_gates(student)]).numpy()
     np.testing.assert_allclose(given, of_loss - multiplier * of_sparsity, atol=1e-6)
+
+
+def test_a_gap_that_stays_adds_up(problem):
+    student, size, set_log_alpha, loss, sparsity, gradient = problem
+    of_loss, of_sparsity = gradient(loss), gradient(sparsity)
+    estimate = MultiplierEstimate(0.9)
+    for gap, learning_rate in ((0.3, 0.1), (0.2, 0.2), (-0.05, 0.4)):
+        estimate.add_gap(torch.tensor(gap), learning_rate)
+    again = MultiplierEstimate(0.9)
+    again.load_state_dict(estimate.state_dict())
+    loss(again.common_shift(log_alphas(student), sparsity(), sparsity().item() + 0.01)).backward()
+    factor = 1 + (GAIN * 0.01 + GAIN_OF_SUM * (0.03 + 0.04 - 0.02)) / (1 - 0.9)
+    assert again.value.item() == pytest.approx(of_loss.sum() / of_sparsity.sum() * factor, rel=1e-3)
 
 
 def test_no_pressure_where_closing_lowers_the_loss(problem):

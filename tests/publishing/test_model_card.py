@@ -134,7 +134,7 @@ def report(teacher, student):
             HELD_OUT,
             {"step": 30, "train_loss": 98.0},
         ],
-        learning_rate=3e-4,
+        learning_rates=(3e-4, 1e-4),
         clips_per_step=6,
         seed=11,
         train_dataset=[{}] * 1234,
@@ -365,7 +365,7 @@ def test_card_tells_how_it_was_trained(tmp_path, report):
     card = written(tmp_path, report)
     assert "| 1: distil and prune | 2,000 | 0.0003 |" in card
     assert "| 2: distil after the cut | 1,000 | 0.0001 |" in card
-    assert "Clips per step: 6; precision: float32; seed: 11; peak learning rate of the gates: 0.02." in card
+    assert "Clips per step: 6; precision: float32; seed: 11; peak learning rate of the gates: 0.024." in card
     report.clips_per_step, report.seconds_per_step = None, 640.0
     assert "\nSeconds of audio per step, at most: 640; precision: float32;" in written(tmp_path, report)
     assert rows_below(card, "Loss", "Step", "Distillation loss", "L1", "− cosine similarity") == [

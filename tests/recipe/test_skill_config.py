@@ -179,6 +179,18 @@ def test_gates_learn_faster_in_short_runs():
     assert SkillConfig(gate_learning_rate=0.02).resolve_gate_learning_rate(40) == 0.02
 
 
+def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_of_the_teacher():
+    assert SkillConfig().resolve_learning_rates(None, 75_000, 1024) == (2e-4, 1e-4)
+    assert SkillConfig().resolve_learning_rates(None, 7_500, 1024) == (2e-4, 1e-4)
+    wide, narrow = (SkillConfig().resolve_learning_rates(None, 150, width) for width in (1024, 256))
+    assert np.divide(narrow, wide) == pytest.approx([4.0, 4.0])
+    assert wide[0] > 2e-4 and wide[1] > 1e-4
+    by_hand = SkillConfig(final_learning_rate=0.0)
+    assert (
+        by_hand.resolve_learning_rates(0.5, 150, 256) == by_hand.resolve_learning_rates(0.5, 75_000, 768) == (0.5, 0)
+    )
+
+
 def test_steps_shrink_in_proportion_unless_set_by_hand():
     steps = SkillConfig().resolve_steps(75_000)
     assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (50_000, 25_000, 5_000, 5_000)

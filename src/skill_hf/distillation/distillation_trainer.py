@@ -398,6 +398,9 @@ class DistillationTrainer(EngineTrainer):
                 **counts,
             )
         if model.training:
+            if self.accelerator.sync_gradients and self.distiller.multiplier_estimate is not None:
+                gate_rate = self.skill_config.resolve_gate_learning_rate(self.steps.joint)
+                self.distiller.multiplier_estimate.add_gap(self._target_sparsity() - outputs["sparsity"], gate_rate)
             terms, finite = outputs, self.finite_watch.note_terms(outputs)
             # The loss of a step is the sum over its micro-batches, whose weights add up to 1. Steps without a valid
             # frame are left out of the mean; they would count as zero loss.

@@ -41,8 +41,7 @@ class EngineTrainer(Trainer):
     def check_optimizer(self, needed_by: str, instead: str) -> None:
         """See [`~skill_hf.distillation.optimization.check_optimizer`], for the optimizer of this run."""
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.student)
-        kwargs = kwargs | {"lr": self.args.learning_rate}
-        check_optimizer(cls, kwargs, self.args.device, needed_by, instead)
+        check_optimizer(cls, kwargs | {"lr": 0.0}, self.args.device, needed_by, instead)
 
     def divide(self) -> None:
         """

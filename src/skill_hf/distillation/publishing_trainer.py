@@ -57,7 +57,7 @@ class PublishingTrainer(DistillationTrainer):
             steps=self.steps,
             num_steps_done=self.state.global_step,
             log_history=self.state.log_history,
-            learning_rate=args.learning_rate,
+            learning_rates=self.learning_rates,
             clips_per_step=None if seconds else args.train_batch_size * batches,
             seconds_per_step=seconds and seconds * batches,
             precision=self.accelerator.mixed_precision,  # which `accelerate launch` may have set

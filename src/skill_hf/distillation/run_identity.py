@@ -17,7 +17,6 @@ from ..data.collator import row_key
 ARGUMENTS = (
     "seed",
     "data_seed",
-    "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "optim",
@@ -45,6 +44,7 @@ def describe_run(trainer) -> dict:
         run["optimizer"] = [cls.__name__, {name: _plain(value) for name, value in kwargs.items() if name != "lr"}]
     distortion = getattr(trainer.data_collator, "distortion", None)
     return run | {
+        "learning_rate": trainer.learning_rates[0],
         "warmup_steps": args.get_warmup_steps(trainer.steps.joint),
         "sparsity_warmup_steps": trainer.steps.sparsity_warmup,
         "final_warmup_steps": trainer.steps.final_warmup,

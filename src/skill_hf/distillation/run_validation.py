@@ -130,7 +130,7 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
     args = trainer.args
     given = trainer.optimizer_cls_and_kwargs
     name, value = ("optim", args.optim) if given is None else ("optimizer_cls_and_kwargs", given)
-    rate = args.learning_rate if stage == 1 else trainer.skill_config.final_learning_rate
+    rate = trainer.learning_rates[stage - 1]
     parameter = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
     parameter.grad = torch.ones_like(parameter)
     try:

@@ -179,6 +179,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.sources = {"teacher": teachers[0].directory, "model": start}
         self.sources |= {name: other.directory for name, other in ensemble.others.items()}
         self.start_checksum = None if model is None else checksum(student)
+        self.learning_rates: tuple[float, float] | None = None  # peaks of the stages
         self.run: dict | None = None  # what `train()` tells it from other runs by
         self.layer_similarity: np.ndarray | None = None
         self.record = RunRecord(num_teachers=len(teachers))
@@ -253,6 +254,9 @@ class SkillDistillationTrainer(PublishingTrainer):
             raise ValueError(f"This trainer has already started. {how_to_resume(self.args.output_dir)}")
         check_data(self)
         self.steps = self.skill_config.resolve_steps(self._total_steps())
+        self.learning_rates = self.skill_config.resolve_learning_rates(
+            self.args.learning_rate, self.steps.total, self.teacher.config.hidden_size
+        )
         check_run(self, resumed=bool(resume_from_checkpoint))
         self.run = describe_run(self)
         with self.interruption.listening(), run_directory(self, resume_from_checkpoint) as checkpoint:
@@ -312,6 +316,7 @@ class SkillDistillationTrainer(PublishingTrainer):
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
         """Runs the rest of the current stage with the Trainer's own loop."""
         args = copy.copy(self.args)
+        args.learning_rate = self.learning_rates[self.stage - 1]
         self._train_losses = self._new_train_losses()
         self.unreadable_clips.reset()
         if self.stage == 1:
@@ -319,7 +324,6 @@ class SkillDistillationTrainer(PublishingTrainer):
             args.load_best_model_at_end = False  # the best of the first stage is the one that is pruned the least
         else:
             args.max_steps = self.steps.total
-            args.learning_rate = self.skill_config.final_learning_rate
             args.warmup_steps = self.steps.final_warmup
         self.args = args
         self.model = self.model_wrapped = self.callback_handler.model = self.distiller

@@ -320,7 +320,7 @@ def _training_content(
     report: RunReport, datasets: list[DatasetContent], printed: str | None, figures: list[str]
 ) -> TrainingContent:
     config, steps, record, teacher = report.skill_config, report.steps, report.record, report.teacher.config
-    default, terms = SkillConfig(), _weighted_terms(config)
+    default, terms, rates = SkillConfig(), _weighted_terms(config), report.learning_rates
     head_losses = [name for name in report.head_losses if getattr(config, name.replace("_loss", "_weight"))]
     return TrainingContent(
         teacher_type=teacher.model_type,
@@ -348,7 +348,7 @@ def _training_content(
             for name, value in config.to_dict().items()
             if value != getattr(default, name)
         },
-        stages=steps and [(steps.joint, report.learning_rate), (steps.final, config.final_learning_rate)],
+        stages=steps and rates and list(zip((steps.joint, steps.final), rates, strict=True)),
         gate_learning_rate=steps and config.resolve_gate_learning_rate(steps.joint),
         num_steps_done=report.num_steps_done,
         clips_per_step=report.clips_per_step,

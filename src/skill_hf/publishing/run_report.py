@@ -48,7 +48,7 @@ class RunReport:
         steps ([`~skill_hf.recipe.skill_config.StageSteps`], *optional*): steps of both stages.
         num_steps_done (`int`): optimizer steps so far.
         log_history (`list[dict]`): log lines.
-        learning_rate (`float`): peak learning rate of the first stage.
+        learning_rates (`tuple[float, float]`, *optional*): peak learning rates of both stages.
         clips_per_step (`int`, *optional*): clips per optimizer step in all processes together.
         seconds_per_step (`float`, *optional*): instead, most seconds of audio per step.
         precision (`str`): of training, in accelerate's terms: `no`, `bf16` or `fp16`.
@@ -71,7 +71,7 @@ class RunReport:
     steps: StageSteps | None = None
     num_steps_done: int = 0
     log_history: list[dict] = field(default_factory=list)
-    learning_rate: float = 0.0
+    learning_rates: tuple[float, float] | None = None
     clips_per_step: int | None = 1
     seconds_per_step: float | None = None
     precision: str = "no"

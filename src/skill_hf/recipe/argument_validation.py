@@ -63,7 +63,7 @@ NUMBERS = {
     "seconds_per_step": _SECONDS,
     "shuffle_buffer": _OPTIONAL_COUNT,
     "gradient_accumulation_steps": _COUNT,
-    "learning_rate": Number(False, 0, above=True),
+    "learning_rate": Number(False, 0, above=True, optional=True),
     "warmup_steps": _WEIGHT,
     "weight_decay": _WEIGHT,
     "adam_beta1": _DECAY,

@@ -27,10 +27,15 @@ FULL_STEPS = 75_000
 FULL_FINAL_STEPS = 25_000
 FULL_WARMUP_STEPS = 5_000  # of the sparsity target, and of the learning rate in the final stage
 FULL_GATE_LEARNING_RATE = 0.02
+FULL_LEARNING_RATES = (2e-4, 1e-4)
 # Sparsity must rise over as large a share of the first stage, where that is too short for `FULL_WARMUP_STEPS`.
 SPARSITY_WARMUP_SHARE = 1 / 2
 # What `log_alpha` must be able to travel in the first stage, wherever that is set by default.
-GATE_TRAVEL = 12.0
+GATE_TRAVEL = 24.0
+# A run with fewer steps has time for larger updates: its learning rates are this over the width of the teacher, since
+# the updates of adaptive optimizers add up over the inputs of a layer (arXiv 2203.03466).
+SHORT_STEPS = FULL_STEPS // 10
+SHORT_LEARNING_RATE = 0.25
 
 
 @fields.help_from_docstring
@@ -153,8 +158,9 @@ class SkillConfig:
             the parameters, such as AdamW, and no FSDP or DeepSpeed.
         final_steps (`int`, *optional*):
             Optimizer steps of the second stage, after the cut; a third of all steps by default.
-        final_learning_rate (`float`, *optional*, defaults to 1e-4):
-            Peak learning rate of the second stage.
+        final_learning_rate (`float`, *optional*):
+            Peak learning rate of the second stage; by default 1e-4, or in runs of less than 7500
+            steps 0.25 divided by the width of the (first) teacher.
         final_warmup_steps (`int`, *optional*):
             Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
             stage starts at a learning rate of 0, like the schedules of transformers.
@@ -206,7 +212,7 @@ class SkillConfig:
     shared_gate_noise: bool = False
     shrink_steps: int = 0
     final_steps: int | None = None
-    final_learning_rate: float = 1e-4
+    final_learning_rate: float | None = None
     final_warmup_steps: int | None = None
 
     def __post_init__(self):
@@ -341,6 +347,23 @@ class SkillConfig:
             return self.gate_learning_rate
         return max(FULL_GATE_LEARNING_RATE, GATE_TRAVEL / gate_travel(1.0, max(joint_steps, 1)))
 
+    def resolve_learning_rates(
+        self, learning_rate: float | None, max_steps: int, hidden_size: int
+    ) -> tuple[float, float]:
+        """
+        Peak learning rates of both stages in a run of `max_steps`. Those not set by hand are the published 2e-4 and
+        1e-4, or in runs of less than 7500 steps `0.25 / hidden_size`: 3.3e-4 for a Base model.
+
+        Args:
+            learning_rate (`float`, *optional*): that of the first stage, if it was set by hand.
+            max_steps (`int`): optimizer steps of both stages.
+            hidden_size (`int`): width of the teacher.
+        """
+        is_short = max_steps < SHORT_STEPS
+        defaults = [SHORT_LEARNING_RATE / hidden_size] * 2 if is_short else FULL_LEARNING_RATES
+        given = (learning_rate, self.final_learning_rate)
+        return tuple(default if rate is None else rate for rate, default in zip(given, defaults, strict=True))
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -442,6 +465,6 @@ FIELD_KINDS = {
     "shared_gate_noise": fields.true_or_false,
     "shrink_steps": fields.whole(0),
     "final_steps": fields.optional(fields.whole(0)),
-    "final_learning_rate": fields.number(least=0),
+    "final_learning_rate": fields.optional(fields.number(least=0)),
     "final_warmup_steps": fields.optional(fields.whole(0)),
 }

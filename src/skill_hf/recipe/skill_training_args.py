@@ -31,8 +31,9 @@ class SkillTrainingArguments(TrainingArguments):
             `num_train_epochs` is set.
         num_train_epochs (`float`, *optional*):
             Passes over the data in both stages together, if `max_steps` is not set; 3 with a `max_steps` of -1.
-        learning_rate (`float`, *optional*, defaults to 2e-4):
-            Peak learning rate of the first stage.
+        learning_rate (`float`, *optional*):
+            Peak learning rate of the first stage; by default 2e-4, or in runs of less than 7500 steps
+            0.25 divided by the width of the (first) teacher: 3.3e-4 for a Base model.
         warmup_steps (`float`, *optional*, defaults to 0.3):
             Share of the first stage's steps (below 1) or a number of steps.
         max_grad_norm (`float`, *optional*, defaults to 10.0):
@@ -70,7 +71,7 @@ class SkillTrainingArguments(TrainingArguments):
 
     max_steps: int | None = None
     num_train_epochs: float | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     warmup_steps: float = 0.3
     max_grad_norm: float = 10.0
     logging_steps: float | None = None
