@@ -263,6 +263,7 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
         assert len(row["distances"]["cka"]) == 4
         assert len(row["distances_second_speaker"]["cka"]) == 4
         assert row["distances_second_speaker"] != row["distances"]
+        assert {"before_cut", "after_cut", "end"} <= row["held_out"].keys()
         assert row["cut"]["step"] == 4 and [step for step, _ in row["losses"]] == [1, 2, 3, 4, 5, 6]
 
     study = study_results.read_study(args.results)

@@ -170,6 +170,7 @@ class Workbench:
                     seed=student.seed,
                 ),
                 train_dataset=self.train,
+                eval_dataset=self.heldout,
                 processing_class=self.feature_extractor,
             )
             trainer.data_collator.max_seconds = trainer.eval_data_collator.max_seconds = self.args.max_seconds
@@ -209,6 +210,7 @@ class Workbench:
             "parameters": model.num_parameters(),
             "cut": trainer.record.cut and {"step": trainer.steps.joint, **trainer.record.cut},
             "losses": [[line["step"], line["distillation_loss"]] for line in logs if "distillation_loss" in line],
+            "held_out": {moment: loss["distillation_loss"] for moment, loss in trainer.record.losses.items()},
             "distances": self.distances(model),
             "distances_second_speaker": self.distances(model, Distortion(mixing_prob=1.0, mixing_snr=(5.0, 5.0))),
             "architecture": {
