@@ -273,6 +273,6 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
     draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
     assert (
-        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 3
-    )  # unequal groups, second speaker, layers at 240 steps
+        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 5
+    )  # unequal groups, second speaker, layers at 240 steps, and both tables of the recipe before
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {draw_study.PICTURES["distances"].file}

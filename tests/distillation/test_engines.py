@@ -13,12 +13,12 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import noise_clips, tiny_teacher
 from test_kills import same
+from test_shrinking import CloseGates
 from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, make_trainer, run_in_processes
 from test_task_heads import fine_tuned
 from transformers import AutoModel, TrainerCallback
 
 from skill_hf import SkillTrainingArguments, WavLMForSkillStudent, distribution
-from skill_hf.distillation.shrinking import ShrinkCallback
 
 
 FILES = Path(distribution.__file__).with_name("recipes") / "accelerate"
@@ -63,6 +63,8 @@ class Watch(TrainerCallback):
 
 # Learned multipliers and a mixture of layers: all kinds of parameters that FSDP leaves whole.
 RECIPE = {"num_clusters": 2, "final_steps": 6, "lagrange_multiplier": "learned", "student_layers": "mixture"}
+# The student shrinks in steps 4 and 8, if gates are closed by then.
+RECIPE |= {"shrink_steps": 4, "final_learning_rate": 1e-4}
 # Two micro-batches a step, of clips of unequal length: processes and micro-batches have different numbers of frames.
 RUN = {
     "max_steps": 20,
@@ -76,7 +78,7 @@ RUN = {
 
 def make(output_dir, layout, *callbacks, recipe=RECIPE, teacher=tiny_teacher, **kwargs):
     """`teacher`: makes one or several of a layout."""
-    callbacks = list(callbacks)
+    callbacks = [CloseGates(), *callbacks]
     return make_trainer(output_dir, noise_clips(16, 12_000), teacher(layout), recipe, callbacks, **RUN | kwargs)
 
 
@@ -92,6 +94,7 @@ def train(output_dir, layout, *callbacks, resume=None, **kwargs) -> tuple:
         "weights": trainer.model.state_dict(),
         "losses": [row["distillation_loss"] for row in rows if "distillation_loss" in row],
         "evaluations": evaluations + [row["eval_loss"] for row in rows if "eval_loss" in row],
+        "sizes": [row["num_parameters"] for row in rows if "num_parameters" in row],
     }
     return trainer, result
 
@@ -129,6 +132,9 @@ def test_fsdp_equals_data_parallelism(tmp_path):
     assert whole["losses"] == pytest.approx(ddp["losses"], abs=1e-4)
     assert whole["evaluations"] == pytest.approx(ddp["evaluations"], abs=1e-4)
     assert len(whole["losses"]) == len(whole["held"]) == 20
+    for sizes in (ddp["sizes"], whole["sizes"]):
+        assert sizes[2] > sizes[5] > sizes[9] > sizes[-1]
+    assert sizes[9:] == ddp["sizes"][9:]
     for held, number in whole["held"]:
         assert held < 0.6 * number
     for name, result in fsdp.items():
@@ -240,13 +246,6 @@ def test_what_is_refused(tmp_path, monkeypatch, changes, message):
         SkillTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
         make(tmp_path, "base")
     assert "\n" not in str(error.value)
-
-
-def test_shrinking_is_refused(tmp_path):
-    trainer = make(tmp_path, "base")
-    trainer.divides_parameters = True
-    with pytest.raises(ValueError, match="`shrink_steps` needs whole parameters, but FSDP divides them"):
-        ShrinkCallback(trainer)
 
 
 @pytest.mark.parametrize("path", sorted(FILES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -264,23 +264,18 @@ def _cut_of_closed(student) -> "Cut":
 
 
 @torch.no_grad()
-def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
+def closed_for_good(student, wanted: int, costs: UnitCosts) -> dict[str, torch.Tensor] | None:
     """
-    Removes the units that are closed for good, in place, and keeps the gates of the others with their values.
+    Indices of the units that are not closed for good, ascending, by the name of their gate; `None` if none is closed.
 
     Units are closed for good if their probability to be open is below `CLOSED_PROBABILITY` and they are closed in eval
     mode. The most likely to open among them stay if removing all would go beyond the target, or if the rest would not
-    be a multiple of the gate's `multiple_of`. Outputs in eval mode do not change unless the probabilities of the
-    removed units, which no longer count, add up to another open unit. In training, noise is drawn only for the
-    remaining units, so the same seed gives different draws than before.
+    be a multiple of the gate's `multiple_of`.
 
     Args:
         student (`WavLMForSkillStudent`): with gates.
         wanted (`int`): cost that `prune` is to leave in the end; at least this is left now.
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): how cost is counted.
-
-    Returns:
-        [`Cut`] to apply to other tensors that belong to the parameters; `None` if nothing was removed.
     """
     gates = named_gates(student)
     probabilities = {gate: gate.open_probability().cpu() for _, gate in gates}
@@ -305,7 +300,25 @@ def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     kept = kept_at(candidates[max(number - 1, 0)])
     if all(of_gate.all() for of_gate in kept.values()):
         return None
-    cut = Cut(student, {name: kept[gate].nonzero().flatten().to(gate.log_alpha.device) for name, gate in gates})
+    return {name: kept[gate].nonzero().flatten().to(gate.log_alpha.device) for name, gate in gates}
+
+
+@torch.no_grad()
+def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
+    """
+    Removes the units that are [`closed_for_good`], in place, and keeps the gates of the others with their values.
+
+    Outputs in eval mode do not change unless the probabilities of the removed units, which no longer count, add up to
+    another open unit. In training, noise is drawn only for the remaining units, so the same seed gives different draws
+    than before.
+
+    Returns:
+        [`Cut`] to apply to other tensors that belong to the parameters; `None` if nothing was removed.
+    """
+    kept = closed_for_good(student, wanted, costs)
+    if kept is None:
+        return None
+    cut = Cut(student, kept)
     _rebuild(student, cut.config, cut(student.state_dict()), keep_gates=True)
     student.gating.gates = [gate for _, gate in named_gates(student)]
     return cut

@@ -262,7 +262,7 @@ def is_finished(trainer) -> bool:
     def check() -> bool:
         if not has_mark(directory):
             return False
-        trainer.steps = trainer.skill_config.resolve_steps(trainer._total_steps())
+        trainer.resolve_recipe()
         trainer.run = describe_run(trainer)
         check_same_run(directory, read_json(directory / FINISHED_NAME), trainer)
         return True

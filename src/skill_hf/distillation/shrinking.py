@@ -3,17 +3,19 @@ Shrinking during training: every few steps, stage 1 removes units that are close
 and the optimizer's state, and continues with the smaller student.
 
 This happens in place, between two steps of the Trainer's loop, and depends only on the gates: the loop continues, no
-data is read again, and a run resumed from a checkpoint before or after it does the same.
+data is read again, and a run resumed from a checkpoint before or after it does the same. Where FSDP divides the
+parameters, they are first made whole: the loop ends, and goes on from a checkpoint of the smaller student.
 """
 
 import logging
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import TrainerCallback
 
 from ..compression import pruning
-from ..distribution import rebuild_data_parallel
+from ..distribution import rebuild_data_parallel, whole
 
 
 logger = logging.getLogger(__name__)
@@ -27,24 +29,54 @@ class ShrinkCallback(TrainerCallback):
     Args:
         trainer ([`SkillDistillationTrainer`]): a trainer with `shrink_steps` in its recipe.
 
+    Attributes:
+        waiting (`tuple`, *optional*): what optimizer and schedule have come to, where the Trainer's loop must end
+            before the student can be shrunk.
+
     Raises:
-        `ValueError`: if its optimizer or its kind of distributed training does not allow it.
+        `ValueError`: if its optimizer does not allow it.
     """
 
     def __init__(self, trainer):
-        if trainer.divides_parameters:
-            raise ValueError(
-                "`shrink_steps` needs whole parameters, but FSDP divides them among processes: use data parallelism"
-                " only, or set it to 0."
-            )
         trainer.check_optimizer("`shrink_steps`", "set it to 0")
         self.trainer = trainer
+        self.waiting: tuple[dict, dict] | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
+        trainer = self.trainer
         # At the last step of stage 1 the cut itself follows.
-        within = self.trainer.stage == 1 and state.global_step < self.trainer.steps.joint
-        if within and state.global_step % self.trainer.skill_config.shrink_steps == 0:
-            shrink(self.trainer)
+        within = trainer.stage == 1 and state.global_step < trainer.steps.joint
+        if not within or state.global_step % trainer.skill_config.shrink_steps:
+            return
+        if not trainer.divides_parameters:
+            shrink(trainer)
+        elif is_due(trainer):
+            optimizer = whole(trainer.optimizer.state_dict(), args.should_save)
+            self.waiting = (optimizer, trainer.lr_scheduler.state_dict())
+            control.should_training_stop = True
+
+
+def is_due(trainer) -> bool:
+    """Whether there are units to remove."""
+    student, costs = trainer.student.base_model, trainer.distiller.costs
+    return pruning.closed_for_good(student, trainer.target_cost, costs) is not None
+
+
+def shrink_whole(trainer, optimizer: dict, schedule: dict) -> None:
+    """
+    Shrinks the student after the Trainer's loop has ended and the student is whole again, and writes a checkpoint.
+
+    Args:
+        trainer ([`SkillDistillationTrainer`]): between two loops.
+        optimizer, schedule (`dict`): states at the end of the loop, whole on the processes that save.
+    """
+    trainer.optimizer = AcceleratedOptimizer(trainer.make_optimizer(trainer.model), device_placement=False)
+    trainer.lr_scheduler = trainer.create_scheduler(trainer.steps.joint, trainer.optimizer)
+    trainer.lr_scheduler.load_state_dict(schedule)
+    if trainer.args.should_save:
+        trainer.optimizer.load_state_dict(optimizer)
+    shrink(trainer)
+    trainer._save_checkpoint(trainer.model, trial=None)
 
 
 def cut_optimizer_state(

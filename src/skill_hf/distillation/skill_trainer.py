@@ -49,7 +49,7 @@ from .recipe_validation import check_recipe, check_student, validate_recipe, war
 from .restoring import restore
 from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
-from .shrinking import ShrinkCallback
+from .shrinking import ShrinkCallback, shrink_whole
 from .state_norms import measure_states
 from .student_measurements import StudentMeasurements
 from .teacher import find_tokenizer
@@ -185,10 +185,12 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.record = RunRecord(num_teachers=len(teachers))
         self.measurements = StudentMeasurements(self)
         self._checkpoint_parent: str | None = None
+        self._borders: list[str] = []  # checkpoints that a stage goes on from
         self.interruption = Interruption(self)
         self.add_callback(self.finite_watch)
-        if skill_config.shrink_steps:
-            self.add_callback(ShrinkCallback(self))
+        self.shrinking = ShrinkCallback(self) if skill_config.shrink_steps else None
+        if self.shrinking is not None:
+            self.add_callback(self.shrinking)
         if self.divides_parameters:
             self.check_optimizer("FSDP", "use data parallelism")
         self.add_callback(self.interruption)
@@ -200,6 +202,13 @@ class SkillDistillationTrainer(PublishingTrainer):
         if self.args.max_steps > 0:
             return self.args.max_steps
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def resolve_recipe(self) -> None:
+        """Sets steps and learning rates of the stages, as far as they are not set by hand."""
+        self.steps = self.skill_config.resolve_steps(self._total_steps())
+        self.learning_rates = self.skill_config.resolve_learning_rates(
+            self.args.learning_rate, self.steps.total, self.teacher.config.hidden_size
+        )
 
     def _setup(self) -> None:
         """Calibrates and clusters, unless this is already done."""
@@ -253,17 +262,14 @@ class SkillDistillationTrainer(PublishingTrainer):
         if self.stage and not resume_from_checkpoint:
             raise ValueError(f"This trainer has already started. {how_to_resume(self.args.output_dir)}")
         check_data(self)
-        self.steps = self.skill_config.resolve_steps(self._total_steps())
-        self.learning_rates = self.skill_config.resolve_learning_rates(
-            self.args.learning_rate, self.steps.total, self.teacher.config.hidden_size
-        )
+        self.resolve_recipe()
         check_run(self, resumed=bool(resume_from_checkpoint))
         self.run = describe_run(self)
         with self.interruption.listening(), run_directory(self, resume_from_checkpoint) as checkpoint:
             return self._train_stages(checkpoint, trial, ignore_keys_for_eval)
 
     def _train_stages(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
-        user_args, boundary = self.args, None
+        user_args, self._borders = self.args, []
         self._begin() if checkpoint is None else restore(self, checkpoint)
         set_masking(self.student.config, self.skill_config.student_mask_prob)
         if user_args.torch_compile:
@@ -278,7 +284,8 @@ class SkillDistillationTrainer(PublishingTrainer):
                         how_to_resume(user_args.output_dir),
                     )
                     return output
-                checkpoint = boundary = self._cut()
+                checkpoint = self._cut()
+                self._borders.append(checkpoint)
             self.args = user_args
             output = self._train_stage(checkpoint, trial, ignore_keys_for_eval)
             self.interruption.is_deferred = False  # no step follows that could end first
@@ -292,8 +299,9 @@ class SkillDistillationTrainer(PublishingTrainer):
             self.is_in_train = False
             self.student.config.update(self._masking)
             self.model = self.model_wrapped = self.callback_handler.model = self.student
-        if boundary is not None and user_args.save_strategy == "no" and user_args.should_save:
-            shutil.rmtree(boundary, ignore_errors=True)
+        if user_args.save_strategy == "no" and user_args.should_save:
+            for checkpoint in self._borders:
+                shutil.rmtree(checkpoint, ignore_errors=True)
         self.student.eval()
         self.measurements.distances()
         return output
@@ -344,8 +352,19 @@ class SkillDistillationTrainer(PublishingTrainer):
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.reunite()
         self.finite_watch.check()
+        checkpoint = self._shrink_between_loops()
         self.interruption.raise_if_requested()
-        return output
+        return output if checkpoint is None else self._train_stage(checkpoint, trial, ignore_keys_for_eval)
+
+    def _shrink_between_loops(self) -> str | None:
+        """Where a student is to be shrunk that FSDP has divided: the checkpoint that the stage goes on from."""
+        if self.shrinking is None or self.shrinking.waiting is None:
+            return None
+        waiting, self.shrinking.waiting = self.shrinking.waiting, None
+        self.control.should_training_stop = self.args.ignore_data_skip = False
+        shrink_whole(self, *waiting)
+        self._borders.append(str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"))
+        return self._borders[-1]
 
     @property
     def target_cost(self) -> int:
@@ -401,7 +420,8 @@ class SkillDistillationTrainer(PublishingTrainer):
     def _distiller_as_model(self):
         if self.distiller is None:
             self._setup()
-            self.steps = self.steps or self.skill_config.resolve_steps(self._total_steps())
+            if self.steps is None:
+                self.resolve_recipe()
             with torch.random.fork_rng(devices=[]):  # training must not depend on it
                 self.distiller = self._make_distiller()
         wrapped = self.model_wrapped
@@ -432,6 +452,8 @@ class SkillDistillationTrainer(PublishingTrainer):
         }
 
     def _save_checkpoint(self, model, trial) -> None:
+        if self.shrinking is not None and self.shrinking.waiting is not None:
+            return  # written once the student has shrunk
         self.finite_watch.check()
         name = f"checkpoint-{self.state.global_step}"
         with written_whole(self, name) as unfinished:
