@@ -141,6 +141,9 @@ def test_tables_by_hand(results):
     rows += [row_of("SKILL + by size", 0, 0.02), row_of("DPHuBERT", 0, 0.07)]
     rows += [row_of("first apart", 0, 0.04), row_of("first apart + by size", 0, 0.035)]
     rows += [row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.625] * 13}}]
+    short = Condition("wavlm", 0.9, 60)
+    for name, loss in (("", -0.5), (" + rates halved", -0.4), (" + gates halved", -0.6), (" + as published", -0.1)):
+        rows += [row_of(f"SKILL{name}", 0, condition=short) | {"held_out": {"end": loss}}]
     write_rows(results, rows)
     blocks = make_blocks(read_study(results), ".")
     assert blocks["second speaker"].splitlines()[2:] == ["| SKILL + masked | 1 | 0.500 | 0.625 |"]
@@ -153,6 +156,7 @@ def test_tables_by_hand(results):
         in blocks["cuts"]
     )
     assert "SKILL's groups: {0–2}, {3–12}." in blocks["layers"]
+    assert "| 0.9 | 60 | 1 | −0.100 | −0.500 | −0.600 (gates halved) |" in blocks["defaults"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,8 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
         for condition in conditions
     ]
     masked = row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.5] * 13}}
-    rows += [row_of("SKILL + mixture", 0), row_of("first apart", 0), masked]
+    short = row_of("SKILL", 0, condition=Condition("wavlm", 0.5, 60)) | {"held_out": {"end": -0.5}}
+    rows += [row_of("SKILL + mixture", 0), row_of("first apart", 0), masked, short]
     (results / "before").mkdir()
     for directory in (results, results / "before"):
         write_rows(directory, rows)
@@ -241,11 +246,12 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
         write_rows(results, [row_of("SKILL", 0), row_of("DPHuBERT", 0)])
     page = all_blocks(tmp_path / "study.md")
     draw_study.run(DrawArguments(results, page, tmp_path))
+    rest = {"unequal", "second speaker", "options", "defaults", "options before", "distances before"}
     empty = {
         "nothing": set(TABLES),
         "references alone": set(TABLES),
-        "a baseline alone": {"against SKILL", "unequal", "second speaker", "options"},
-        "no references": {"tasks", "unequal", "second speaker", "options"},
+        "a baseline alone": {"against SKILL", *rest},
+        "no references": {"tasks", *rest},
     }
     blocks = make_blocks(read_study(results), ".")
     assert {name for name, block in blocks.items() if block == NOTHING} == empty[have]

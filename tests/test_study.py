@@ -65,23 +65,38 @@ def test_students_of_two_blocks_are_planned_once_and_tested_if_one_block_says_so
 )
 def test_methods_have_the_groups_of_their_names(name, twelve, eight):
     for layers, groups in ((12, twelve), (8, eight)):
-        config = recipe(name, 0.9, 240, layers)
+        config, _ = recipe(name, 0.9, 240, layers, 256)
         assert config.layer_groups == groups and config.target_sparsity == 0.9
         assert config.projection_groups == ([[0], [1, 2, 3]] if name == "DPHuBERT" else None)
         assert config.student_layers == ("last" if name == "DistilHuBERT" else "group")
 
 
+def fields_of(name: str) -> dict:
+    return recipe(name, 0.75, 240, 12, 256)[0].to_dict()
+
+
+def test_tuning_changes_learning_rates_alone():
+    (plain, first), (halved, half) = (recipe(name, 0.9, 60, 12, 256) for name in ("SKILL", "SKILL + rates halved"))
+    rates = {"final_learning_rate": half, "gate_learning_rate": plain.resolve_gate_learning_rate(40)}
+    assert half == first / 2 and halved.to_dict() == plain.to_dict() | rates
+    gates = recipe("SKILL + gates doubled", 0.9, 60, 12, 256)[0]
+    assert gates.gate_learning_rate == 2 * halved.gate_learning_rate and gates.final_learning_rate == first
+    published, rate = recipe("SKILL + as published", 0.9, 60, 12, 256)
+    assert (rate, published.final_learning_rate, published.gate_learning_rate) == (2e-4, 1e-4, 0.02)
+    assert published.lagrange_multiplier == "learned" and published.resolve_steps(60).sparsity_warmup == 4
+
+
 def test_two_layers_learn_as_distilhubert_does_in_one_stage():
-    shape, loss = (recipe(name, 0.75, 240, 12).to_dict() for name in (SHAPE, "DistilHuBERT"))
+    shape, loss = (fields_of(name) for name in (SHAPE, "DistilHuBERT"))
     assert shape == loss | {"final_steps": 240}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_changes_a_method(method, option):
-    plain, changed = (recipe(name, 0.75, 240, 12).to_dict() for name in (method, f"{method} + {option}"))
+    plain, changed = fields_of(method), fields_of(f"{method} + {option}")
     assert {name for name in plain if plain[name] != changed[name]} == study_design.OPTIONS[option](160).keys()
-    both = recipe(f"{method} + {option} + by size", 0.75, 240, 12).to_dict()
+    both = fields_of(f"{method} + {option} + by size")
     assert both == changed | {"group_weights": "size"}
 
 
@@ -273,6 +288,6 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
     draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
     assert (
-        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 5
-    )  # unequal groups, second speaker, layers at 240 steps, and both tables of the recipe before
+        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 6
+    )  # unequal groups, second speaker, layers at 240 steps, short runs, and both tables of the recipe before
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {draw_study.PICTURES["distances"].file}

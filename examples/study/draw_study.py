@@ -27,9 +27,12 @@ from study_design import (  # noqa: E402
     BASELINES,
     METHODS,
     OPTIONS,
+    PUBLISHED,
     ROBUST,
     SHAPE,
+    SHORT_STEPS,
     TEACHERS,
+    TUNED,
     UNEQUAL,
     WEIGHTED,
     Condition,
@@ -40,6 +43,7 @@ from study_probes import METRICS  # noqa: E402
 from study_results import (  # noqa: E402
     DISTANCE,
     DISTANCE_SECOND_SPEAKER,
+    HELD_OUT,
     SCORES,
     Outcome,
     Study,
@@ -266,6 +270,33 @@ def options(study: Study, teacher: str) -> str:
     return table(["distance, minus SKILL's", *(condition.label for condition in shown)], rows)
 
 
+def defaults(study: Study, teacher: str) -> str:
+    """Held-out losses of the default recipe, of the published one in as few steps, and of what tuning finds."""
+    rows = []
+    for condition in conditions_of(study, teacher):
+        losses = {
+            option: list(study.values(HELD_OUT, f"SKILL + {option}", condition).values())
+            for option in (PUBLISHED, *TUNED)
+        }
+        plain = list(study.values(HELD_OUT, "SKILL", condition).values())
+        if condition.steps not in SHORT_STEPS or not plain:
+            continue
+        tuned = {name: np.mean(found) for name, found in losses.items() if found and name in TUNED}
+        best = min(tuned, key=tuned.get, default=None)
+        rows.append(
+            [
+                f"{condition.sparsity:g}",
+                condition.steps,
+                len(plain),
+                spread(losses[PUBLISHED], 3),
+                spread(plain, 3),
+                f"{spread(losses[best], 3)} ({best})" if best else "–",
+            ]
+        )
+    header = ["sparsity", "steps", "seeds", PUBLISHED, "default", "best of four changes by hand"]
+    return table(header, rows) if rows else ""
+
+
 def robust(study: Study) -> str:
     """What distortions of the student's input give, for what the student hears."""
     condition = Condition("wavlm", 0.75)
@@ -290,6 +321,8 @@ def cuts(study: Study, teacher: str) -> str:
     """The shift of the gates at the cut, and the loss before it, after it and at the end."""
     rows = []
     for condition in conditions_of(study, teacher):
+        if condition.steps in SHORT_STEPS:
+            continue
         for name in dict.fromkeys(student.method for student in study.rows):
             if found := [row for row in study.rows_of(name, condition).values() if row["cut"]]:
                 losses = [around_the_cut(row) for row in found]
@@ -386,6 +419,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "unequal": unequal,
     "second speaker": robust,
     "options": per_teacher(options),
+    "defaults": per_teacher(defaults),
     "options before": lambda study: per_teacher(options)(study.before) if study.before else "",
     "distances before": lambda study: per_teacher(distances)(study.before) if study.before else "",
     "cuts": per_teacher(cuts),

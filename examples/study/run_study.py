@@ -147,8 +147,9 @@ class Workbench:
         return PretrainedEncoder(model, self.feature_extractor)
 
     def distil(self, student: Student) -> SkillDistillationTrainer:
-        condition, layers = student.condition, self.teacher.config.num_hidden_layers
-        config = recipe(student.method, condition.sparsity, condition.steps, layers)
+        condition, shape = student.condition, self.teacher.config
+        layers = shape.num_hidden_layers
+        config, learning_rate = recipe(student.method, condition.sparsity, condition.steps, layers, shape.hidden_size)
         two_teachers = [str(TEACHERS[name]) for name in sorted(TEACHERS, key=lambda name: name != self.name)]
         set_seed(student.seed)
         with tempfile.TemporaryDirectory() as directory:
@@ -160,6 +161,7 @@ class Workbench:
                     output_dir=directory,
                     max_steps=condition.steps,
                     per_device_train_batch_size=self.args.batch_size,
+                    learning_rate=learning_rate,
                     save_strategy="no",
                     logging_steps=max(condition.steps // 12, 1),
                     report_to="none",

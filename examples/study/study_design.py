@@ -1,12 +1,13 @@
 """What the study compares: the methods, the conditions, and the order of the runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from skill_hf import SkillConfig
 from skill_hf.compression.units import DEFAULT_KINDS
 from skill_hf.recipe.published_recipes import dphubert_layers
+from skill_hf.recipe.skill_config import FULL_LEARNING_RATES
 
 
 HERE = Path(__file__).resolve().parent
@@ -62,6 +63,17 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
 }
 SECOND_SPEAKER = {"mixing_prob": 0.5}
 
+# Tuning by hand: learning rates of the student and of the gates, times those of the default recipe.
+TUNED = {
+    "rates halved": (0.5, 1.0),
+    "rates doubled": (2.0, 1.0),
+    "gates halved": (1.0, 0.5),
+    "gates doubled": (1.0, 2.0),
+}
+# Learned multipliers, ramp and learning rates of the published recipe, in a run that is as short as the others.
+PUBLISHED = "as published"
+SHORT_STEPS = (60, 150, 600)
+
 
 def consecutive(layers: int, *starts: int) -> list[list[int]]:
     """The hidden states 0 to `layers` in groups of neighbours; all but the first begin at `starts`."""
@@ -69,25 +81,38 @@ def consecutive(layers: int, *starts: int) -> list[list[int]]:
     return [list(range(low, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-def recipe(name: str, sparsity: float, steps: int, num_layers: int) -> SkillConfig:
+def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size: int) -> tuple[SkillConfig, float]:
     """
+    The recipe of a student, and the learning rate of its first stage.
+
     Args:
-        name (`str`): one of [`METHODS`], perhaps with [`OPTIONS`]: `SKILL + by size + normalised`.
+        name (`str`): one of [`METHODS`], perhaps with some of [`OPTIONS`], one of [`TUNED`] or [`PUBLISHED`]:
+            `SKILL + by size + normalised`.
         sparsity (`float`): share of the parameters to remove.
         steps (`int`): optimizer steps of both stages.
-        num_layers (`int`): of the teacher.
+        num_layers, hidden_size (`int`): of the teacher.
 
     Raises:
         `KeyError`: if there is no such method or option.
     """
     method, *options = name.split(" + ")
     joint = SkillConfig().resolve_steps(steps).joint
-    fields = METHODS[method](num_layers)
+    fields = {"target_sparsity": sparsity, **COMMON, **METHODS[method](num_layers)}
+    if PUBLISHED in options:
+        fields |= {"sparsity_warmup_steps": joint // 10, "final_steps": None, "final_warmup_steps": None}
+        return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
+    first, final = SkillConfig().resolve_learning_rates(None, steps, hidden_size)
     for option in options:
-        fields |= OPTIONS[option](joint)
+        if option in TUNED:
+            of_student, of_gates = TUNED[option]
+            first *= of_student
+            fields["final_learning_rate"] = of_student * final
+            fields["gate_learning_rate"] = of_gates * SkillConfig().resolve_gate_learning_rate(joint)
+        else:
+            fields |= OPTIONS[option](joint)
     if method == SHAPE:
         fields["final_steps"] = steps
-    return SkillConfig(**COMMON, target_sparsity=sparsity, **fields)
+    return SkillConfig(**fields), first
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,7 @@ class Block:
     """Students that are run one after another; seeds take turns, so that a study that is stopped compares all."""
 
     methods: tuple[str, ...]
-    conditions: tuple[Condition, ...]
+    conditions: Sequence[Condition]
     seeds: tuple[int, ...]
     with_tasks: bool = False
 
@@ -141,6 +166,7 @@ WEIGHTED = ("", " + by size", " + by size + normalised")
 OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
 ROBUST = ("SKILL + masked", "SKILL + second speaker")
 FEW = SEEDS[:3]
+DEFAULTS = ("SKILL", *(f"SKILL + {option}" for option in (PUBLISHED, *TUNED)))
 # What matters most comes first.
 BLOCKS = (
     Block(("SKILL", "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
@@ -149,9 +175,11 @@ BLOCKS = (
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL + blocks", "SKILL + layers", "SKILL + rising root"), at(0.9, teachers=("wavlm",)), FEW),
     Block((SHAPE, *ROBUST, "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
+    Block(DEFAULTS, (*at(0.75, 60), *at(0.75, 150), *at(0.9, 60), *at(0.9, 150), *at(0.5, 60), *at(0.5, 150)), (0,)),
     Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),
+    Block(DEFAULTS, [condition for steps in SHORT_STEPS for s in (0.5, 0.75, 0.9) for condition in at(s, steps)], FEW),
     Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),
     Block(("SKILL", "one group", "DPHuBERT"), at(0.9), SEEDS, with_tasks=True),
     Block(("SKILL", *BASELINES), (*at(0.9), *at(0.75), *at(0.5), *at(0.95)), SEEDS),

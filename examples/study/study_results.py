@@ -110,6 +110,9 @@ DISTANCE_SECOND_SPEAKER = Outcome(
     lower_is_better=True,
     digits=3,
 )
+HELD_OUT = Outcome(
+    "held-out loss ↓", lambda row: row.get("held_out", {}).get("end", math.nan), lower_is_better=True, digits=3
+)
 SCORES = {
     metric: Outcome(
         f"{SUPERB_METRICS[metric].label} {'↓' if SUPERB_METRICS[metric].lower_is_better else '↑'}",

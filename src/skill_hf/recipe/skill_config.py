@@ -155,7 +155,7 @@ class SkillConfig:
         shrink_steps (`int`, *optional*, defaults to 0):
             Interval in optimizer steps at which the first stage cuts permanently closed units and continues with a
             smaller student, which saves time and memory; 0 for never. Needs an optimizer whose state has the shapes of
-            the parameters, such as AdamW, and no FSDP or DeepSpeed.
+            the parameters, such as AdamW.
         final_steps (`int`, *optional*):
             Optimizer steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*):
