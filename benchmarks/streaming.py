@@ -24,7 +24,7 @@ import soxr
 import torch
 import transformers
 from tables import table
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments
 from skill_hf.data import load_audio_dir, load_speech_dataset, read_audio
@@ -88,12 +88,14 @@ def train(stream: Path, steps: int, size: int, seconds: float, seed: int, callba
                 logging_steps=max(steps // 8, 1),
                 save_strategy="no",
                 report_to="none",
+                disable_tqdm=True,
                 use_cpu=True,
                 seed=seed,
             ),
             train_dataset=load_speech_dataset(stream, streaming=True),
             callbacks=list(callbacks),
         )
+        trainer.remove_callback(PrinterCallback)  # which prints the lines of the log
         trainer.data_collator.max_seconds = seconds
         trainer.train()
     return trainer

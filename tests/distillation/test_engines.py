@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from conftest import noise_clips, tiny_teacher
 from test_kills import same
 from test_shrinking import CloseGates
-from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, make_trainer, run_in_processes
+from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, StopAt, make_trainer, run_in_processes
 from test_task_heads import fine_tuned
 from transformers import AutoModel, TrainerCallback
 
@@ -112,11 +112,15 @@ def by_fsdp(output, number):
     use_fsdp()
     watch = Watch()
     _, whole = train(f"{output}/whole", "large", watch, gradient_checkpointing=True)
-    # Killed in stage 1, and from what processes with another engine have saved: in each stage, and at the cut.
+    # Killed in stage 1 between both shrinkings, and from what processes with another engine have saved: in each stage,
+    # and at the cut.
     with pytest.raises(Kill):
-        make(f"{output}/killed", "large", KillAt(11), gradient_checkpointing=True).train()
+        make(f"{output}/killed", "large", KillAt(7), gradient_checkpointing=True).train()
     _, killed = train(f"{output}/killed", "large", resume=True, gradient_checkpointing=True)
     results = {"whole": whole | {"held": watch.held}, "killed": killed}
+    stopped = make(f"{output}/stopped", "large", StopAt(4), save_strategy="no")  # where the student shrinks
+    stopped.train()
+    results["stopped"] = stopped.state.global_step, [path.name for path in Path(output).glob("stopped/checkpoint-*")]
     for step in (12, 14, 18):
         saved = Path(output).parent / "by_data_parallelism" / "whole" / f"checkpoint-{step}"
         other, settings = f"from-{step}", {"resume": str(saved), "gradient_checkpointing": True}
@@ -129,6 +133,7 @@ def test_fsdp_equals_data_parallelism(tmp_path):
     ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
     fsdp, others = run_in_processes(by_fsdp, tmp_path / "by_fsdp", number=2)
     whole = fsdp["whole"]
+    assert fsdp.pop("stopped") == others.pop("stopped") == (4, ["checkpoint-4"])
     assert whole["losses"] == pytest.approx(ddp["losses"], abs=1e-4)
     assert whole["evaluations"] == pytest.approx(ddp["evaluations"], abs=1e-4)
     assert len(whole["losses"]) == len(whole["held"]) == 20
@@ -164,7 +169,7 @@ def classifier(layout: str):
 VARIANTS = {
     "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
     "best": ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 8}, {}, 1e-4),
-    "defaults": ({"recipe": {"normalize_states": True}}, {}, 1e-4),
+    "defaults": ({"recipe": {"normalize_states": True, "shrink_steps": 4}}, {}, 1e-4),
     "two teachers": ({"teacher": two_teachers, "recipe": {"teacher_targets": "separate"}}, {}, 1e-4),
     "a head": ({"teacher": classifier}, {}, 1e-4),
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import STUDENT_CODE, noise_clips, padded_batch, tiny_config, tiny_teacher
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     SEWConfig,
@@ -22,6 +23,7 @@ from transformers import (
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments, WavLMForSkillStudent
 from skill_hf.compression.macs import count_macs
+from skill_hf.compression.multiplier import MultiplierEstimate
 from skill_hf.compression.pruning import add_gates, fit_gates, prune
 from skill_hf.distillation import unreadable_clips
 from skill_hf.models.families import build_student
@@ -283,8 +285,6 @@ def test_checkpoints_hold_no_teacher(uninterrupted):
     trainer, _ = uninterrupted
     directories = {path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
     assert directories == {f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)}
-    from safetensors.torch import load_file
-
     for step, stage in ((4, 1), (6, 2), (8, 2)):
         directory = Path(trainer.args.output_dir) / f"checkpoint-{step}"
         names = {name.split(".")[0] for name in load_file(directory / "model.safetensors")}
@@ -553,6 +553,27 @@ def test_an_estimated_multiplier_follows_the_target_whatever_the_scale_of_the_lo
         return np.array([row["sparsity"] for row in rows])
 
     np.testing.assert_allclose(sparsities(100.0), sparsities(1.0), atol=0.01)
+
+
+def test_the_gap_to_the_target_adds_up_over_the_steps(tmp_path, clips, monkeypatch):
+    gaps, add = [], MultiplierEstimate.add_gap
+
+    def add_and_note(estimate, gap, learning_rate):
+        gaps.append((gap.item(), learning_rate))
+        add(estimate, gap, learning_rate)
+
+    monkeypatch.setattr(MultiplierEstimate, "add_gap", add_and_note)
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "eval_strategy": "steps"}
+    trainer = make_trainer(tmp_path, clips, callbacks=[KillAt(5)], eval_steps=2, **settings)
+    with pytest.raises(Kill):
+        trainer.train()
+    assert len(gaps) == 5 and all(abs(gap) > 0.01 for gap, _ in gaps)
+    assert {rate for _, rate in gaps} == {trainer.skill_config.resolve_gate_learning_rate(6)}
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")["multiplier_estimate.gap_sum"]
+    assert saved.item() == pytest.approx(sum(gap * rate for gap, rate in gaps[:4]), rel=1e-5)
+    trainer = make_trainer(tmp_path, clips, **settings | {"eval_steps": 2})
+    trainer.train(resume_from_checkpoint=True)
+    assert len(gaps) == 7 and gaps[5] == gaps[4]
 
 
 @pytest.mark.parametrize("model", ["copy", "pruned"])

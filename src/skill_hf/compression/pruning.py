@@ -264,9 +264,9 @@ def _cut_of_closed(student) -> "Cut":
 
 
 @torch.no_grad()
-def closed_for_good(student, wanted: int, costs: UnitCosts) -> dict[str, torch.Tensor] | None:
+def units_to_keep(student, wanted: int, costs: UnitCosts) -> dict[str, torch.Tensor] | None:
     """
-    Indices of the units that are not closed for good, ascending, by the name of their gate; `None` if none is closed.
+    Indices of the units that are not closed for good, ascending, by the name of their gate; `None` if all stay.
 
     Units are closed for good if their probability to be open is below `CLOSED_PROBABILITY` and they are closed in eval
     mode. The most likely to open among them stay if removing all would go beyond the target, or if the rest would not
@@ -306,7 +306,8 @@ def closed_for_good(student, wanted: int, costs: UnitCosts) -> dict[str, torch.T
 @torch.no_grad()
 def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     """
-    Removes the units that are [`closed_for_good`], in place, and keeps the gates of the others with their values.
+    Removes the units that are closed for good, in place, and keeps the gates of the others ([`units_to_keep`]) with
+    their values.
 
     Outputs in eval mode do not change unless the probabilities of the removed units, which no longer count, add up to
     another open unit. In training, noise is drawn only for the remaining units, so the same seed gives different draws
@@ -315,7 +316,7 @@ def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     Returns:
         [`Cut`] to apply to other tensors that belong to the parameters; `None` if nothing was removed.
     """
-    kept = closed_for_good(student, wanted, costs)
+    kept = units_to_keep(student, wanted, costs)
     if kept is None:
         return None
     cut = Cut(student, kept)

@@ -26,7 +26,10 @@ class EngineTrainer(Trainer):
 
     Attributes:
         divides_parameters (`bool`): whether FSDP divides the parameters of a stage among processes.
+        shrinking ([`ShrinkCallback`], *optional*): what shrinks the student in stage 1.
     """
+
+    shrinking = None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -41,7 +44,7 @@ class EngineTrainer(Trainer):
     def check_optimizer(self, needed_by: str, instead: str) -> None:
         """See [`~skill_hf.distillation.optimization.check_optimizer`], for the optimizer of this run."""
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.student)
-        check_optimizer(cls, kwargs | {"lr": 0.0}, self.args.device, needed_by, instead)
+        check_optimizer(cls, kwargs | {"lr": 1e-3}, self.args.device, needed_by, instead)
 
     def divide(self) -> None:
         """
@@ -65,6 +68,13 @@ class EngineTrainer(Trainer):
         if self.divides_parameters and self.accelerator.sync_gradients:
             average_gradients(gate_parameters(self.distiller), self.accelerator)
         return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.shrinking is not None:
+            self.shrinking.before_evaluation(self.control)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.shrinking is not None:
+            self.shrinking.after_evaluation(self.control)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:

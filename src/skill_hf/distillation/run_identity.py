@@ -45,6 +45,8 @@ def describe_run(trainer) -> dict:
     distortion = getattr(trainer.data_collator, "distortion", None)
     return run | {
         "learning_rate": trainer.learning_rates[0],
+        "final_learning_rate": trainer.learning_rates[1],
+        "gate_learning_rate": trainer.skill_config.resolve_gate_learning_rate(trainer.steps.joint),
         "warmup_steps": args.get_warmup_steps(trainer.steps.joint),
         "sparsity_warmup_steps": trainer.steps.sparsity_warmup,
         "final_warmup_steps": trainer.steps.final_warmup,

@@ -2,17 +2,19 @@
 Shrinking during training: every few steps, stage 1 removes units that are closed for good from the student, its gates
 and the optimizer's state, and continues with the smaller student.
 
-This happens in place, between two steps of the Trainer's loop, and depends only on the gates: the loop continues, no
-data is read again, and a run resumed from a checkpoint before or after it does the same. Where FSDP divides the
-parameters, they are first made whole: the loop ends, and goes on from a checkpoint of the smaller student.
+This happens between two steps and depends only on the gates: a run resumed from a checkpoint before or after it does
+the same. It happens in place and the Trainer's loop continues, except where FSDP divides the parameters: then the loop
+ends, so that they are whole, and another one goes on from a checkpoint of the smaller student.
 """
 
 import logging
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from ..compression import pruning
 from ..distribution import rebuild_data_parallel, whole
@@ -30,8 +32,8 @@ class ShrinkCallback(TrainerCallback):
         trainer ([`SkillDistillationTrainer`]): a trainer with `shrink_steps` in its recipe.
 
     Attributes:
-        waiting (`tuple`, *optional*): what optimizer and schedule have come to, where the Trainer's loop must end
-            before the student can be shrunk.
+        is_due (`bool`): whether the Trainer's loop must end after this step, since the student has to be whole.
+        ended (`LoopState`, *optional*): what the loop has come to, until the student is shrunk.
 
     Raises:
         `ValueError`: if its optimizer does not allow it.
@@ -40,7 +42,10 @@ class ShrinkCallback(TrainerCallback):
     def __init__(self, trainer):
         trainer.check_optimizer("`shrink_steps`", "set it to 0")
         self.trainer = trainer
-        self.waiting: tuple[dict, dict] | None = None
+        self.is_due, self.ended = False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.is_due, self.ended = False, None
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -48,35 +53,57 @@ class ShrinkCallback(TrainerCallback):
         within = trainer.stage == 1 and state.global_step < trainer.steps.joint
         if not within or state.global_step % trainer.skill_config.shrink_steps:
             return
-        if not trainer.divides_parameters:
+        if trainer.divides_parameters:
+            kept = pruning.units_to_keep(trainer.student.base_model, trainer.target_cost, trainer.distiller.costs)
+            self.is_due = kept is not None
+        else:
             shrink(trainer)
-        elif is_due(trainer):
-            optimizer = whole(trainer.optimizer.state_dict(), args.should_save)
-            self.waiting = (optimizer, trainer.lr_scheduler.state_dict())
-            control.should_training_stop = True
+
+    def before_evaluation(self, control: TrainerControl) -> None:
+        """Before the Trainer logs, evaluates and saves, at the end of a step or epoch: the checkpoint comes later."""
+        if self.is_due:
+            control.should_save = False
+        if self.ended and not float(self.trainer.state.epoch).is_integer():
+            # The epoch has not ended, only the loop.
+            control.should_log = control.should_evaluate = False
+
+    def after_evaluation(self, control: TrainerControl) -> None:
+        """Ends the loop if the student is to be shrunk."""
+        if not self.is_due or self.ended:
+            return
+        trainer = self.trainer
+        self.ended = LoopState(
+            optimizer=whole(trainer.optimizer.state_dict(), trainer.args.should_save),
+            schedule=trainer.lr_scheduler.state_dict(),
+            is_last=control.should_training_stop,
+        )
+        control.should_training_stop = True
+
+    def shrink_whole(self) -> tuple[str, bool]:
+        """
+        After the loop has ended and the student is whole again: shrinks it and writes a checkpoint. Returns the
+        checkpoint, and whether training was to stop there in any case.
+        """
+        trainer, ended = self.trainer, self.ended
+        self.is_due, self.ended = False, None
+        trainer.optimizer = AcceleratedOptimizer(trainer.make_optimizer(trainer.model), device_placement=False)
+        trainer.lr_scheduler = trainer.create_scheduler(trainer.steps.joint, trainer.optimizer)
+        trainer.lr_scheduler.load_state_dict(ended.schedule)
+        if trainer.args.should_save:
+            trainer.optimizer.load_state_dict(ended.optimizer)
+        shrink(trainer)
+        trainer.control.should_training_stop = False  # it is part of the checkpoint
+        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        return str(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"), ended.is_last
 
 
-def is_due(trainer) -> bool:
-    """Whether there are units to remove."""
-    student, costs = trainer.student.base_model, trainer.distiller.costs
-    return pruning.closed_for_good(student, trainer.target_cost, costs) is not None
+class LoopState(NamedTuple):
+    """States of optimizer and schedule, whole on the processes that save, and whether no other loop is to follow."""
 
-
-def shrink_whole(trainer, optimizer: dict, schedule: dict) -> None:
-    """
-    Shrinks the student after the Trainer's loop has ended and the student is whole again, and writes a checkpoint.
-
-    Args:
-        trainer ([`SkillDistillationTrainer`]): between two loops.
-        optimizer, schedule (`dict`): states at the end of the loop, whole on the processes that save.
-    """
-    trainer.optimizer = AcceleratedOptimizer(trainer.make_optimizer(trainer.model), device_placement=False)
-    trainer.lr_scheduler = trainer.create_scheduler(trainer.steps.joint, trainer.optimizer)
-    trainer.lr_scheduler.load_state_dict(schedule)
-    if trainer.args.should_save:
-        trainer.optimizer.load_state_dict(optimizer)
-    shrink(trainer)
-    trainer._save_checkpoint(trainer.model, trial=None)
+    optimizer: dict
+    schedule: dict
+    is_last: bool
 
 
 def cut_optimizer_state(

@@ -27,9 +27,7 @@ from ..recipe.argument_validation import check_arguments, check_devices, check_t
 from ..recipe.skill_config import SkillConfig
 from ..recipe.skill_training_args import SkillTrainingArguments
 from ..version import __version__
-from .checkpoint_validation import (
-    TRAINER_STATE_NAME,
-)
+from .checkpoint_validation import TRAINER_STATE_NAME
 from .checkpointing import (
     how_to_resume,
     resolve_resume,
@@ -49,7 +47,7 @@ from .recipe_validation import check_recipe, check_student, validate_recipe, war
 from .restoring import restore
 from .run_identity import checksum, describe_run
 from .run_validation import check_data, check_run
-from .shrinking import ShrinkCallback, shrink_whole
+from .shrinking import ShrinkCallback
 from .state_norms import measure_states
 from .student_measurements import StudentMeasurements
 from .teacher import find_tokenizer
@@ -185,11 +183,11 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.record = RunRecord(num_teachers=len(teachers))
         self.measurements = StudentMeasurements(self)
         self._checkpoint_parent: str | None = None
-        self._borders: list[str] = []  # checkpoints that a stage goes on from
+        self._border: str | None = None  # the last checkpoint that a stage, or what is left of it, went on from
         self.interruption = Interruption(self)
         self.add_callback(self.finite_watch)
-        self.shrinking = ShrinkCallback(self) if skill_config.shrink_steps else None
-        if self.shrinking is not None:
+        if skill_config.shrink_steps:
+            self.shrinking = ShrinkCallback(self)
             self.add_callback(self.shrinking)
         if self.divides_parameters:
             self.check_optimizer("FSDP", "use data parallelism")
@@ -269,7 +267,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             return self._train_stages(checkpoint, trial, ignore_keys_for_eval)
 
     def _train_stages(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
-        user_args, self._borders = self.args, []
+        user_args = self.args
         self._begin() if checkpoint is None else restore(self, checkpoint)
         set_masking(self.student.config, self.skill_config.student_mask_prob)
         if user_args.torch_compile:
@@ -285,7 +283,7 @@ class SkillDistillationTrainer(PublishingTrainer):
                     )
                     return output
                 checkpoint = self._cut()
-                self._borders.append(checkpoint)
+                self._set_border(checkpoint)
             self.args = user_args
             output = self._train_stage(checkpoint, trial, ignore_keys_for_eval)
             self.interruption.is_deferred = False  # no step follows that could end first
@@ -299,9 +297,7 @@ class SkillDistillationTrainer(PublishingTrainer):
             self.is_in_train = False
             self.student.config.update(self._masking)
             self.model = self.model_wrapped = self.callback_handler.model = self.student
-        if user_args.save_strategy == "no" and user_args.should_save:
-            for checkpoint in self._borders:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        self._set_border(None)
         self.student.eval()
         self.measurements.distances()
         return output
@@ -322,7 +318,20 @@ class SkillDistillationTrainer(PublishingTrainer):
         student.base_model.add_gates(self.skill_config.pruning_units, self.skill_config.width_multiple)
 
     def _train_stage(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
-        """Runs the rest of the current stage with the Trainer's own loop."""
+        """Runs the rest of the current stage."""
+        output = self._train_loop(checkpoint, trial, ignore_keys_for_eval)
+        while self.shrinking is not None and self.shrinking.ended:
+            checkpoint, is_last = self.shrinking.shrink_whole()
+            self._set_border(checkpoint)
+            if is_last:
+                break
+            self.args.ignore_data_skip = self.args.eval_on_start = False  # of what is left of this stage
+            output = self._train_loop(checkpoint, trial, ignore_keys_for_eval)
+        self.interruption.raise_if_requested()
+        return output
+
+    def _train_loop(self, checkpoint: str | None, trial, ignore_keys_for_eval) -> TrainOutput:
+        """The Trainer's own loop, to the end of the stage or to where FSDP's parameters must be whole."""
         args = copy.copy(self.args)
         args.learning_rate = self.learning_rates[self.stage - 1]
         self._train_losses = self._new_train_losses()
@@ -352,19 +361,13 @@ class SkillDistillationTrainer(PublishingTrainer):
         output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.reunite()
         self.finite_watch.check()
-        checkpoint = self._shrink_between_loops()
-        self.interruption.raise_if_requested()
-        return output if checkpoint is None else self._train_stage(checkpoint, trial, ignore_keys_for_eval)
+        return output
 
-    def _shrink_between_loops(self) -> str | None:
-        """Where a student is to be shrunk that FSDP has divided: the checkpoint that the stage goes on from."""
-        if self.shrinking is None or self.shrinking.waiting is None:
-            return None
-        waiting, self.shrinking.waiting = self.shrinking.waiting, None
-        self.control.should_training_stop = self.args.ignore_data_skip = False
-        shrink_whole(self, *waiting)
-        self._borders.append(str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"))
-        return self._borders[-1]
+    def _set_border(self, checkpoint: str | None) -> None:
+        """Notes what the run goes on from; the one before is removed if the user wants no checkpoints."""
+        if self._border is not None and self.args.save_strategy == "no" and self.args.should_save:
+            shutil.rmtree(self._border, ignore_errors=True)
+        self._border = checkpoint
 
     @property
     def target_cost(self) -> int:
@@ -452,7 +455,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         }
 
     def _save_checkpoint(self, model, trial) -> None:
-        if self.shrinking is not None and self.shrinking.waiting is not None:
+        if self.shrinking is not None and self.shrinking.is_due:
             return  # written once the student has shrunk
         self.finite_watch.check()
         name = f"checkpoint-{self.state.global_step}"

@@ -159,8 +159,8 @@ class SkillConfig:
         final_steps (`int`, *optional*):
             Optimizer steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*):
-            Peak learning rate of the second stage; by default 1e-4, or in runs of less than 7500
-            steps 0.25 divided by the width of the (first) teacher.
+            Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500
+            steps at least 0.25 divided by the width of the (first) teacher.
         final_warmup_steps (`int`, *optional*):
             Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
             stage starts at a learning rate of 0, like the schedules of transformers.
@@ -278,8 +278,9 @@ class SkillConfig:
         50 000 steps to 0.75; 25 000 steps without gates follow at 1e-4. The defaults of [`SkillTrainingArguments`] are
         the rest of this recipe.
 
-        `final_steps`, both warm-ups and `gate_learning_rate` are for 75 000 steps: with `None` they are scaled to a
-        shorter run. DPHuBERT takes layer 0 before the positional convolution, this package after it.
+        `final_steps`, both warm-ups, `gate_learning_rate` and `final_learning_rate` are for 75 000 steps: with `None`
+        they fit a shorter run, as the `learning_rate` of the training arguments does by default. DPHuBERT takes layer
+        0 before the positional convolution, this package after it.
 
         Args:
             num_layers (`int`, *optional*, defaults to 12): layers of the teacher, to which the four are scaled.
@@ -352,15 +353,15 @@ class SkillConfig:
     ) -> tuple[float, float]:
         """
         Peak learning rates of both stages in a run of `max_steps`. Those not set by hand are the published 2e-4 and
-        1e-4, or in runs of less than 7500 steps `0.25 / hidden_size`: 3.3e-4 for a Base model.
+        1e-4, in runs of less than 7500 steps at least `0.25 / hidden_size`: 3.3e-4 for a Base model.
 
         Args:
             learning_rate (`float`, *optional*): that of the first stage, if it was set by hand.
             max_steps (`int`): optimizer steps of both stages.
             hidden_size (`int`): width of the teacher.
         """
-        is_short = max_steps < SHORT_STEPS
-        defaults = [SHORT_LEARNING_RATE / hidden_size] * 2 if is_short else FULL_LEARNING_RATES
+        least = SHORT_LEARNING_RATE / hidden_size if max_steps < SHORT_STEPS else 0.0
+        defaults = [max(rate, least) for rate in FULL_LEARNING_RATES]
         given = (learning_rate, self.final_learning_rate)
         return tuple(default if rate is None else rate for rate, default in zip(given, defaults, strict=True))
 
