@@ -156,6 +156,10 @@ def test_tables_by_hand(results):
         in blocks["cuts"]
     )
     assert "SKILL's groups: {0–2}, {3–12}." in blocks["layers"]
+    (results / "before").mkdir()
+    write_rows(results / "before", [row_of("SKILL", seed, distance) for seed, distance in ((0, 0.13), (1, 0.17))])
+    before = make_blocks(read_study(results), ".")["against before"]
+    assert "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 2 | 0.150 ± 0.028 | −0.110 ± 0.014 | 0.058 |" in before
     assert "| 0.9 | 60 | 1 | −0.100 | −0.500 | −0.600 (gates halved) |" in blocks["defaults"]
 
 
@@ -246,7 +250,7 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
         write_rows(results, [row_of("SKILL", 0), row_of("DPHuBERT", 0)])
     page = all_blocks(tmp_path / "study.md")
     draw_study.run(DrawArguments(results, page, tmp_path))
-    rest = {"unequal", "second speaker", "options", "defaults", "options before", "distances before"}
+    rest = {"unequal", "second speaker", "options", "defaults", "options before", "against before"}
     empty = {
         "nothing": set(TABLES),
         "references alone": set(TABLES),

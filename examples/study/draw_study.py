@@ -50,6 +50,7 @@ from study_results import (  # noqa: E402
     compare,
     gain,
     holm,
+    paired,
     read_study,
     share_kept,
 )
@@ -270,6 +271,29 @@ def options(study: Study, teacher: str) -> str:
     return table(["distance, minus SKILL's", *(condition.label for condition in shown)], rows)
 
 
+def against_before(study: Study, teacher: str) -> str:
+    """What the change of the default recipe gave, paired by seed."""
+    rows = []
+    for condition in conditions_of(study, teacher) if study.before else ():
+        for outcome in (DISTANCE, share_kept(study, teacher)):
+            for name in COMPARED:
+                before, now = (of.values(outcome, name, condition) for of in (study.before, study))
+                if pair := paired(outcome, now, before):
+                    rows.append(
+                        [
+                            condition.label,
+                            outcome.label,
+                            name,
+                            len(pair.differences),
+                            spread(list(before.values()), outcome.digits),
+                            spread(pair.differences, outcome.digits, signed=True),
+                            p_value(pair.p),
+                        ]
+                    )
+    header = ["sparsity", "what", "method", "seeds", "before", "now minus before", "p"]
+    return table(header, rows, texts=3) if rows else ""
+
+
 def defaults(study: Study, teacher: str) -> str:
     """Held-out losses of the default recipe, of the published one in as few steps, and of what tuning finds."""
     rows = []
@@ -421,7 +445,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "options": per_teacher(options),
     "defaults": per_teacher(defaults),
     "options before": lambda study: per_teacher(options)(study.before) if study.before else "",
-    "distances before": lambda study: per_teacher(distances)(study.before) if study.before else "",
+    "against before": per_teacher(against_before),
     "cuts": per_teacher(cuts),
 }
 

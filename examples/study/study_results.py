@@ -176,7 +176,11 @@ class Comparison:
 
 def compare(study: Study, outcome: Outcome, method: str, other: str, condition: Condition) -> Comparison | None:
     """`method` minus `other`; `None` if there is no seed with which both have been run."""
-    ours, theirs = (study.values(outcome, name, condition) for name in (method, other))
+    return paired(outcome, *(study.values(outcome, name, condition) for name in (method, other)))
+
+
+def paired(outcome: Outcome, ours: dict[int, float], theirs: dict[int, float]) -> Comparison | None:
+    """The same for values by seed."""
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
