@@ -39,7 +39,7 @@ def make(output_dir, clips, recipe=None, **kwargs):
 
 def ready(trainer):
     """A trainer that knows its run, as `train()` does before it looks at checkpoints."""
-    trainer.steps = trainer.skill_config.resolve_steps(trainer.args.max_steps)
+    trainer.resolve_recipe()
     trainer.run = describe_run(trainer)
     return trainer
 

@@ -147,7 +147,8 @@ def test_each_teacher_hears_audio_as_its_own_extractor_prepares_it(normalised_fi
     trainer.student.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     trainer._setup()
     trainer.steps = trainer.skill_config.resolve_steps(6)
-    trainer.compute_loss(trainer._make_distiller(), batch)
+    trainer.distiller = trainer._make_distiller()
+    trainer.compute_loss(trainer.distiller, batch)
     torch.testing.assert_close(seen[-1], trainer.ensemble.prepare(0, **batch))
 
 

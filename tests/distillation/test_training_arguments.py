@@ -734,7 +734,7 @@ def test_a_pruned_student_needs_no_stage_1(tmp_path):
 
 def test_the_check_draws_no_random_numbers(tmp_path):
     trainer = make_trainer(tmp_path, optim="sgd", lr_scheduler_type="cosine")
-    trainer.steps = trainer.skill_config.resolve_steps(6)
+    trainer.resolve_recipe()
     before = torch.get_rng_state()
     run_validation.check_data(trainer)
     run_validation.check_run(trainer)
