@@ -103,7 +103,7 @@ def train(stream: Path, steps: int, size: int, seconds: float, seed: int, callba
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Waiting for data and memory of training from a stream.")
-    parser.add_argument("--steps", type=int, default=40, help="Steps for each format.")
+    parser.add_argument("--steps", type=int, default=40, help="Steps for each format; 0 for memory alone.")
     parser.add_argument("--memory_steps", type=int, default=2000, help="Steps of the second part; 0 to leave it out.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads.")
     parser.add_argument("--seed", type=int, default=0)
@@ -115,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         streams = {name: write_stream(Path(directory) / str(index), name) for index, name in enumerate(FORMATS)}
         rows = []
-        for name, stream in streams.items():
+        for name, stream in streams.items() if args.steps else ():
             # Without the first line of the log, in which the workers start.
             logs = [line for line in train(stream, args.steps, 8, 4.0, args.seed).state.log_history if "loss" in line]
             shares = [line["data_wait_share"] for line in logs[1:]]
@@ -123,7 +123,8 @@ def main() -> None:
             mean = sum(shares) / len(shares)
             rows.append([name, f"{mean:.1%}", f"{max(shares):.1%}", f"{speed:.0f}"])
         header = ["audio", "share of a step that waits", "largest of a log line", "hours of audio an hour"]
-        print(table(f"Waiting for data, {WORKERS} workers", header, rows), flush=True)
+        if rows:
+            print(table(f"Waiting for data, {WORKERS} workers", header, rows), flush=True)
         if args.memory_steps:
             memory = Memory(max(args.memory_steps // 8, 1))
             train(streams["FLAC, 16 kHz"], args.memory_steps, 2, 0.5, args.seed, [memory])
