@@ -298,22 +298,21 @@ def defaults(study: Study, teacher: str) -> str:
     """Held-out losses of the default recipe, of the published one in as few steps, and of what tuning finds."""
     rows = []
     for condition in conditions_of(study, teacher):
-        losses = {
-            option: list(study.values(HELD_OUT, f"SKILL + {option}", condition).values())
-            for option in (PUBLISHED, *TUNED)
-        }
-        plain = list(study.values(HELD_OUT, "SKILL", condition).values())
-        if condition.steps not in SHORT_STEPS or not plain:
+        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in (PUBLISHED, *TUNED)}
+        losses = {name: study.values(HELD_OUT, method, condition) for name, method in names.items()}
+        if condition.steps not in SHORT_STEPS or not losses["default"]:
             continue
+        shared = set.intersection(*(set(found) for found in losses.values() if found))
+        losses = {name: [loss for seed, loss in found.items() if seed in shared] for name, found in losses.items()}
         tuned = {name: np.mean(found) for name, found in losses.items() if found and name in TUNED}
         best = min(tuned, key=tuned.get, default=None)
         rows.append(
             [
                 f"{condition.sparsity:g}",
                 condition.steps,
-                len(plain),
+                len(shared),
                 spread(losses[PUBLISHED], 3),
-                spread(plain, 3),
+                spread(losses["default"], 3),
                 f"{spread(losses[best], 3)} ({best})" if best else "–",
             ]
         )
