@@ -326,7 +326,7 @@ class DistillationTrainer(EngineTrainer):
     # ---- Optimizer and schedule of a stage ----
 
     def make_optimizer(self, model) -> torch.optim.Optimizer:
-        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        cls, kwargs = self.optimizer_class(model)
         return make_optimizer(
             model,
             cls,

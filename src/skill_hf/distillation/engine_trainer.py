@@ -41,9 +41,13 @@ class EngineTrainer(Trainer):
             # fails with reentrant checkpoints, which a student does not have.
             self.accelerator.ddp_handler.find_unused_parameters = True
 
+    def optimizer_class(self, model) -> tuple[type[torch.optim.Optimizer], dict]:
+        """Class and arguments of the optimizer of `model`, given by the user or chosen by the training arguments."""
+        return self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+
     def check_optimizer(self, needed_by: str, instead: str) -> None:
         """See [`~skill_hf.distillation.optimization.check_optimizer`], for the optimizer of this run."""
-        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.student)
+        cls, kwargs = self.optimizer_class(self.student)
         check_optimizer(cls, kwargs | {"lr": 1e-3}, self.args.device, needed_by, instead)
 
     def divide(self) -> None:

@@ -134,7 +134,7 @@ def make_optimizer(trainer, stage: int) -> torch.optim.Optimizer:
     parameter = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
     parameter.grad = torch.ones_like(parameter)
     try:
-        cls, kwargs = given or trainer.get_optimizer_cls_and_kwargs(args, trainer.student)
+        cls, kwargs = trainer.optimizer_class(trainer.student)
     except Exception as error:  # each optimizer has its own library
         settings = f" with `optim_args` {args.optim_args!r}" if args.optim_args else ""
         refuse(name, value, f"the optimizer{settings} cannot be created: {one_line(error)}")
