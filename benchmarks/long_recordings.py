@@ -9,7 +9,6 @@ of `examples/extract_hidden_states.py`, including interpreter and libraries.
 
 import argparse
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -36,16 +35,17 @@ RATE = 16_000
 COMPARED_SECONDS = 180
 WINDOWS = ((30, 1), (30, 5), (30, 10), (60, 5))
 SCRIPT = REPOSITORY / "examples" / "extract_hidden_states.py"
-# Runs the script and prints its peak memory. What `resource` tells of a child may be the peak of its parent.
+# Runs the script, which ends with `sys.exit`, and prints its peak memory.
 MEASURED = """
 import os, runpy, sys
+from memory import memory_bytes
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as error:
     assert not error.code
-print(open("/proc/self/status").read())
+print(memory_bytes("VmHWM"))
 """
 
 
@@ -73,7 +73,7 @@ def difference(model: str, speech: np.ndarray) -> list[list[str]]:
 
 
 def extract(model: str, minutes: float) -> list[str]:
-    """Peak memory and time of the script on one recording; Linux only."""
+    """Peak memory and time of the script on one recording."""
     with tempfile.TemporaryDirectory() as directory:
         audio = Path(directory) / "audio"
         audio.mkdir()
@@ -82,11 +82,11 @@ def extract(model: str, minutes: float) -> list[str]:
         words += ["--file_format", "npy", "--window_seconds", "30", "--save_dtype", "float16"]
         start = time.perf_counter()
         command = [sys.executable, "-c", MEASURED, str(SCRIPT), *words]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        where = {"cwd": REPOSITORY / "benchmarks", "stdout": subprocess.PIPE, "text": True}
+        peak = int(subprocess.run(command, check=True, **where).stdout.split()[-1])
         seconds = time.perf_counter() - start
         (states,) = Path(directory, "states").glob("*.npy")
         shape = np.load(states, mmap_mode="r").shape
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", printed)[1]) * 1024
     return [Path(model).name, f"{minutes:g} min", str(shape), f"{peak / 1e9:.2f} GB", f"{60 * minutes / seconds:.0f}"]
 
 

@@ -7,7 +7,6 @@ step by step.
 
 import contextlib
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import psutil
 import torch
 from compared_models import halfway_config, make_teacher, num_parameters, pruned_config, random_weights
 from dphubert_clone import DPHuBERT, TrainingStep
 from inference import Case
+from memory import memory_bytes
 from operators import end_profile, start_profile
 from torch import nn
 from transformers import TrainerCallback, Wav2Vec2FeatureExtractor, WavLMModel
@@ -173,7 +172,7 @@ def average_over_stage(rows: list[dict], schedule: list[tuple[float, float]], st
 
 def run_rival(rival: Rival, settings: Settings, connection: Connection) -> None:
     """The process of one rival: builds it, then makes a step and sends its seconds whenever it is told to."""
-    start_bytes = _memory_bytes("VmRSS")
+    start_bytes = memory_bytes("VmRSS")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
@@ -368,14 +367,4 @@ def _peak_bytes(device: torch.device) -> int:
     """Most memory of this process so far: of the device, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _memory_bytes("VmHWM")
-
-
-def _memory_bytes(field: str) -> int:
-    """Resident memory of this process: `VmRSS`, what it is now, or `VmHWM`, what it was at most."""
-    if sys.platform == "linux":
-        # `ru_maxrss` would count what the process that started this one held.
-        with open("/proc/self/status", encoding="utf-8") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-    memory = psutil.Process().memory_info()
-    return getattr(memory, "peak_wset", memory.rss) if field == "VmHWM" else memory.rss
+    return memory_bytes("VmHWM")
