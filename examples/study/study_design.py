@@ -1,6 +1,6 @@
 """What the study compares: the methods, the conditions, and the order of the runs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +147,7 @@ class Block:
     """Students that are run one after another; seeds take turns, so that a study that is stopped compares all."""
 
     methods: tuple[str, ...]
-    conditions: Sequence[Condition]
+    conditions: tuple[Condition, ...]
     seeds: tuple[int, ...]
     with_tasks: bool = False
 
@@ -160,6 +160,10 @@ class Block:
 
 def at(sparsity: float, steps: int = 240, teachers: tuple[str, ...] = tuple(TEACHERS)) -> tuple[Condition, ...]:
     return tuple(Condition(teacher, sparsity, steps) for teacher in teachers)
+
+
+def in_short_runs(*steps: int) -> tuple[Condition, ...]:
+    return tuple(condition for sparsity in (0.75, 0.9, 0.5) for number in steps for condition in at(sparsity, number))
 
 
 WEIGHTED = ("", " + by size", " + by size + normalised")
@@ -175,11 +179,11 @@ BLOCKS = (
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL + blocks", "SKILL + layers", "SKILL + rising root"), at(0.9, teachers=("wavlm",)), FEW),
     Block((SHAPE, *ROBUST, "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
-    Block(DEFAULTS, (*at(0.75, 60), *at(0.75, 150), *at(0.9, 60), *at(0.9, 150), *at(0.5, 60), *at(0.5, 150)), (0,)),
+    Block(DEFAULTS, in_short_runs(*SHORT_STEPS[:2]), (0,)),
     Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
     Block(("SKILL", "one group", "DPHuBERT", "SKILL + rising root"), at(0.9, 960), FEW),
-    Block(DEFAULTS, [condition for steps in SHORT_STEPS for s in (0.5, 0.75, 0.9) for condition in at(s, steps)], FEW),
+    Block(DEFAULTS, in_short_runs(*SHORT_STEPS), FEW),
     Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),
     Block(("SKILL", "one group", "DPHuBERT"), at(0.9), SEEDS, with_tasks=True),
     Block(("SKILL", *BASELINES), (*at(0.9), *at(0.75), *at(0.5), *at(0.95)), SEEDS),

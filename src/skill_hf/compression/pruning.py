@@ -313,6 +313,9 @@ def cut_closed_units(student, wanted: int, costs: UnitCosts) -> "Cut | None":
     another open unit. In training, noise is drawn only for the remaining units, so the same seed gives different draws
     than before.
 
+    Args:
+        student, wanted, costs: as for [`units_to_keep`].
+
     Returns:
         [`Cut`] to apply to other tensors that belong to the parameters; `None` if nothing was removed.
     """

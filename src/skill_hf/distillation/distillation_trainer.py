@@ -381,6 +381,7 @@ class DistillationTrainer(EngineTrainer):
             items = num_items_in_batch / self.accelerator.num_processes
             counts = dict(zip(BATCH_COUNTS, items.unbind(), strict=True))
         penalty_scale = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        target_sparsity = self._target_sparsity()
         targets, target_logits = self.teacher_outputs(**inputs)
         if distorted is not None:
             inputs["input_values"] = distorted
@@ -391,7 +392,7 @@ class DistillationTrainer(EngineTrainer):
                 targets=targets,
                 target_logits=target_logits,
                 labels=labels,
-                target_sparsity=self._target_sparsity(),
+                target_sparsity=target_sparsity,
                 # A function of these numbers alone, so that it is the same after resuming.
                 gate_seed=noise_seed(*noise),
                 penalty_scale=penalty_scale,
@@ -400,7 +401,7 @@ class DistillationTrainer(EngineTrainer):
         if model.training:
             if self.accelerator.sync_gradients and self.distiller.multiplier_estimate is not None:
                 gate_rate = self.skill_config.resolve_gate_learning_rate(self.steps.joint)
-                self.distiller.multiplier_estimate.add_gap(self._target_sparsity() - outputs["sparsity"], gate_rate)
+                self.distiller.multiplier_estimate.add_gap(target_sparsity - outputs["sparsity"], gate_rate)
             terms, finite = outputs, self.finite_watch.note_terms(outputs)
             # The loss of a step is the sum over its micro-batches, whose weights add up to 1. Steps without a valid
             # frame are left out of the mean; they would count as zero loss.
