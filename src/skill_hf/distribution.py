@@ -11,7 +11,14 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DynamoBackend, broadcast_object_list, compare_versions, gather_object
+from accelerate.utils import (
+    AutocastKwargs,
+    DynamoBackend,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    compare_versions,
+    gather_object,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +53,10 @@ FSDP_SETTINGS = {
         "`gradient_checkpointing` of the training arguments does it",
     ),
 }
+
+
+# That torch compiles, such as for batches of another length: its own limit of one function.
+VERSIONS_OF_A_LAYER = 8
 
 
 # ---- What processes tell each other ----
@@ -130,11 +141,6 @@ def divides_parameters(accelerator: Accelerator) -> bool:
         )
     if plugin is not None and accelerator.mixed_precision == "fp16":
         raise ValueError("`mixed_precision` is fp16, which cannot be used with FSDP; use bf16.")
-    if plugin is not None and accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError(
-            "torch.compile is on (`torch_compile`, or `dynamo_config` in the file of accelerate), which cannot be used"
-            " with FSDP; leave it out."
-        )
     return plugin is not None
 
 
@@ -170,7 +176,11 @@ def rebuild_data_parallel(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 def divide_when_prepared(
-    model: nn.Module, layers: Sequence[nn.Module], whole: Iterable[nn.Parameter], accelerator: Accelerator
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    whole: Iterable[nn.Parameter],
+    accelerator: Accelerator,
+    compiler: dict | None = None,
 ) -> None:
     """
     Lets `accelerator.prepare` divide the parameters of `model` among processes: those of each of `layers` together,
@@ -182,6 +192,7 @@ def divide_when_prepared(
         whole (`Iterable[nn.Parameter]`): parameters that every process keeps, for which [`average_gradients`] is to be
             called before each step.
         accelerator (`Accelerator`): with FSDP's settings, which this completes.
+        compiler (`dict`, *optional*): arguments of torch.compile, for each of `layers`.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -195,6 +206,26 @@ def divide_when_prepared(
     # Otherwise each process would keep the whole gradient until the last micro-batch.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     model.register_load_state_dict_pre_hook(_divide_state)
+    if compiler is not None:
+        # For all layers together: they differ in their shapes, but share the code of which torch counts the versions.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, VERSIONS_OF_A_LAYER * len(layers))
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
+        for layer in layers:
+            # Not the layer itself, in whose hooks it is gathered.
+            layer.forward = torch.compile(layer.forward, **compiler)
+
+
+def take_compiler(accelerator: Accelerator) -> dict | None:
+    """
+    Arguments of torch.compile, if it is on. accelerate then leaves models as they are: it would compile a whole one,
+    past the hooks that gather a layer.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return None
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
+    return plugin.to_kwargs()
 
 
 def divide_frozen(model: nn.Module, layers: nn.ModuleList, parent: nn.Module, accelerator: Accelerator) -> None:

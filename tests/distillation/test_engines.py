@@ -169,6 +169,11 @@ def classifier(layout: str):
     return fine_tuned("classification", layout)
 
 
+def without_dropout(layout: str):
+    """Compilers draw its noise in another order."""
+    return tiny_teacher(layout, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+
+
 # Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
 VARIANTS = {
     "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
@@ -176,6 +181,17 @@ VARIANTS = {
     "defaults": ({"recipe": {"normalize_states": True} | SHRINKING}, {}, 1e-4),
     "two teachers": ({"teacher": two_teachers, "recipe": {"teacher_targets": "separate"}}, {}, 1e-4),
     "a head": ({"teacher": classifier}, {}, 1e-4),
+    "compiled": (
+        {
+            "teacher": without_dropout,
+            "recipe": RECIPE | SHRINKING,
+            "torch_compile": True,
+            "torch_compile_backend": "eager",
+            "gradient_checkpointing": True,
+        },
+        {},
+        1e-4,
+    ),
 }
 
 
@@ -185,7 +201,9 @@ def by_variant(output, number):
     settings, changes, _ = VARIANTS[folder.parent.name]
     if folder.name == "fsdp":
         use_fsdp(**changes)
-    return train(f"{output}/run", "base", **settings)
+    trainer, result = train(f"{output}/run", "base", **settings)
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == trainer.args.torch_compile
+    return trainer, result
 
 
 @pytest.mark.nightly

@@ -12,6 +12,7 @@ from ..distribution import (
     divide_when_prepared,
     divides_parameters,
     load_whole_states,
+    take_compiler,
     whole,
     whole_states,
 )
@@ -34,6 +35,7 @@ class EngineTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.divides_parameters = divides_parameters(self.accelerator)
+        self._compiler = take_compiler(self.accelerator) if self.divides_parameters else None
         # Otherwise the Trainer would write checkpoints that only FSDP can read.
         self.is_fsdp_enabled = False
         if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
@@ -58,7 +60,8 @@ class EngineTrainer(Trainer):
         if not self.divides_parameters:
             return
         layers = self.student.base_model.encoder.layers
-        divide_when_prepared(self.distiller, layers, gate_parameters(self.distiller), self.accelerator)
+        whole_parameters = gate_parameters(self.distiller)
+        divide_when_prepared(self.distiller, layers, whole_parameters, self.accelerator, self._compiler)
         for teacher in self.teachers:
             teacher.divide(self.accelerator, self._autocast_dtype)
 
