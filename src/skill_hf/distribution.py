@@ -139,8 +139,6 @@ def divides_parameters(accelerator: Accelerator) -> bool:
             f"FSDP cannot be used by {accelerator.num_processes} process(es) on {accelerator.device.type}: it needs"
             " several processes, each with a GPU. Choose another file of accelerate."
         )
-    if plugin is not None and accelerator.mixed_precision == "fp16":
-        raise ValueError("`mixed_precision` is fp16, which cannot be used with FSDP; use bf16.")
     return plugin is not None
 
 
@@ -246,6 +244,20 @@ def divide_frozen(model: nn.Module, layers: nn.ModuleList, parent: nn.Module, ac
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of `tensor`."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class DividedGradScaler(torch.amp.GradScaler):
+    """
+    The scaler of float16 for divided and whole parameters together, in float32 and on one device: torch's cannot treat
+    both at once. What overflows in one process is an overflow in all.
+    """
+
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inv_scale)
+        torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX)
+        return {found_inf.device: found_inf}
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from conftest import noise_clips, tiny_teacher
 from test_kills import same
 from test_shrinking import CloseGates
-from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, StopAt, make_trainer, run_in_processes
+from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, StopAt, make_trainer, run_in_processes, use_float16_on_cpus
 from test_task_heads import fine_tuned
 from transformers import AutoModel, TrainerCallback
 
@@ -177,6 +177,7 @@ def without_dropout(layout: str):
 # Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
 VARIANTS = {
     "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
+    "fp16": ({}, {}, 2e-3),
     "best": ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 8}, {}, 1e-4),
     "defaults": ({"recipe": {"normalize_states": True} | SHRINKING}, {}, 1e-4),
     "two teachers": ({"teacher": two_teachers, "recipe": {"teacher_targets": "separate"}}, {}, 1e-4),
@@ -201,9 +202,12 @@ def by_variant(output, number):
     settings, changes, _ = VARIANTS[folder.parent.name]
     if folder.name == "fsdp":
         use_fsdp(**changes)
+    if folder.parent.name == "fp16":
+        use_float16_on_cpus(pytest.MonkeyPatch())
     trainer, result = train(f"{output}/run", "base", **settings)
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == trainer.args.torch_compile
-    return trainer, result
+    scaler = trainer.accelerator.scaler
+    return trainer, result | {"scale": scaler and scaler.get_scale()}
 
 
 @pytest.mark.nightly
@@ -213,6 +217,7 @@ def test_fsdp_with(tmp_path, variant):
     ddp, fsdp = [run_in_processes(by_variant, tmp_path / variant / engine, number=2)[0] for engine in ("ddp", "fsdp")]
     assert fsdp["losses"] == pytest.approx(ddp["losses"], abs=VARIANTS[variant][-1])
     assert fsdp["evaluations"] == pytest.approx(ddp["evaluations"], abs=VARIANTS[variant][-1])
+    assert fsdp["scale"] == ddp["scale"]
 
 
 class Peak(TrainerCallback):

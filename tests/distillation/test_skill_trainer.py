@@ -9,6 +9,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import GradScalerKwargs
 from conftest import STUDENT_CODE, noise_clips, padded_batch, tiny_config, tiny_teacher
 from safetensors.torch import load_file
 from transformers import (
@@ -77,6 +80,19 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def use_float16_on_cpus(monkeypatch, init_scale: float = 2.0**16) -> None:
+    """Trainer and accelerate use float16 on GPUs only, though torch can do it anywhere. The first steps overflow."""
+    original = Accelerator.__init__
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale)
+        self.scaler_handler = GradScalerKwargs(init_scale=init_scale)
+
+    monkeypatch.setattr(Accelerator, "__init__", init)
+    monkeypatch.setattr(AcceleratorState, "mixed_precision", property(lambda self: "fp16"))
 
 
 @pytest.fixture(scope="module")

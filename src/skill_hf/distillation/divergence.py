@@ -54,8 +54,17 @@ class FiniteWatch(TrainerCallback):
             norm = torch.as_tensor(norm, dtype=torch.float32, device=self._now.device)
             self._now[-1] |= ~norm.detach().reshape(()).isfinite()
 
+    def _gradient_scale(self) -> float:
+        scaler = self.trainer.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._scale = self._gradient_scale()
+
     def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.accelerator.optimizer_step_was_skipped:
+        # accelerate's `optimizer_step_was_skipped` knows nothing of fused optimizers, which skip steps themselves.
+        before, self._scale = self._scale, self._gradient_scale()
+        if self._scale < before:
             self._skipped += 1
         else:
             self._skipped = 0

@@ -8,6 +8,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..distribution import (
+    DividedGradScaler,
     average_gradients,
     divide_when_prepared,
     divides_parameters,
@@ -36,6 +37,10 @@ class EngineTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         self.divides_parameters = divides_parameters(self.accelerator)
         self._compiler = take_compiler(self.accelerator) if self.divides_parameters else None
+        if self.divides_parameters and self.accelerator.scaler is not None:
+            handler = self.accelerator.scaler_handler
+            kwargs = {} if handler is None else handler.to_kwargs()
+            self.accelerator.scaler = DividedGradScaler(self.accelerator.device.type, **kwargs)
         # Otherwise the Trainer would write checkpoints that only FSDP can read.
         self.is_fsdp_enabled = False
         if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
@@ -75,6 +80,11 @@ class EngineTrainer(Trainer):
         if self.divides_parameters and self.accelerator.sync_gradients:
             average_gradients(gate_parameters(self.distiller), self.accelerator)
         return loss
+
+    def _mixed_mesh_grad_norm(self, *args, **kwargs) -> torch.Tensor:
+        # As accelerate does where the Trainer leaves the norm to it; without float16 this does nothing.
+        self.accelerator.unscale_gradients()
+        return super()._mixed_mesh_grad_norm(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if self.shrinking is not None:
