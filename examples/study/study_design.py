@@ -101,7 +101,7 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
     if PUBLISHED in options:
         fields |= {"sparsity_warmup_steps": joint // 10, "final_steps": None, "final_warmup_steps": None}
         return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
-    first, final = SkillConfig().resolve_learning_rates(None, steps, hidden_size)
+    first, final = SkillConfig(target_sparsity=sparsity).resolve_learning_rates(None, steps, hidden_size)
     for option in options:
         if option in TUNED:
             of_student, of_gates = TUNED[option]

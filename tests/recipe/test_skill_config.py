@@ -179,12 +179,14 @@ def test_gates_learn_faster_in_short_runs():
     assert SkillConfig(gate_learning_rate=0.02).resolve_gate_learning_rate(40) == 0.02
 
 
-def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_of_the_teacher():
+def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_that_is_left():
     assert SkillConfig().resolve_learning_rates(None, 75_000, 1024) == (2e-4, 1e-4)
     assert SkillConfig().resolve_learning_rates(None, 7_500, 1024) == (2e-4, 1e-4)
     wide, narrow = (SkillConfig().resolve_learning_rates(None, 150, width) for width in (1024, 256))
     assert np.divide(narrow, wide) == pytest.approx([4.0, 4.0])
     assert wide[0] > 2e-4 and wide[1] > 1e-4
+    half, tenth = (SkillConfig(target_sparsity=s).resolve_learning_rates(None, 150, 256) for s in (0.5, 0.9))
+    assert np.divide(tenth, half) == pytest.approx([5.0, 5.0])
     by_hand = SkillConfig(final_learning_rate=0.0)
     assert (
         by_hand.resolve_learning_rates(0.5, 150, 256) == by_hand.resolve_learning_rates(0.5, 75_000, 768) == (0.5, 0)

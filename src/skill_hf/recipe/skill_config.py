@@ -32,10 +32,12 @@ FULL_LEARNING_RATES = (2e-4, 1e-4)
 SPARSITY_WARMUP_SHARE = 1 / 2
 # What `log_alpha` must be able to travel in the first stage, wherever that is set by default.
 GATE_TRAVEL = 24.0
-# A run with fewer steps has time for larger updates: its learning rates are this over the width of the teacher, since
-# the updates of adaptive optimizers add up over the inputs of a layer (arXiv 2203.03466).
+# A run with fewer steps has time for larger updates: its learning rates are this over the width that is left, that of
+# the teacher times the share of its parameters, since the updates of adaptive optimizers add up over the inputs of a
+# layer (arXiv 2203.03466).
 SHORT_STEPS = FULL_STEPS // 10
-SHORT_LEARNING_RATE = 0.25
+SHORT_LEARNING_RATE = 1 / 16
+LEAST_SHARE_LEFT = 1 / 20  # for which larger learning rates have been tried
 
 
 @fields.help_from_docstring
@@ -159,8 +161,8 @@ class SkillConfig:
         final_steps (`int`, *optional*):
             Optimizer steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*):
-            Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500
-            steps at least 0.25 divided by the width of the (first) teacher.
+            Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500 steps at least
+            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher.
         final_warmup_steps (`int`, *optional*):
             Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
             stage starts at a learning rate of 0, like the schedules of transformers.
@@ -353,14 +355,16 @@ class SkillConfig:
     ) -> tuple[float, float]:
         """
         Peak learning rates of both stages in a run of `max_steps`. Those not set by hand are the published 2e-4 and
-        1e-4, in runs of less than 7500 steps at least `0.25 / hidden_size`: 3.3e-4 for a Base model.
+        1e-4, in runs of less than 7500 steps at least `1 / (16 hidden_size (1 - target_sparsity))`: 3.3e-4 for a Base
+        model at 0.75.
 
         Args:
             learning_rate (`float`, *optional*): that of the first stage, if it was set by hand.
             max_steps (`int`): optimizer steps of both stages.
             hidden_size (`int`): width of the teacher.
         """
-        least = SHORT_LEARNING_RATE / hidden_size if max_steps < SHORT_STEPS else 0.0
+        remaining_width = hidden_size * max(1 - self.target_sparsity, LEAST_SHARE_LEFT)
+        least = SHORT_LEARNING_RATE / remaining_width if max_steps < SHORT_STEPS else 0.0
         defaults = [max(rate, least) for rate in FULL_LEARNING_RATES]
         given = (learning_rate, self.final_learning_rate)
         return tuple(default if rate is None else rate for rate, default in zip(given, defaults, strict=True))
