@@ -160,7 +160,7 @@ def test_tables_by_hand(results):
     write_rows(results / "before", [row_of("SKILL", seed, distance) for seed, distance in ((0, 0.13), (1, 0.17))])
     before = make_blocks(read_study(results), ".")["against before"]
     assert "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 2 | 0.150 ± 0.028 | −0.110 ± 0.014 | 0.058 |" in before
-    assert "| 0.9 | 60 | 1 | −0.100 | −0.500 | −0.600 (gates halved) |" in blocks["defaults"]
+    assert "| 0.9 | 60 | −0.500 (1) | +0.400 (1) | −0.100 (1) gates halved |" in blocks["defaults"]
 
 
 @pytest.mark.parametrize(

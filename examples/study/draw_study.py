@@ -102,6 +102,11 @@ def spread(values: Sequence[float], digits: int = 1, signed: bool = False) -> st
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
+def with_number(values: Sequence[float], digits: int = 1, signed: bool = False) -> str:
+    """The same, and the number of values."""
+    return f"{spread(values, digits, signed)} ({len(values)})" if values else "–"
+
+
 def p_value(p: float) -> str:
     return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -157,7 +162,7 @@ def outcome_by_condition(study: Study, teacher: str, outcome: Outcome) -> str:
     for name in COMPARED:
         found = [list(study.values(outcome, name, condition).values()) for condition in shown]
         if any(found):
-            rows.append([name, *(f"{spread(v, outcome.digits)} ({len(v)})" if v else "–" for v in found)])
+            rows.append([name, *(with_number(values, outcome.digits) for values in found)])
     return table([f"{outcome.label} (seeds)", *(condition.label for condition in shown)], rows) if rows else ""
 
 
@@ -302,21 +307,29 @@ def defaults(study: Study, teacher: str) -> str:
         losses = {name: study.values(HELD_OUT, method, condition) for name, method in names.items()}
         if condition.steps not in SHORT_STEPS or not losses["default"]:
             continue
-        shared = set.intersection(*(set(found) for found in losses.values() if found))
-        losses = {name: [loss for seed, loss in found.items() if seed in shared] for name, found in losses.items()}
-        tuned = {name: np.mean(found) for name, found in losses.items() if found and name in TUNED}
+        default = losses.pop("default")
+        changes = {
+            name: [loss - default[seed] for seed, loss in found.items() if seed in default]
+            for name, found in losses.items()
+        }
+        tuned = {name: np.mean(found) for name, found in changes.items() if found and name in TUNED}
         best = min(tuned, key=tuned.get, default=None)
         rows.append(
             [
                 f"{condition.sparsity:g}",
                 condition.steps,
-                len(shared),
-                spread(losses[PUBLISHED], 3),
-                spread(losses["default"], 3),
-                f"{spread(losses[best], 3)} ({best})" if best else "–",
+                with_number(list(default.values()), 3),
+                with_number(changes[PUBLISHED], 3, signed=True),
+                f"{with_number(changes[best], 3, signed=True)} {best}" if best else "–",
             ]
         )
-    header = ["sparsity", "steps", "seeds", PUBLISHED, "default", "best of four changes by hand"]
+    header = [
+        "sparsity",
+        "steps",
+        "default (seeds)",
+        f"{PUBLISHED}, minus default",
+        "best of the changes, minus default",
+    ]
     return table(header, rows) if rows else ""
 
 
