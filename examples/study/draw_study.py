@@ -389,7 +389,7 @@ def panels_of(study: Study, width: float, height: float, shown: Callable[[Condit
         teacher: [
             condition
             for condition in conditions_of(study, teacher)
-            if shown(condition) and any(study.rows_of(name, condition) for name in COMPARED)
+            if shown(condition) and any(study.rows_of(name, condition) for name in COMPARED[1:])
         ]
         for teacher in TEACHERS
     }

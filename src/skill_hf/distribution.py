@@ -55,8 +55,10 @@ FSDP_SETTINGS = {
 }
 
 
-# That torch compiles, such as for batches of another length: its own limit of one function.
+# How many versions of one layer torch may compile, such as for batches of other lengths: its own limit of a function.
 VERSIONS_OF_A_LAYER = 8
+# Graphs of a GPU refer to parameters by their address, which changes whenever FSDP gathers them.
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 # ---- What processes tell each other ----
@@ -178,7 +180,6 @@ def divide_when_prepared(
     layers: Sequence[nn.Module],
     whole: Iterable[nn.Parameter],
     accelerator: Accelerator,
-    compiler: dict | None = None,
 ) -> None:
     """
     Lets `accelerator.prepare` divide the parameters of `model` among processes: those of each of `layers` together,
@@ -190,7 +191,6 @@ def divide_when_prepared(
         whole (`Iterable[nn.Parameter]`): parameters that every process keeps, for which [`average_gradients`] is to be
             called before each step.
         accelerator (`Accelerator`): with FSDP's settings, which this completes.
-        compiler (`dict`, *optional*): arguments of torch.compile, for each of `layers`.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -204,26 +204,58 @@ def divide_when_prepared(
     # Otherwise each process would keep the whole gradient until the last micro-batch.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     model.register_load_state_dict_pre_hook(_divide_state)
-    if compiler is not None:
-        # For all layers together: they differ in their shapes, but share the code of which torch counts the versions.
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, VERSIONS_OF_A_LAYER * len(layers))
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
-        for layer in layers:
-            # Not the layer itself, in whose hooks it is gathered.
-            layer.forward = torch.compile(layer.forward, **compiler)
 
 
-def take_compiler(accelerator: Accelerator) -> dict | None:
+def take_compiler(accelerator: Accelerator, backend: str | None, mode: str | None) -> dict | None:
     """
-    Arguments of torch.compile, if it is on. accelerate then leaves models as they are: it would compile a whole one,
-    past the hooks that gather a layer.
+    Returns the arguments of torch.compile if it is on, for [`compile_layers`], and switches it off in accelerate: what
+    that compiles as a whole runs past the hooks that gather a layer, and by regions it compiles lists of modules that
+    have no forward.
+
+    Args:
+        accelerator (`Accelerator`): whose trainer has just been made.
+        backend, mode (`str`, *optional*): of the training arguments; by default what `accelerate launch` has set.
+
+    Raises:
+        `ValueError`: if the mode or backend does not suit FSDP.
     """
-    plugin = accelerator.state.dynamo_plugin
+    # Not that of `accelerator.state`, which trainers of the same arguments share.
+    plugin = TorchDynamoPlugin(backend=backend, mode=mode)
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
     if plugin.backend == DynamoBackend.NO:
         return None
-    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
+    if plugin.mode in MODES_WITH_GRAPHS or plugin.backend == DynamoBackend.CUDAGRAPHS:
+        name, value = ("backend", "cudagraphs") if plugin.mode not in MODES_WITH_GRAPHS else ("mode", plugin.mode)
+        raise ValueError(
+            f"`torch_compile_{name}` is {value}, which records CUDA graphs, but with FSDP parameters change their"
+            " place in memory; use the backend inductor, with the mode default or max-autotune-no-cudagraphs."
+        )
     return plugin.to_kwargs()
+
+
+def compile_layers(layers: Sequence[nn.Module], arguments: dict) -> None:
+    """Compiles the forward of each layer, within the hooks that gather it."""
+    torch.compiler.reset()  # of layers that are no longer there
+    # For all together: they differ in their shapes, but share the code of which torch counts the versions.
+    most = VERSIONS_OF_A_LAYER * len(layers)
+    for layer in layers:
+        layer.forward = CompiledForward(torch.compile(layer.forward, **arguments), most)
+
+
+class CompiledForward:
+    """
+    Args:
+        forward (`Callable`): a compiled function.
+        versions (`int`): how many versions of its code torch may compile, in whichever thread it runs.
+    """
+
+    def __init__(self, forward: Callable, versions: int):
+        self.forward = forward
+        self.limits = {"recompile_limit": versions, "accumulated_recompile_limit": versions}
+
+    def __call__(self, *args, **kwargs):
+        with torch._dynamo.config.patch(self.limits):
+            return self.forward(*args, **kwargs)
 
 
 def divide_frozen(model: nn.Module, layers: nn.ModuleList, parent: nn.Module, accelerator: Accelerator) -> None:
@@ -248,16 +280,25 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 class DividedGradScaler(torch.amp.GradScaler):
     """
-    The scaler of float16 for divided and whole parameters together, in float32 and on one device: torch's cannot treat
-    both at once. What overflows in one process is an overflow in all.
+    The gradient scaler of float16 for divided and whole parameters, in float32 and on one device; one call of torch's
+    takes either, not both. What overflows in one process is an overflow in all.
     """
 
+    @torch.no_grad()
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inv_scale)
         torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX)
         return {found_inf.device: found_inf}
+
+
+def divide_scaler(accelerator: Accelerator) -> None:
+    """Gives `accelerator` a scaler for divided parameters, if float16 needs one."""
+    if accelerator.scaler is not None:
+        handler = accelerator.scaler_handler
+        kwargs = {} if handler is None else handler.to_kwargs()
+        accelerator.scaler = DividedGradScaler(accelerator.device.type, **kwargs)
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -10,12 +11,15 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import TorchDynamoPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import noise_clips, tiny_teacher
 from test_kills import same
 from test_shrinking import CloseGates
 from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, StopAt, make_trainer, run_in_processes, use_float16_on_cpus
 from test_task_heads import fine_tuned
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModel, TrainerCallback
 
 from skill_hf import SkillTrainingArguments, WavLMForSkillStudent, distribution
@@ -177,7 +181,7 @@ def without_dropout(layout: str):
 # Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
 VARIANTS = {
     "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
-    "fp16": ({}, {}, 2e-3),
+    "fp16": ({"recipe": RECIPE | SHRINKING}, {}, 2e-3),
     "best": ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 8}, {}, 1e-4),
     "defaults": ({"recipe": {"normalize_states": True} | SHRINKING}, {}, 1e-4),
     "two teachers": ({"teacher": two_teachers, "recipe": {"teacher_targets": "separate"}}, {}, 1e-4),
@@ -203,11 +207,14 @@ def by_variant(output, number):
     if folder.name == "fsdp":
         use_fsdp(**changes)
     if folder.parent.name == "fp16":
-        use_float16_on_cpus(pytest.MonkeyPatch())
+        use_float16_on_cpus(pytest.MonkeyPatch(), init_scale=2.0**22)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     trainer, result = train(f"{output}/run", "base", **settings)
-    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == trainer.args.torch_compile
-    scaler = trainer.accelerator.scaler
-    return trainer, result | {"scale": scaler and scaler.get_scale()}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= len(trainer.model.encoder.layers) if trainer.args.torch_compile else graphs == 0
+    scale = trainer.accelerator.scaler and trainer.accelerator.scaler.get_scale()
+    assert scale is None or 1 < scale < 2.0**22
+    return trainer, result | {"scale": scale}
 
 
 @pytest.mark.nightly
@@ -256,7 +263,50 @@ def test_processes_of_fsdp_need_less_memory(tmp_path, monkeypatch):
     assert fsdp < 0.75 * ddp
 
 
+def scale_gradients(output, number):
+    """A plain gradient and one that is divided, of which one process's part overflows in the second step."""
+    use_fsdp()
+    trainer = make(output, "base")
+    mesh = init_device_mesh("cpu", (number,))
+    plain = torch.nn.Parameter(torch.ones(3))
+    divided = torch.nn.Parameter(distribute_tensor(torch.ones(number), mesh))
+    optimizer = torch.optim.SGD([plain, divided], lr=1.0)
+    scaler = distribution.DividedGradScaler("cpu", init_scale=4.0)
+    values = []
+    for last in (1.0, float("inf"), 1.0):
+        whole = torch.tensor([1.0] * (number - 1) + [last])
+        loss = (plain.sum() + (divided * distribute_tensor(whole, mesh)).sum().full_tensor()) / 2
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values.append((plain.tolist(), divided.full_tensor().tolist(), scaler.get_scale()))
+    return trainer, values
+
+
+@pytest.mark.slow
+def test_an_overflow_in_one_process_skips_the_step_in_all(tmp_path):
+    results = run_in_processes(scale_gradients, tmp_path / "run", number=2)
+    halves = [[0.5] * 3, [0.5] * 2]
+    assert results == [[(*halves, 4.0), (*halves, 2.0), ([0.0] * 3, [0.0] * 2, 2.0)]] * 2
+
+
 # ---- What is refused, and the ready files ----
+
+
+def test_trainers_of_the_same_arguments_are_compiled_alike():
+    accelerator = SimpleNamespace(state=SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend="eager")))
+    for _ in range(2):
+        compiler = distribution.take_compiler(accelerator, "eager", None)
+        assert compiler["backend"] == "eager"
+        assert accelerator.state.dynamo_plugin.backend == "NO"
+    assert distribution.take_compiler(accelerator, None, None) is None
+    for settings, message in (
+        (("inductor", "reduce-overhead"), "`torch_compile_mode` is reduce-overhead, which records CUDA graphs"),
+        (("cudagraphs", None), "`torch_compile_backend` is cudagraphs, which records CUDA graphs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distribution.take_compiler(accelerator, *settings)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from skill_hf.compression import pruning
 from skill_hf.distillation import checkpointing
 from skill_hf.distillation.divergence import MOST_SKIPPED, NonFiniteError
 from skill_hf.distillation.interruption import Terminated
+from skill_hf.losses import TRAINING_LOSSES
 
 
 RECIPE = {"layer_groups": [[0, 1], [2, 3]], "num_clusters": None, "final_steps": 2}
@@ -385,11 +386,23 @@ def test_a_student_of_nan_is_not_saved(tmp_path, clips):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_steps_that_the_gradient_scaler_skips_do_not_count(tmp_path, clips, monkeypatch, optim):
     """A fused optimizer skips them itself, of which accelerate knows nothing."""
-    use_float16_on_cpus(monkeypatch, init_scale=2.0**22)
-    trainer = make(tmp_path, clips, recipe={"final_steps": 6}, optim=optim, **LONG)
+
+    class Overflow(TrainerCallback):
+        """A forward pass overflows in both stages."""
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step in (7, 14):
+                trainer.finite_watch.note_terms(dict.fromkeys(TRAINING_LOSSES, torch.tensor(float("inf"))))
+                trainer.finite_watch.note_gradient(float("inf"))
+                next(gradient for p in model.parameters() if (gradient := p.grad) is not None).fill_(float("inf"))
+                # It was unscaled when it was clipped.
+                trainer.accelerator.scaler._per_optimizer_states.clear()
+
+    use_float16_on_cpus(monkeypatch, init_scale=2.0**20)
+    trainer = make(tmp_path, clips, Overflow(), recipe={"final_steps": 6}, optim=optim, **LONG)
     trainer.train()
     assert trainer.stage == 3
-    assert 1 < trainer.accelerator.scaler.get_scale() < 2.0**22
+    assert 1 < trainer.accelerator.scaler.get_scale() < 2.0**18
     use_float16_on_cpus(monkeypatch, init_scale=2.0**100)
     many = make(tmp_path / "many", clips, recipe={"final_steps": 0}, optim=optim, **LONG | {"max_steps": 40})
     with pytest.raises(NonFiniteError, match=f"the last {MOST_SKIPPED} steps overflowed in float16 and were skipped"):

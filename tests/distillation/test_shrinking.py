@@ -1,10 +1,11 @@
 import copy
 import logging
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import padded_batch, tiny_teacher
+from conftest import noise_clips, padded_batch, tiny_teacher
 from safetensors.torch import load_file
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 from test_pruning import ALL_UNITS, BUDGETS, cost_of, gated_student
@@ -401,3 +402,19 @@ def test_two_processes_equal_one(tmp_path):
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     for name, tensor in single_weights.items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_not_compiled_for_each_length(fresh_compiler, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    clips = [clip for index in range(10) for clip in noise_clips(2, 9_000 + 1_000 * index)]
+    rows = datasets.Dataset.from_list([row | {"length": len(row["input_values"])} for row in clips])
+    settings = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2, "max_steps": 20}
+    settings |= {"torch_compile": True, "torch_compile_backend": "eager"}
+    recipe = RECIPE | {"final_steps": 10}
+    trainer = make_trainer(
+        tmp_path, rows, tiny_teacher(num_hidden_layers=2), recipe, evaluate_on=clips[:5], **settings
+    )
+    trainer.train()
+    lengths = {row["audio_seconds_per_step"] for row in trainer.state.log_history if "audio_seconds_per_step" in row}
+    assert len(lengths) > torch._dynamo.config.recompile_limit

@@ -83,7 +83,10 @@ class StopAt(TrainerCallback):
 
 
 def use_float16_on_cpus(monkeypatch, init_scale: float = 2.0**16) -> None:
-    """Trainer and accelerate use float16 on GPUs only, though torch can do it anywhere. The first steps overflow."""
+    """
+    Trainer and accelerate use float16 on GPUs only, though torch can do it anywhere. With a large enough scale of the
+    loss the first steps overflow.
+    """
     original = Accelerator.__init__
 
     def init(self, *args, **kwargs):
@@ -157,7 +160,7 @@ def test_a_run_reports_how_it_trained(uninterrupted):
     report = trainer.report()
     assert report.student is trainer.model and report.teacher is trainer.teacher
     assert (report.steps.joint, report.steps.final, report.num_steps_done) == (6, 3, 9)
-    assert report.learning_rates == (1e-3, 0.25 / trainer.teacher.config.hidden_size)
+    assert report.learning_rates == (1e-3, 1 / (16 * 0.25 * trainer.teacher.config.hidden_size))
     assert (report.clips_per_step, report.precision, report.seed) == (4, "no", 42)
     assert report.sampling_rate == 16_000 and report.hub_model_id is None
     assert report.layer_groups == trainer.layer_groups

@@ -187,6 +187,8 @@ def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_that_is_left(
     assert wide[0] > 2e-4 and wide[1] > 1e-4
     half, tenth = (SkillConfig(target_sparsity=s).resolve_learning_rates(None, 150, 256) for s in (0.5, 0.9))
     assert np.divide(tenth, half) == pytest.approx([5.0, 5.0])
+    few, fewer = (SkillConfig(target_sparsity=s).resolve_learning_rates(None, 150, 256) for s in (0.95, 0.99))
+    assert few == pytest.approx(fewer) and few[0] > tenth[0]
     by_hand = SkillConfig(final_learning_rate=0.0)
     assert (
         by_hand.resolve_learning_rates(0.5, 150, 256) == by_hand.resolve_learning_rates(0.5, 75_000, 768) == (0.5, 0)

@@ -260,7 +260,7 @@ class SkillDistiller(nn.Module):
         outputs = {f"{name}_loss": term for name, term in terms.items()} | head_terms
         outputs |= {"distillation_loss": distillation_loss, "lagrangian_loss": penalty, "sparsity": sparsity}
         outputs = {name: value.detach() for name, value in outputs.items()}
-        counts = {name: torch.as_tensor(count, device=loss.device) for name, count in counts.items()}
+        counts = {name: _scalar(count, loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
 
     def multipliers(self) -> tuple[float, float]:
@@ -313,3 +313,8 @@ def identity_map(size: int, out_size: int | None = None) -> nn.Linear:
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _scalar(number: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    # `as_tensor` would compile a version of the forward for each number.
+    return number.to(device) if isinstance(number, torch.Tensor) else torch.full((), number, device=device)

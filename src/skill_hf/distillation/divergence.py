@@ -1,4 +1,7 @@
-"""Detects NaN and infinity in losses, gradients and weights, without waiting for the device in each step."""
+"""
+Detects NaN and infinity in losses, gradients and weights, without waiting for the device in each step (but for the
+scale of float16).
+"""
 
 import torch
 from torch import nn
@@ -40,6 +43,7 @@ class FiniteWatch(TrainerCallback):
         self._now = torch.zeros(shape, dtype=torch.bool, device=device)
         self._first = torch.full(shape, -1, dtype=torch.long, device=device)
         self._skipped = 0
+        self._scale = self._gradient_scale()
 
     def note_terms(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Records whether all loss terms of a micro-batch are finite; returns it as a boolean scalar."""
@@ -62,7 +66,8 @@ class FiniteWatch(TrainerCallback):
         self._scale = self._gradient_scale()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        # accelerate's `optimizer_step_was_skipped` knows nothing of fused optimizers, which skip steps themselves.
+        # A scaler lowers its scale after each step that is skipped. accelerate's `optimizer_step_was_skipped` knows
+        # nothing of fused optimizers, which skip steps themselves.
         before, self._scale = self._scale, self._gradient_scale()
         if self._scale < before:
             self._skipped += 1

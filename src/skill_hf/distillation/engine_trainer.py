@@ -8,8 +8,9 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..distribution import (
-    DividedGradScaler,
     average_gradients,
+    compile_layers,
+    divide_scaler,
     divide_when_prepared,
     divides_parameters,
     load_whole_states,
@@ -36,11 +37,11 @@ class EngineTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.divides_parameters = divides_parameters(self.accelerator)
-        self._compiler = take_compiler(self.accelerator) if self.divides_parameters else None
-        if self.divides_parameters and self.accelerator.scaler is not None:
-            handler = self.accelerator.scaler_handler
-            kwargs = {} if handler is None else handler.to_kwargs()
-            self.accelerator.scaler = DividedGradScaler(self.accelerator.device.type, **kwargs)
+        self._compiler = None
+        if self.divides_parameters:
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            self._compiler = take_compiler(self.accelerator, backend, mode)
+            divide_scaler(self.accelerator)
         # Otherwise the Trainer would write checkpoints that only FSDP can read.
         self.is_fsdp_enabled = False
         if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
@@ -65,8 +66,9 @@ class EngineTrainer(Trainer):
         if not self.divides_parameters:
             return
         layers = self.student.base_model.encoder.layers
-        whole_parameters = gate_parameters(self.distiller)
-        divide_when_prepared(self.distiller, layers, whole_parameters, self.accelerator, self._compiler)
+        if self._compiler is not None:
+            compile_layers(layers, self._compiler)
+        divide_when_prepared(self.distiller, layers, gate_parameters(self.distiller), self.accelerator)
         for teacher in self.teachers:
             teacher.divide(self.accelerator, self._autocast_dtype)
 
@@ -82,7 +84,7 @@ class EngineTrainer(Trainer):
         return loss
 
     def _mixed_mesh_grad_norm(self, *args, **kwargs) -> torch.Tensor:
-        # As accelerate does where the Trainer leaves the norm to it; without float16 this does nothing.
+        # The Trainer computes this norm itself, without unscaling first as `Accelerator.clip_grad_norm_` does.
         self.accelerator.unscale_gradients()
         return super()._mixed_mesh_grad_norm(*args, **kwargs)
 

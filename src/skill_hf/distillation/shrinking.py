@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainerCallback, TrainerControl
 
@@ -140,7 +141,7 @@ def shrink(trainer) -> None:
     cut = pruning.cut_closed_units(student, trainer.target_cost, trainer.distiller.costs)
     if cut is None:
         return
-    if trainer.args.torch_compile:
+    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         torch.compiler.reset()  # or what was compiled for larger students would count against torch's limit
     trainer.distiller.costs = budget.unit_costs(trainer.student)
     # accelerate wraps the optimizer

@@ -32,12 +32,12 @@ FULL_LEARNING_RATES = (2e-4, 1e-4)
 SPARSITY_WARMUP_SHARE = 1 / 2
 # What `log_alpha` must be able to travel in the first stage, wherever that is set by default.
 GATE_TRAVEL = 24.0
-# A run with fewer steps has time for larger updates: its learning rates are this over the width that is left, that of
-# the teacher times the share of its parameters, since the updates of adaptive optimizers add up over the inputs of a
-# layer (arXiv 2203.03466).
+# A run with fewer steps has time for larger updates: its learning rates are this over the width that is to be left,
+# about the teacher's times 1 - `target_sparsity`, since the updates of adaptive optimizers add up over the inputs of a
+# layer (arXiv 2203.03466). Smaller shares, for which no rates have been tried, count as `LEAST_SHARE_LEFT`.
 SHORT_STEPS = FULL_STEPS // 10
 SHORT_LEARNING_RATE = 1 / 16
-LEAST_SHARE_LEFT = 1 / 20  # for which larger learning rates have been tried
+LEAST_SHARE_LEFT = 1 / 20
 
 
 @fields.help_from_docstring
@@ -162,7 +162,7 @@ class SkillConfig:
             Optimizer steps of the second stage, after the cut; a third of all steps by default.
         final_learning_rate (`float`, *optional*):
             Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500 steps at least
-            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher.
+            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most 0.95.
         final_warmup_steps (`int`, *optional*):
             Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
             stage starts at a learning rate of 0, like the schedules of transformers.
@@ -355,8 +355,8 @@ class SkillConfig:
     ) -> tuple[float, float]:
         """
         Peak learning rates of both stages in a run of `max_steps`. Those not set by hand are the published 2e-4 and
-        1e-4, in runs of less than 7500 steps at least `1 / (16 hidden_size (1 - target_sparsity))`: 3.3e-4 for a Base
-        model at 0.75.
+        1e-4, in runs of less than 7500 steps at least `1 / (16 hidden_size (1 - target_sparsity))`, in which a
+        sparsity above 0.95 counts as 0.95: 3.3e-4 for a Base model at 0.75.
 
         Args:
             learning_rate (`float`, *optional*): that of the first stage, if it was set by hand.
