@@ -103,7 +103,7 @@ def spread(values: Sequence[float], digits: int = 1, signed: bool = False) -> st
 
 
 def with_number(values: Sequence[float], digits: int = 1, signed: bool = False) -> str:
-    """The same, and the number of values."""
+    """Mean and standard deviation, and the number of values."""
     return f"{spread(values, digits, signed)} ({len(values)})" if values else "–"
 
 
@@ -312,7 +312,8 @@ def defaults(study: Study, teacher: str) -> str:
             name: [loss - default[seed] for seed, loss in found.items() if seed in default]
             for name, found in losses.items()
         }
-        tuned = {name: np.mean(found) for name, found in changes.items() if found and name in TUNED}
+        most = max((len(changes[name]) for name in TUNED), default=0)
+        tuned = {name: np.mean(changes[name]) for name in TUNED if most and len(changes[name]) == most}
         best = min(tuned, key=tuned.get, default=None)
         rows.append(
             [
@@ -328,7 +329,7 @@ def defaults(study: Study, teacher: str) -> str:
         "steps",
         "default (seeds)",
         f"{PUBLISHED}, minus default",
-        "best of the changes, minus default",
+        "best change by hand, minus default",
     ]
     return table(header, rows) if rows else ""
 

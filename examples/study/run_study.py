@@ -207,6 +207,10 @@ class Workbench:
         model = trainer.model.eval()
         config, logs = model.config, trainer.state.log_history
         result = {
+            "peak_learning_rates": {
+                "stages": trainer.learning_rates,
+                "gates": trainer.skill_config.resolve_gate_learning_rate(trainer.steps.joint),
+            },
             "layer_groups": trainer.layer_groups,
             "sparsity_reached": 1 - model.num_parameters() / self.teacher.num_parameters(),
             "parameters": model.num_parameters(),

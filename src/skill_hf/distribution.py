@@ -55,8 +55,8 @@ FSDP_SETTINGS = {
 }
 
 
-# How many versions of one layer torch may compile, such as for batches of other lengths: its own limit of a function.
-VERSIONS_OF_A_LAYER = 8
+# How many versions of one layer torch may compile: with gradients and without, for one length and for any. Tests need 9.
+VERSIONS_OF_A_LAYER = 16
 # Graphs of a GPU refer to parameters by their address, which changes whenever FSDP gathers them.
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -251,7 +251,8 @@ class CompiledForward:
 
     def __init__(self, forward: Callable, versions: int):
         self.forward = forward
-        self.limits = {"recompile_limit": versions, "accumulated_recompile_limit": versions}
+        in_all = max(versions, torch._dynamo.config.accumulated_recompile_limit)
+        self.limits = {"recompile_limit": versions, "accumulated_recompile_limit": in_all}
 
     def __call__(self, *args, **kwargs):
         with torch._dynamo.config.patch(self.limits):
