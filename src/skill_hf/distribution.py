@@ -55,7 +55,8 @@ FSDP_SETTINGS = {
 }
 
 
-# How many versions of one layer torch may compile: with gradients and without, for one length and for any. Tests need 9.
+# How many versions of one layer torch may compile: with gradients and without, for one length and for any. A test
+# with clips of unequal length needs 9.
 VERSIONS_OF_A_LAYER = 16
 # Graphs of a GPU refer to parameters by their address, which changes whenever FSDP gathers them.
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
