@@ -220,7 +220,7 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
     ]
     masked = row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.5] * 13}}
     short = row_of("SKILL", 0, condition=Condition("wavlm", 0.5, 60)) | {"held_out": {"end": -0.5}}
-    rows += [row_of("SKILL + mixture", 0), row_of("first apart", 0), masked, short]
+    rows += [row_of("SKILL + blocks", 0), row_of("first apart", 0), masked, short]
     (results / "before").mkdir()
     for directory in (results, results / "before"):
         write_rows(directory, rows)

@@ -71,7 +71,7 @@ def test_every_term_has_a_weight_of_its_name():
     weights = [f"{name}_weight" for name in LOSS_TERMS]
     of_a_head = ["logits_weight", "task_weight"]
     names = [field.name for field in dataclasses.fields(SkillConfig) if field.name.endswith("_weight")]
-    assert names == ["root_weight", *weights, *of_a_head]
+    assert names == [*weights, *of_a_head]
     assert list(term_weights(SkillConfig()).values()) == [1.0, 0.0, 1.0]
     assert term_weights(SkillConfig()) == {name: term.default_weight for name, term in LOSS_TERMS.items()}
     assert DistillationSimilarity().weights == term_weights(SkillConfig())

@@ -28,6 +28,7 @@ from study_design import (  # noqa: E402
     METHODS,
     OPTIONS,
     PUBLISHED,
+    REMOVED,
     ROBUST,
     SHAPE,
     SHORT_STEPS,
@@ -262,10 +263,10 @@ def options(study: Study, teacher: str) -> str:
     shown = [
         condition
         for condition in conditions_of(study, teacher)
-        if any(study.rows_of(f"SKILL + {option}", condition) for option in OPTIONS)
+        if any(study.rows_of(f"SKILL + {option}", condition) for option in (*OPTIONS, *REMOVED))
     ]
     rows = []
-    for option in OPTIONS:
+    for option in (*OPTIONS, *REMOVED):
         pairs = [compare(study, DISTANCE, f"SKILL + {option}", "SKILL", condition) for condition in shown]
         if any(pair is not None for pair in pairs):
             rows.append([option, *(option_cell(pair) for pair in pairs)])

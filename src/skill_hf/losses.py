@@ -192,24 +192,14 @@ def ctc_losses(
     return losses / num_labels.clamp(min=1) if per_label else losses
 
 
-# How the target sparsity rises: share of its warm-up -> share of the target.
-SPARSITY_SCHEDULES = {
-    "linear": lambda share: share,
-    # Fast while there is much to spare (Zhu and Gupta, arXiv 1710.01878, equation 1).
-    "cubic": lambda share: 1 - (1 - share) ** 3,
-}
-
-
-def sparsity_at(
-    step: int, target_sparsity: float, warmup_steps: int, schedule: str = "linear", start: float = 0.0
-) -> float:
+def sparsity_at(step: int, target_sparsity: float, warmup_steps: int, start: float = 0.0) -> float:
     """
-    Target sparsity at an optimizer step. It rises from `start`, that of the initial student, over `warmup_steps` by
-    one of `SPARSITY_SCHEDULES`.
+    Target sparsity at an optimizer step. It rises linearly from `start`, that of the initial student, over
+    `warmup_steps` (DPHuBERT, arXiv 2305.17651, section 3.1).
     """
     if not warmup_steps:
         return target_sparsity
-    return start + (target_sparsity - start) * SPARSITY_SCHEDULES[schedule](min(1.0, step / warmup_steps))
+    return start + (target_sparsity - start) * min(1.0, step / warmup_steps)
 
 
 def lagrangian(

@@ -65,9 +65,8 @@ class Watch(TrainerCallback):
         self.held.append(tuple(map(sum, zip(*numbers, strict=True))))
 
 
-# Learned multipliers and a mixture of layers: all kinds of parameters that FSDP leaves whole.
-RECIPE = {"num_clusters": 2, "final_steps": 6, "lagrange_multiplier": "learned", "student_layers": "mixture"}
-RECIPE |= {"final_learning_rate": 1e-4}
+# Gates and learned multipliers: all kinds of parameters that FSDP leaves whole.
+RECIPE = {"num_clusters": 2, "final_steps": 6, "lagrange_multiplier": "learned", "final_learning_rate": 1e-4}
 SHRINKING = {"shrink_steps": 4}  # in steps 4 and 8
 # Two micro-batches a step, of clips of unequal length: processes and micro-batches have different numbers of frames.
 RUN = {

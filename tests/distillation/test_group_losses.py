@@ -1,4 +1,4 @@
-"""Weights of groups, the root of the tree, mixtures of layers and normalised states, against direct computations."""
+"""Weights of groups and normalised states, against direct computations."""
 
 import copy
 
@@ -63,41 +63,19 @@ def loss_of(trainer, **kwargs):
 @pytest.mark.parametrize(
     ("recipe", "weights"),
     [
-        ({}, (1 / 2, 1 / 2, 0)),
-        ({"group_weights": "size"}, (1 / 4, 3 / 4, 0)),
-        ({"root_weight": 0.5}, (1 / 4, 1 / 4, 1 / 2)),
-        ({"root_weight": 0.2, "group_weights": "size"}, (0.2, 0.6, 0.2)),
-        ({"root_weight": 0.5, "root_schedule": "sparsity"}, (3 / 8, 3 / 8, 1 / 4)),
-        ({"root_weight": 1.0}, (0, 0, 1)),
+        ({}, (1 / 2, 1 / 2)),
+        ({"group_weights": "size"}, (1 / 4, 3 / 4)),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
-def test_weights_of_groups_and_root(recipe, weights, tmp_path, clips):
+def test_weights_of_groups(recipe, weights, tmp_path, clips):
     student = other_student()
     trainer = made(tmp_path, clips, recipe, student)
     theirs, ours = states_of(tiny_teacher(), student)
-    expected = [term(mean(ours, group), mean(theirs, group)) for group in (*GROUPS, [0, 1, 2, 3])]
-    loss = loss_of(trainer, target_sparsity=0.5)
-    assert loss == pytest.approx(sum(weight * one for weight, one in zip(weights, expected, strict=True)), abs=1e-5)
-
-
-def test_a_mixture_starts_near_its_group_and_learns(tmp_path, clips):
-    student = other_student()
-    trainer = made(tmp_path, clips, {"student_layers": "mixture"}, student)
-    theirs, ours = states_of(tiny_teacher(), student)
-    start = torch.tensor([[0.95, 0.05 / 3, 0.05 / 3, 0.05 / 3], [0.05, 0.95 / 3, 0.95 / 3, 0.95 / 3]])
-    torch.testing.assert_close(trainer.distiller.mixture_logits.softmax(-1), start)
-    mixed = [sum(weight * state for weight, state in zip(row, ours, strict=True)) for row in start]
-    expected = [term(prediction, mean(theirs, group)) for prediction, group in zip(mixed, GROUPS, strict=True)]
-    assert loss_of(trainer) == pytest.approx(sum(expected) / 2, abs=1e-5)
-    targets = trainer.teacher_targets(**BATCH)
-    trainer.distiller(**BATCH, targets=targets)["loss"].backward()
-    assert (trainer.distiller.mixture_logits.grad.abs() > 0).all()
-    trainer.create_optimizer(trainer.distiller)
-    gates = [
-        group for group in trainer.optimizer.param_groups if trainer.distiller.mixture_logits in set(group["params"])
-    ]
-    assert gates[0]["lr"] == trainer.skill_config.resolve_gate_learning_rate(trainer.steps.joint)
+    expected = [term(mean(ours, group), mean(theirs, group)) for group in GROUPS]
+    assert loss_of(trainer) == pytest.approx(
+        sum(weight * one for weight, one in zip(weights, expected, strict=True)), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("layout", ["base", "large"])
@@ -127,29 +105,18 @@ def test_normalised_states(layout, tmp_path, clips):
     assert loss_of(trainer) == pytest.approx(sum(expected) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "recipe", [{"normalize_states": True}, {"root_weight": 0.5, "group_weights": "size"}], ids=str
-)
+@pytest.mark.parametrize("recipe", [{"normalize_states": True}, {"group_weights": "size"}], ids=str)
 def test_a_copy_of_the_teacher_predicts_exactly(recipe, tmp_path, clips):
     assert loss_of(made(tmp_path, clips, recipe)) == pytest.approx(-1, abs=1e-5)
 
 
-EVERYTHING = {
-    "student_layers": "mixture",
-    "group_weights": "size",
-    "root_weight": 0.5,
-    "root_schedule": "sparsity",
-    "normalize_states": True,
-    "sparsity_schedule": "cubic",
-    "num_clusters": 2,
-}
+EVERYTHING = {"group_weights": "size", "normalize_states": True, "num_clusters": 2}
 
 
 def test_a_run_with_all_of_it_resumes_to_the_same_student(tmp_path, clips):
     recipe = EVERYTHING | {"shrink_steps": 2, "final_steps": 3, "sparsity_warmup_steps": 3}
     reference = make_trainer(tmp_path / "whole", clips, recipe=recipe)
     reference.train()
-    assert not torch.equal(reference.distiller.mixture_logits, reference.distiller._first_mixture())
     expected = reference.model.state_dict()
     for step in (3, 7):
         with pytest.raises(Kill):
@@ -157,8 +124,6 @@ def test_a_run_with_all_of_it_resumes_to_the_same_student(tmp_path, clips):
         trainer = make_trainer(tmp_path / str(step), clips, recipe=recipe)
         trainer.train(resume_from_checkpoint=True)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in trainer.model.state_dict().items())
-        logits = [one.distiller.mixture_logits for one in (trainer, reference)]
-        assert torch.equal(*logits)
     reference.save_model(str(tmp_path / "student"))
     assert isinstance(AutoModel.from_pretrained(tmp_path / "student"), WavLMForSkillStudent)
 
@@ -169,24 +134,22 @@ def test_with_two_teachers(targets, tmp_path, clips):
     trainer = make_trainer(tmp_path, clips, [tiny_teacher(), family_teacher("hubert-base")], recipe)
     trainer.train()
     assert len(trainer.distiller.state_norms) == 2
-    assert len(trainer.distiller.projections) == (3 if targets == "average" else 6)
-    assert sum(trainer.distiller.weights_of_groups(0.4)) == pytest.approx(1)
+    assert len(trainer.distiller.projections) == (2 if targets == "average" else 4)
+    assert sum(trainer.distiller.weights_of_groups()) == pytest.approx(1)
 
 
-def test_sparsity_schedules():
+def test_sparsity_rises_linearly():
     steps = [0, 1, 2, 4, 9]
     assert [sparsity_at(step, 0.8, 4) for step in steps] == pytest.approx([0, 0.2, 0.4, 0.8, 0.8])
-    assert [sparsity_at(step, 0.8, 4, "cubic") for step in steps] == pytest.approx([0, 0.4625, 0.7, 0.8, 0.8])
-    assert sparsity_at(0, 0.8, 0, "cubic") == 0.8
+    assert [sparsity_at(step, 0.8, 4, start=0.4) for step in steps] == pytest.approx([0.4, 0.5, 0.6, 0.8, 0.8])
+    assert sparsity_at(0, 0.8, 0) == 0.8
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"root_weight": 1.5}, "`root_weight` must be a finite number of at least 0 and at most 1, but is 1.5"),
         ({"group_weights": "depth"}, "`group_weights` must be one of equal, size, but is 'depth'"),
-        ({"student_layers": "all"}, "`student_layers` must be one of group, last, mixture, but is 'all'"),
-        ({"sparsity_schedule": "step"}, "`sparsity_schedule` must be one of linear, cubic, but is 'step'"),
+        ({"student_layers": "all"}, "`student_layers` must be one of group, last, but is 'all'"),
     ],
 )
 def test_values_that_are_none(kwargs, message):

@@ -50,14 +50,14 @@ def test_impossible_values_are_named(fields, names):
 
 OPTIONAL = {field.name for field in dataclasses.fields(SkillConfig) if field.default is None}
 TEXTS = ("similarity", "linkage", "student_layers", "teacher_targets", "budget", "latency_costs", "group_weights")
-TEXTS += ("root_schedule", "sparsity_schedule", "lagrange_multiplier")
+TEXTS += ("lagrange_multiplier",)
 WHOLE = ("num_clusters", "calibration_samples", "width_multiple", "shrink_steps")
 WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
 FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise", "normalize_states")
 NUMBERS = ("distance_threshold", "calibration_seconds", "l1_weight", "l2_weight", "cosine_weight", "target_sparsity")
 NUMBERS += ("budget_seconds", "gate_learning_rate", "final_learning_rate")
-NUMBERS += ("student_mask_prob", "logits_weight", "logits_temperature", "task_weight", "root_weight")
-SHARES = ("target_sparsity", "root_weight", "student_mask_prob")
+NUMBERS += ("student_mask_prob", "logits_weight", "logits_temperature", "task_weight")
+SHARES = ("target_sparsity", "student_mask_prob")
 LISTS = ("layer_groups", "projection_groups", "pruning_units")
 
 

@@ -192,8 +192,6 @@ class DistillationTrainer(EngineTrainer):
             "projection_groups": config.projection_groups,
             "student_layers": config.student_layers,
             "group_weights": config.group_weights,
-            "root_weight": config.root_weight,
-            "root_schedule": config.root_schedule,
             "multiplier": config.lagrange_multiplier,
             "final_sparsity": config.target_sparsity,
             "state_sizes": self._state_sizes,
@@ -416,8 +414,7 @@ class DistillationTrainer(EngineTrainer):
         target = self.skill_config.target_sparsity
         if self.stage != 1:
             return target
-        schedule = self.skill_config.sparsity_schedule
-        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup, schedule, self.start_sparsity)
+        return sparsity_at(self.state.global_step, target, self.steps.sparsity_warmup, self.start_sparsity)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -15,10 +15,6 @@ from .state_norms import StateNorms
 from .task_heads import HeadLoss
 
 
-# Share of a group's own layers in a mixture of layers at the start.
-MIXTURE_START = 0.95
-
-
 class SkillDistiller(nn.Module):
     """
     Student, projections and learned Lagrange multipliers. All trained parameters are used in this one forward, as
@@ -32,20 +28,17 @@ class SkillDistiller(nn.Module):
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
         loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
-        student_layers (`str`, *optional*, defaults to `"group"`): `group`, `last` or `mixture`, the student's states
-            that predict a group.
+        student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
+            a group.
         group_weights (`str`, *optional*, defaults to `"equal"`): `equal` or `size`, how much a group counts.
-        root_weight (`float`, *optional*, defaults to 0.0): share of the loss of the roots, if there are any.
-        root_schedule (`str`, *optional*, defaults to `"constant"`): `constant`, or `sparsity` for a share that grows
-            with the target sparsity.
         state_sizes (sequence of `tuple[int, int]`, *optional*): number and width of the hidden states of each teacher,
             if they are normalised.
         multiplier (`str`, *optional*, defaults to `"estimated"`): `estimated` or `learned`, how the multiplier of the
             constraint on the size is found.
         final_sparsity (`float`, *optional*, defaults to 0.75): the target at the end of the schedule, which estimated
             multipliers need.
-        previous ([`SkillDistiller`], *optional*): the one of the first stage, whose projections, mixture and
-            normalisation go on; by default new projections, identity maps where the widths are equal.
+        previous ([`SkillDistiller`], *optional*): the one of the first stage, whose projections and normalisation
+            go on; by default new projections, identity maps where the widths are equal.
         head_loss ([`~skill_hf.distillation.task_heads.HeadLoss`], *optional*): what the student's head adds.
     """
 
@@ -59,8 +52,6 @@ class SkillDistiller(nn.Module):
         projection_groups: Sequence[Sequence[int]] | None = None,
         student_layers: str = "group",
         group_weights: str = "equal",
-        root_weight: float = 0.0,
-        root_schedule: str = "constant",
         state_sizes: Sequence[tuple[int, int]] = (),
         multiplier: str = "estimated",
         final_sparsity: float = 0.75,
@@ -72,27 +63,20 @@ class SkillDistiller(nn.Module):
         self.head_loss = head_loss
         self.target_sets = target_sets
         self.student_layers = student_layers
-        self.group_weights, self.root_weight, self.root_schedule = group_weights, root_weight, root_schedule
+        self.group_weights = group_weights
         self.costs = costs
         self.teacher_cost = teacher_cost
         self.loss_weights = loss_weights
         widths = [targets.width for targets in target_sets for _ in targets.groups]
         sharing = list(projection_groups or [[index] for index in range(len(widths))])
-        # Groups that were named by the user are not the roots, which follow the groups of a teacher.
-        named = {group for groups in sharing for group in groups}
-        sharing += [[index] for index in range(len(widths)) if index not in named]
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
         if previous is None:
             self.projections = nn.ModuleList(
                 identity_map(student.config.hidden_size, widths[groups[0]]) for groups in sharing
             )
             self.state_norms = nn.ModuleList(StateNorms(*size) for size in state_sizes)
-            if student_layers == "mixture":
-                self.mixture_logits = nn.Parameter(self._first_mixture())
         else:
             self.projections, self.state_norms = previous.projections, previous.state_norms
-            if student_layers == "mixture":
-                self.mixture_logits = previous.mixture_logits
         self.has_gates = has_gates(student)
         is_estimated = self.has_gates and multiplier == "estimated"
         self.multiplier_estimate = MultiplierEstimate(final_sparsity) if is_estimated else None
@@ -119,57 +103,31 @@ class SkillDistiller(nn.Module):
 
     @property
     def student_groups(self) -> list[list[int]]:
-        """Indices of the student's hidden states that predict each group, unless it is a mixture."""
+        """Indices of the student's hidden states that predict each group."""
         if self.student_layers == "last":
             return [[-1]] * len(self.groups_at_depth)
         states = student_states(self.config, self.target_sets[0].num_layers)
         return [[states[index] for index in group] for group in self.groups_at_depth]
-
-    def _first_mixture(self) -> torch.Tensor:
-        """Logits of shape `(groups, hidden states of the first teacher)`; `MIXTURE_START` of a group is on its own."""
-        groups, num_states = self.groups_at_depth, self.target_sets[0].num_layers + 1
-        weights = torch.zeros(len(groups), num_states)
-        for row, group in zip(weights, groups, strict=True):
-            for index in group:
-                row[index] += 1 / len(group)
-        others = weights == 0
-        spread = torch.where(others, (1 - MIXTURE_START) / others.sum(-1, keepdim=True).clamp(min=1), 0.0)
-        return (MIXTURE_START * weights + spread).log()
 
     def group_features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """
         What the projections of the groups read, `(groups, batch, frames, hidden_size)`, float32, from the student's
         hidden states.
         """
-        if self.student_layers != "mixture" and not self.state_norms:
+        if not self.state_norms:
             return group_means(hidden_states, self.student_groups)
         # By index of the first teacher, whose constants normalise them.
-        states = [
-            hidden_states[state].float() for state in student_states(self.config, self.target_sets[0].num_layers)
-        ]
-        if self.state_norms:
-            states = [self.state_norms[0](index, state) for index, state in enumerate(states)]
-        if self.student_layers == "mixture":
-            weights = torch.softmax(self.mixture_logits.float(), dim=-1)
-            return torch.stack([sum(map(torch.mul, of_group, states)) for of_group in weights])
+        indices = student_states(self.config, self.target_sets[0].num_layers)
+        states = [self.state_norms[0](index, hidden_states[state].float()) for index, state in enumerate(indices)]
         groups = self.groups_at_depth
         return group_means(states, [[-1]] * len(groups) if self.student_layers == "last" else groups)
 
-    def weights_of_groups(self, target_sparsity: float) -> list[float] | None:
+    def weights_of_groups(self) -> list[float] | None:
         """How much each group of all target sets counts; they add up to 1. `None` if all count equally."""
-        if self.group_weights == "equal" and not self.root_weight:
+        if self.group_weights == "equal":
             return None
-        root_weight = self.root_weight
-        if self.root_schedule == "sparsity":
-            root_weight *= target_sparsity
-        counts = []  # of layers, or 1; `None` for a root
-        for targets in self.target_sets:
-            clusters = targets.groups[:-1] if targets.has_root else targets.groups
-            counts += [len(group) if self.group_weights == "size" else 1 for group in clusters]
-            counts += [None] * targets.has_root
-        total = sum(filter(None, counts))
-        of_root = root_weight / len(self.target_sets)
-        return [of_root if count is None else (1 - root_weight) * count / total for count in counts]
+        sizes = [len(group) for targets in self.target_sets for group in targets.groups]
+        return [size / sum(sizes) for size in sizes]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
         # Reentrant checkpoints would go through the graph of a gate's value once for each part of a batch.
@@ -238,7 +196,7 @@ class SkillDistiller(nn.Module):
         predictions = [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
-        weights = self.weights_of_groups(target_sparsity)
+        weights = self.weights_of_groups()
         sums = self._distillation_sums(predictions, targets, frame_mask, weights)
         divisor = _divisor(frames, num_frames)
         terms = {name: value / divisor for name, value in sums.items()}

@@ -28,17 +28,14 @@ class TargetSet:
     Targets of one width, one for each group of layers.
 
     Args:
-        groups (`list[list[int]]`): hidden-state indices of each group in the teacher; with `has_root`, the last one
-            has all of them.
+        groups (`list[list[int]]`): hidden-state indices of each group in the teacher.
         num_layers (`int`): layers of that teacher.
         width (`int`): its `hidden_size`.
-        has_root (`bool`, *optional*, defaults to `False`): whether the root of the tree is a group as well.
     """
 
     groups: list[list[int]]
     num_layers: int
     width: int
-    has_root: bool = False
 
 
 def load_teachers(teacher: str | os.PathLike | PreTrainedModel | Sequence, task: str | None) -> list[Teacher]:
@@ -76,7 +73,6 @@ class TeacherEnsemble:
     def __init__(self, teachers: list[Teacher], config: SkillConfig, feature_extractor):
         self.teachers = teachers
         self.is_averaged = len(teachers) == 1 or config.teacher_targets == "average"
-        self.has_root = config.root_weight > 0
         advice = "Save its feature extractor in its directory if that is wrong."
         others = [other.feature_extractor(f"`{name}`", advice) for name, other in self.others.items()]
         self.feature_extractors = [feature_extractor, *others]
@@ -228,15 +224,10 @@ class TeacherEnsemble:
             groups_of_teachers (sequence of `list[list[int]]`): hidden-state indices of each group, for each teacher.
         """
         sets = [
-            TargetSet(
-                self._with_root(groups), teacher.config.num_hidden_layers, teacher.config.hidden_size, self.has_root
-            )
+            TargetSet(groups, teacher.config.num_hidden_layers, teacher.config.hidden_size)
             for groups, teacher in zip(groups_of_teachers, self.teachers, strict=True)
         ]
         return sets[:1] if self.is_averaged else sets
-
-    def _with_root(self, groups: list[list[int]]) -> list[list[int]]:
-        return [*groups, sorted({layer for group in groups for layer in group})] if self.has_root else groups
 
     def outputs(
         self,
@@ -257,7 +248,6 @@ class TeacherEnsemble:
         for index, (teacher, groups) in enumerate(zip(self.teachers, groups_of_teachers, strict=True)):
             audio = self.prepare(index, input_values, attention_mask)
             norms = state_norms[index] if state_norms else None
-            groups = self._with_root(groups)
             means, of_head = teacher.outputs(groups, audio, attention_mask, autocast_dtype, norms)
             logits = of_head if index == 0 else logits
             if index and self.is_averaged:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-GATE_PARAMETERS = ("log_alpha", "lambda_1", "lambda_2", "mixture_logits")
+GATE_PARAMETERS = ("log_alpha", "lambda_1", "lambda_2")
 # Arguments of optimizers that group the parameters by themselves.
 OWN_GROUPS = {"params", "model", "optimizer_dict"}
 
@@ -69,7 +69,7 @@ def make_optimizer(
         cls, kwargs: class and arguments of the optimizer.
         decayed (`set[str]`): names of parameters that weight decay applies to; gates are not among them.
         weight_decay, learning_rate (`float`): of this stage; they override `kwargs`.
-        gate_learning_rate (`float`): of gates, Lagrange multipliers and the weights of a mixture of layers.
+        gate_learning_rate (`float`): of gates and Lagrange multipliers.
 
     Raises:
         `ValueError`: if the optimizer makes its own parameter groups.

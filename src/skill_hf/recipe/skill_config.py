@@ -7,16 +7,15 @@ from pathlib import Path
 
 from ..compression.units import DEFAULT_KINDS, KINDS
 from ..files import parse_json
-from ..losses import LOSS_TERMS, SPARSITY_SCHEDULES, check_weights, term_weights
+from ..losses import LOSS_TERMS, check_weights, term_weights
 from . import fields, published_recipes
 from .latency_costs import check_latency_costs
 
 
 SIMILARITIES = ("cka", "cosine", "distillation", "mutual_knn")
 LINKAGES = ("average", "single", "complete", "weighted", "ward")
-STUDENT_LAYERS = ("group", "last", "mixture")
+STUDENT_LAYERS = ("group", "last")
 GROUP_WEIGHTS = ("equal", "size")
-ROOT_SCHEDULES = ("constant", "sparsity")
 TEACHER_TARGETS = ("average", "separate")
 BUDGETS = ("parameters", "macs", "latency")
 LAGRANGE_MULTIPLIERS = ("estimated", "learned")
@@ -74,14 +73,9 @@ class SkillConfig:
             Indices of groups that share a projection; each group has its own by default. DPHuBERT's are
             `[[0],[1,2,3]]` (see [`SkillConfig.dphubert`]).
         student_layers (`str`, *optional*, defaults to `"group"`):
-            What predicts a group: `group`, the mean of the same layers of the student; `last`, its last layer; or
-            `mixture`, a mean over all of its layers with learned weights, which start with 95 % on the same layers.
+            What predicts a group: `group`, the mean of the same layers of the student, or `last`, its last layer.
         group_weights (`str`, *optional*, defaults to `"equal"`):
             How much a group counts in the loss: `equal`, or `size`, by the number of its layers.
-        root_weight (`float`, *optional*, defaults to 0.0):
-            Share of the loss, from 0 to 1, of one more group of all grouped layers, the root of the clustering tree.
-        root_schedule (`str`, *optional*, defaults to `"constant"`):
-            `constant`, or `sparsity`: the share grows with the target sparsity.
         normalize_states (`bool`, *optional*, defaults to `False`):
             Whether each hidden state is brought to mean 0 and deviation 1 in every channel before states are
             averaged, by constants from the calibration clips.
@@ -134,8 +128,6 @@ class SkillConfig:
         sparsity_warmup_steps (`int`, *optional*):
             Steps over which the target rises from 0, or from the sparsity of the student to start from; DPHuBERT's
             5000 by default, but at most half of the first stage.
-        sparsity_schedule (`str`, *optional*, defaults to `"linear"`):
-            How it rises: `linear` or `cubic`, fast at first.
         pruning_units (`list[str]`, *optional*, defaults to `["conv_channels", "attention_heads", "ffn_dims"]`):
             Units that may be removed: any of `conv_channels`, `attention_heads`, `ffn_dims`, `attention_value_dims`
             (dimensions of the values, as many of each head of a layer), `attention_blocks`, `ffn_blocks` and `layers`.
@@ -188,8 +180,6 @@ class SkillConfig:
     projection_groups: list[list[int]] | str | None = None
     student_layers: str = "group"
     group_weights: str = "equal"
-    root_weight: float = 0.0
-    root_schedule: str = "constant"
     normalize_states: bool = False
     teacher_targets: str = "average"
     calibration_samples: int = 256
@@ -206,7 +196,6 @@ class SkillConfig:
     budget_seconds: float = 10.0
     latency_costs: dict | str | None = None
     sparsity_warmup_steps: int | None = None
-    sparsity_schedule: str = "linear"
     pruning_units: list[str] = field(default_factory=lambda: list(DEFAULT_KINDS))
     width_multiple: int = 1
     lagrange_multiplier: str = "estimated"
@@ -446,8 +435,6 @@ FIELD_KINDS = {
     "projection_groups": fields.optional(fields.index_groups),
     "student_layers": fields.one_of(STUDENT_LAYERS),
     "group_weights": fields.one_of(GROUP_WEIGHTS),
-    "root_weight": fields.number(least=0, most=1),
-    "root_schedule": fields.one_of(ROOT_SCHEDULES),
     "normalize_states": fields.true_or_false,
     "teacher_targets": fields.one_of(TEACHER_TARGETS),
     "calibration_samples": fields.whole(1),
@@ -462,7 +449,6 @@ FIELD_KINDS = {
     "budget_seconds": fields.number(above=0),
     "latency_costs": fields.optional(check_latency_costs),
     "sparsity_warmup_steps": fields.optional(fields.whole(0)),
-    "sparsity_schedule": fields.one_of(tuple(SPARSITY_SCHEDULES)),
     "pruning_units": fields.some_of(KINDS),
     "width_multiple": fields.whole(1),
     "lagrange_multiplier": fields.one_of(LAGRANGE_MULTIPLIERS),
