@@ -136,7 +136,7 @@ def setting(study: Study) -> str:
     for row in rows.values():
         machines[row["settings"]["processor"]].append(row["seconds"]["training"])
     lines = [
-        ["students", f"{len(rows)} of {len(planned)} planned"],
+        ["students", f"{len(rows)}, {len(rows.keys() & planned.keys())} of {len(planned)} planned"],
         *([f"of {name}", sum(s.condition.teacher == name for s in rows)] for name in TEACHERS),
         ["tested on tasks, too", sum("scores" in row for row in rows.values())],
         *(

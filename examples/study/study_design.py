@@ -141,6 +141,15 @@ class Student:
         condition = self.condition
         return f"{condition.teacher}, {condition.sparsity:g}, {condition.steps}, {self.method}, {self.seed}"
 
+    @classmethod
+    def of_key(cls, key: str) -> "Student":
+        teacher, sparsity, steps, method, seed = key.split(", ")
+        return cls(method, Condition(teacher, float(sparsity), int(steps)), int(seed))
+
+    @property
+    def is_removed(self) -> bool:
+        return not set(REMOVED).isdisjoint(self.method.split(" + "))
+
 
 @dataclass(frozen=True)
 class Block:

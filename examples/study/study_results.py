@@ -74,10 +74,11 @@ def read_study(directory: Path) -> Study:
                 f"Students in {directory} have different `{name}`: {' and '.join(map(str, sorted(values)))}. They"
                 " cannot be compared; keep only those with one setting."
             )
+    students = [*plan(), *(student for student in map(Student.of_key, found) if student.is_removed)]
     paths = {teacher: directory / f"references.{teacher}.json" for teacher in TEACHERS}
     before = directory / "before"
     return Study(
-        rows={student: found[student.key] for student in plan() if student.key in found},
+        rows={student: found[student.key] for student in students if student.key in found},
         references={teacher: read_json(path) for teacher, path in paths.items() if path.is_file()},
         before=read_study(before) if before.is_dir() else None,
     )
