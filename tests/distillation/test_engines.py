@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -180,7 +181,7 @@ def without_dropout(layout: str):
 # Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
 VARIANTS = {
     "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
-    "fp16": ({"recipe": RECIPE | SHRINKING}, {}, 2e-3),
+    "fp16": ({"recipe": RECIPE | SHRINKING}, {}, 1e-3),
     "best": ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 8}, {}, 1e-4),
     "defaults": ({"recipe": {"normalize_states": True} | SHRINKING}, {}, 1e-4),
     "two teachers": ({"teacher": two_teachers, "recipe": {"teacher_targets": "separate"}}, {}, 1e-4),
@@ -221,8 +222,10 @@ def by_variant(output, number):
 def test_fsdp_with(tmp_path, variant):
     (tmp_path / variant).mkdir()
     ddp, fsdp = [run_in_processes(by_variant, tmp_path / variant / engine, number=2)[0] for engine in ("ddp", "fsdp")]
-    assert fsdp["losses"] == pytest.approx(ddp["losses"], abs=VARIANTS[variant][-1])
-    assert fsdp["evaluations"] == pytest.approx(ddp["evaluations"], abs=VARIANTS[variant][-1])
+    # In half precision the mean: Adam makes whole steps of gates even from gradients that are rounding errors.
+    statistic = np.mean if variant in ("bf16", "fp16") else np.max
+    for values in ("losses", "evaluations"):
+        assert statistic(np.abs(np.subtract(fsdp[values], ddp[values]))) < VARIANTS[variant][-1]
     assert fsdp["scale"] == ddp["scale"]
 
 
