@@ -260,13 +260,14 @@ def groups_of(study: Study, condition: Condition) -> str:
 
 def options(study: Study, teacher: str) -> str:
     """SKILL with an option minus SKILL, paired by seed."""
+    tried = (*OPTIONS, *REMOVED)
     shown = [
         condition
         for condition in conditions_of(study, teacher)
-        if any(study.rows_of(f"SKILL + {option}", condition) for option in (*OPTIONS, *REMOVED))
+        if any(study.rows_of(f"SKILL + {option}", condition) for option in tried)
     ]
     rows = []
-    for option in (*OPTIONS, *REMOVED):
+    for option in tried:
         pairs = [compare(study, DISTANCE, f"SKILL + {option}", "SKILL", condition) for condition in shown]
         if any(pair is not None for pair in pairs):
             rows.append([option, *(option_cell(pair) for pair in pairs)])

@@ -59,7 +59,7 @@ FSDP_SETTINGS = {
 # with clips of unequal length needs 9.
 VERSIONS_OF_A_LAYER = 16
 # Graphs of a GPU refer to parameters by their address, which changes whenever FSDP gathers them.
-MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+COMPILERS_WITH_GRAPHS = {"mode": ("reduce-overhead", "max-autotune"), "backend": ("cudagraphs",)}
 
 
 # ---- What processes tell each other ----
@@ -225,13 +225,15 @@ def take_compiler(accelerator: Accelerator, backend: str | None, mode: str | Non
     accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
     if plugin.backend == DynamoBackend.NO:
         return None
-    if plugin.mode in MODES_WITH_GRAPHS or plugin.backend == DynamoBackend.CUDAGRAPHS:
-        name, value = ("backend", "cudagraphs") if plugin.mode not in MODES_WITH_GRAPHS else ("mode", plugin.mode)
-        raise ValueError(
-            f"`torch_compile_{name}` is {value}, which records CUDA graphs, but with FSDP parameters change their"
-            " place in memory; use the backend inductor, with the mode default or max-autotune-no-cudagraphs."
-        )
-    return plugin.to_kwargs()
+    arguments = plugin.to_kwargs()
+    for name, values in COMPILERS_WITH_GRAPHS.items():
+        if arguments.get(name) in values:
+            raise ValueError(
+                f"`torch_compile_{name}` is {arguments[name]}, which records CUDA graphs, but with FSDP parameters"
+                " change their place in memory; use the backend inductor, with the mode default or"
+                " max-autotune-no-cudagraphs."
+            )
+    return arguments
 
 
 def compile_layers(layers: Sequence[nn.Module], arguments: dict) -> None:
