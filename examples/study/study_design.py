@@ -20,9 +20,9 @@ COMMON = {"calibration_samples": 256, "calibration_seconds": 2.5}
 # Name -> number of layers -> what differs from the default recipe, which is SKILL's.
 METHODS: dict[str, Callable[[int], dict]] = {
     "SKILL": lambda layers: {},
-    # Its first layer has a projection of its own, the others share one.
+    # As published: its first layer has a projection of its own, the others share one.
     "DPHuBERT": lambda layers: {"layer_groups": dphubert_layers(layers), "projection_groups": [[0], [1, 2, 3]]},
-    "DPHuBERT's layers": lambda layers: {"layer_groups": dphubert_layers(layers)},  # each with its own projection
+    "DPHuBERT's layers": lambda layers: {"layer_groups": dphubert_layers(layers)},
     "DistilHuBERT": lambda layers: {"layer_groups": dphubert_layers(layers)[1:], "student_layers": "last"},
     "last layer": lambda layers: {"layer_groups": [[layers]]},
     "every layer": lambda layers: {"layer_groups": [[layer] for layer in range(layers + 1)]},
@@ -37,11 +37,17 @@ METHODS: dict[str, Callable[[int], dict]] = {
 # DistilHuBERT as published: its loss, and a student that starts as the first two layers and is not pruned.
 SHAPE = "two layers"
 METHODS[SHAPE] = METHODS["DistilHuBERT"]
-BASELINES = ("DPHuBERT", "DistilHuBERT", "last layer", "every layer", "one group", "early cut", "late cut")
+BASELINES = (
+    *("SKILL + projections", "DPHuBERT", "DPHuBERT's layers", "DistilHuBERT", "last layer", "every layer"),
+    *("one group", "early cut", "late cut"),
+)
 UNEQUAL = ("first two apart", "first apart")
 
 # Name -> steps of stage 1 -> what it changes in a method.
 OPTIONS: dict[str, Callable[[int], dict]] = {
+    # As in SKILL, one for each group; or one for both groups that SKILL finds in these teachers.
+    "projections": lambda joint: {"use_projections": True},
+    "shared projection": lambda joint: {"projection_groups": [[0, 1]]},
     "by size": lambda joint: {"group_weights": "size"},
     "normalised": lambda joint: {"normalize_states": True},
     # DPHuBERT's, in proportion to its 50 000 steps, and its multipliers.

@@ -295,12 +295,12 @@ class PoisonAt(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 != self.step:
             return
-        weight = model.projections[0].weight
+        weight = model.student.encoder.layers[0].final_layer_norm.weight
         if self.what == "gradient":
             handle = weight.register_hook(lambda gradient: (handle.remove(), gradient * self.value)[1])
         elif self.what == "loss":
             with torch.no_grad():
-                weight[0, 0] = self.value
+                weight[0] = self.value
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 == self.step and self.what == "weight":

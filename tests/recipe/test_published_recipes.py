@@ -11,7 +11,7 @@ from skill_hf.recipe.skill_training_args import SkillTrainingArguments
 
 
 LOSS = {"l1_weight": 1.0, "l2_weight": 0.0, "cosine_weight": 1.0, "normalize_states": False}
-LOSS |= {"group_weights": "equal"}
+LOSS |= {"group_weights": "equal", "use_projections": True}
 # arXiv 2305.17651, section 3.1.
 PRUNING = {
     "target_sparsity": 0.75,
@@ -38,6 +38,7 @@ STATED = {
 # A valid value of each field of the above that no paper has.
 OTHER = {
     **{"l1_weight": 0.5, "l2_weight": 0.5, "cosine_weight": 0.5, "normalize_states": True, "group_weights": "size"},
+    **{"use_projections": False},
     **{"target_sparsity": 0.1, "budget": "macs", "sparsity_warmup_steps": 7},
     **{"pruning_units": ["layers"], "width_multiple": 8, "gate_learning_rate": 0.5},
     **{"shared_gate_noise": True, "shrink_steps": 7, "final_steps": 7, "final_learning_rate": 0.5},

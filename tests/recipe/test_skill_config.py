@@ -53,7 +53,7 @@ TEXTS = ("similarity", "linkage", "student_layers", "teacher_targets", "budget",
 TEXTS += ("lagrange_multiplier",)
 WHOLE = ("num_clusters", "calibration_samples", "width_multiple", "shrink_steps")
 WHOLE += ("sparsity_warmup_steps", "final_steps", "final_warmup_steps")
-FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise", "normalize_states")
+FLAGS = ("contiguous", "include_embeddings", "shared_gate_noise", "normalize_states", "use_projections")
 NUMBERS = ("distance_threshold", "calibration_seconds", "l1_weight", "l2_weight", "cosine_weight", "target_sparsity")
 NUMBERS += ("budget_seconds", "gate_learning_rate", "final_learning_rate")
 NUMBERS += ("student_mask_prob", "logits_weight", "logits_temperature", "task_weight")
@@ -221,6 +221,12 @@ def test_save_and_load(tmp_path):
     path = tmp_path / "skill_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"of_a_later_version": 1}))
     assert SkillConfig.from_pretrained(tmp_path) == recipe
+
+
+def test_what_cannot_do_without_projections_has_them():
+    assert not SkillConfig().use_projections
+    assert SkillConfig(layer_groups=[[0], [4, 5]], projection_groups=[[0, 1]]).use_projections
+    assert SkillConfig(student_layers="last").use_projections
 
 
 def test_recipes_of_before_there_were_budgets(tmp_path):

@@ -27,6 +27,8 @@ class SkillDistiller(nn.Module):
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units, in the unit of the budget.
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
         loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
+        use_projections (`bool`, *optional*, defaults to `False`): whether groups of the first set have projections;
+            those of other sets always have.
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
         student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
             a group.
@@ -49,6 +51,7 @@ class SkillDistiller(nn.Module):
         costs: UnitCosts,
         teacher_cost: int,
         loss_weights: dict[str, float],
+        use_projections: bool = False,
         projection_groups: Sequence[Sequence[int]] | None = None,
         student_layers: str = "group",
         group_weights: str = "equal",
@@ -68,7 +71,8 @@ class SkillDistiller(nn.Module):
         self.teacher_cost = teacher_cost
         self.loss_weights = loss_weights
         widths = [targets.width for targets in target_sets for _ in targets.groups]
-        sharing = list(projection_groups or [[index] for index in range(len(widths))])
+        first = 0 if use_projections else len(target_sets[0].groups)
+        sharing = list(projection_groups or [[index] for index in range(first, len(widths))])
         self.projection_of_group = {group: index for index, groups in enumerate(sharing) for group in groups}
         if previous is None:
             self.projections = nn.ModuleList(
@@ -159,10 +163,10 @@ class SkillDistiller(nn.Module):
     ) -> dict[str, torch.Tensor]:
         r"""
         `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. With an estimated
-        multiplier the Lagrangian is not part of the value of the loss, only of the gates' gradients. One linear map
-        for each group predicts the teacher's mean hidden state from the student's (SKILL, arXiv 2402.16830). Terms are
-        means over the groups of all target sets, in which each group counts equally, whatever its width. With a head,
-        the weighted losses of its logits and of the labels are added.
+        multiplier the Lagrangian is not part of the value of the loss, only of the gates' gradients. The student's mean
+        hidden state of each group predicts the teacher's (SKILL, arXiv 2402.16830), through the group's linear map if
+        it has one. Terms are means over the groups of all target sets, in which each group counts equally, whatever
+        its width. With a head, the weighted losses of its logits and of the labels are added.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as prepared by the feature extractor.
@@ -193,7 +197,7 @@ class SkillDistiller(nn.Module):
                 )
         outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
         means = self.group_features(outputs.hidden_states)
-        predictions = [self.projections[self.projection_of_group[group]](mean) for group, mean in enumerate(means)]
+        predictions = [self._project(group, mean) for group, mean in enumerate(means)]
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
         weights = self.weights_of_groups()
@@ -220,6 +224,10 @@ class SkillDistiller(nn.Module):
         outputs = {name: value.detach() for name, value in outputs.items()}
         counts = {name: _scalar(count, loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
+
+    def _project(self, group: int, mean: torch.Tensor) -> torch.Tensor:
+        index = self.projection_of_group.get(group)
+        return mean if index is None else self.projections[index](mean)
 
     def multipliers(self) -> tuple[float, float]:
         """`lambda_1` and `lambda_2` of the Lagrangian, 0 where there is none."""

@@ -82,6 +82,10 @@ class TeacherEnsemble:
         self._check(config)
 
     @property
+    def averages_several(self) -> bool:
+        return self.is_averaged and len(self.teachers) > 1
+
+    @property
     def others(self) -> dict[str, Teacher]:
         """All teachers but the first, by what messages call them."""
         return {f"teacher[{index}]": other for index, other in enumerate(self.teachers[1:], start=1)}
@@ -254,7 +258,7 @@ class TeacherEnsemble:
                 targets[0].add_(means)
             else:
                 targets.append(means)
-        if self.is_averaged and len(self.teachers) > 1:
+        if self.averages_several:
             targets[0].div_(len(self.teachers))
         return targets, logits
 

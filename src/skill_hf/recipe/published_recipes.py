@@ -8,6 +8,7 @@ from . import fields
 
 # The loss of DPHuBERT (arXiv 2305.17651, equation 1) of the states that a recipe selects.
 _LOSS = {
+    "use_projections": True,
     "projection_groups": None,
     "student_layers": "group",
     "group_weights": "equal",

@@ -69,9 +69,14 @@ class SkillConfig:
             Groups of hidden-state indices set by hand (as JSON on a command line), which disables clustering.
             `[[0],[4],[8],[12]]` are DPHuBERT's layers of a Base model, except that DPHuBERT uses layer 0 before the
             positional convolution.
+        use_projections (`bool`, *optional*, defaults to `False`):
+            Whether the student's mean of a group goes through a projection, a linear map that is learned, before it
+            is compared with the teacher's, as in SKILL and DPHuBERT. Without, hidden states stay in the teacher's
+            space. What is predicted of several teachers or by the student's last layer always goes through
+            projections, but for the first teacher's groups if the targets are separate.
         projection_groups (`list[list[int]]`, *optional*):
-            Indices of groups that share a projection; each group has its own by default. DPHuBERT's are
-            `[[0],[1,2,3]]` (see [`SkillConfig.dphubert`]).
+            Indices of groups that share a projection, as DPHuBERT's `[[0],[1,2,3]]` (see [`SkillConfig.dphubert`]);
+            they set `use_projections`. By default each group that has a projection has its own.
         student_layers (`str`, *optional*, defaults to `"group"`):
             What predicts a group: `group`, the mean of the same layers of the student, or `last`, its last layer.
         group_weights (`str`, *optional*, defaults to `"equal"`):
@@ -177,6 +182,7 @@ class SkillConfig:
     contiguous: bool = False
     include_embeddings: bool = True
     layer_groups: list[list[int]] | str | None = None
+    use_projections: bool = False
     projection_groups: list[list[int]] | str | None = None
     student_layers: str = "group"
     group_weights: str = "equal"
@@ -234,6 +240,7 @@ class SkillConfig:
                 " the tree; set one of them or neither."
             )
         check_weights(term_weights(self))
+        self.use_projections |= self.projection_groups is not None or self.student_layers == "last"
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
 
@@ -432,6 +439,7 @@ FIELD_KINDS = {
     "contiguous": fields.true_or_false,
     "include_embeddings": fields.true_or_false,
     "layer_groups": fields.optional(fields.index_groups),
+    "use_projections": fields.true_or_false,
     "projection_groups": fields.optional(fields.index_groups),
     "student_layers": fields.one_of(STUDENT_LAYERS),
     "group_weights": fields.one_of(GROUP_WEIGHTS),
