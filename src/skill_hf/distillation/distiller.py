@@ -163,10 +163,10 @@ class SkillDistiller(nn.Module):
     ) -> dict[str, torch.Tensor]:
         r"""
         `loss = sum of weighted distillation terms / num_frames + penalty_scale * Lagrangian`. With an estimated
-        multiplier the Lagrangian is not part of the value of the loss, only of the gates' gradients. The student's mean
-        hidden state of each group predicts the teacher's (SKILL, arXiv 2402.16830), through the group's linear map if
-        it has one. Terms are means over the groups of all target sets, in which each group counts equally, whatever
-        its width. With a head, the weighted losses of its logits and of the labels are added.
+        multiplier the Lagrangian is not part of the value of the loss, only of the gates' gradients. The student's
+        mean hidden state of each group predicts the teacher's (SKILL, arXiv 2402.16830), through the group's linear
+        map if it has one. Terms are means over the groups of all target sets, in which each group counts equally,
+        whatever its width. With a head, the weighted losses of its logits and of the labels are added.
 
         Args:
             input_values (`torch.FloatTensor` of shape `(batch, samples)`): audio as prepared by the feature extractor.
