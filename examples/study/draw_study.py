@@ -70,7 +70,11 @@ LAYERS_SHOWN = (*at(0.75), *at(0.9))
 NOTHING = "No results yet."
 # One colour and mark for a method, in all figures.
 STYLES = dict(
-    zip(COMPARED, zip((*COLOURS, DARK, "#999999", "#882255"), (*MARKERS, "X", "*", "p"), strict=True), strict=True)
+    zip(
+        COMPARED,
+        zip((*COLOURS, DARK, "#999999", "#882255", "#117733", "#AA4499"), (*MARKERS, *"X*pd<"), strict=True),
+        strict=True,
+    )
 )
 
 
@@ -184,7 +188,7 @@ def tasks(study: Study, teacher: str) -> str:
     parts.append(outcome_by_condition(study, teacher, share_kept(study, teacher)))
     for condition in conditions_of(study, teacher):
         rows = []
-        for name in METHODS:
+        for name in COMPARED:
             scored = {seed: row for seed, row in study.rows_of(name, condition).items() if "scores" in row}
             if scored:
                 values = (spread([SCORES[metric].value(row) for row in scored.values()]) for metric in METRICS)
@@ -259,23 +263,27 @@ def groups_of(study: Study, condition: Condition) -> str:
 
 
 def options(study: Study, teacher: str) -> str:
-    """SKILL with an option minus SKILL, paired by seed."""
-    tried = (*OPTIONS, *REMOVED)
+    """SKILL with an option minus SKILL, paired by seed; then the same for SKILL with projections."""
+    bases, tried = ("SKILL", "SKILL + projections"), (*OPTIONS, *REMOVED)
     shown = [
         condition
         for condition in conditions_of(study, teacher)
-        if any(study.rows_of(f"SKILL + {option}", condition) for option in tried)
+        if condition.steps not in SHORT_STEPS
+        and any(study.rows_of(f"{base} + {option}", condition) for base in bases for option in tried)
     ]
     rows = []
-    for option in tried:
-        pairs = [compare(study, DISTANCE, f"SKILL + {option}", "SKILL", condition) for condition in shown]
-        if any(pair is not None for pair in pairs):
-            rows.append([option, *(option_cell(pair) for pair in pairs)])
-    if not rows:
-        return ""
-    plain = [list(study.values(DISTANCE, "SKILL", condition).values()) for condition in shown]
-    rows.insert(0, ["*SKILL*", *(spread(values, 3) for values in plain)])
-    return table(["distance, minus SKILL's", *(condition.label for condition in shown)], rows)
+    for base in bases:
+        pairs = {
+            option: [compare(study, DISTANCE, f"{base} + {option}", base, condition) for condition in shown]
+            for option in tried
+        }
+        pairs = {option: found for option, found in pairs.items() if any(found)}
+        if pairs:
+            plain = [list(study.values(DISTANCE, base, condition).values()) for condition in shown]
+            rows.append([f"*{base}*", *(spread(values, 3) for values in plain)])
+            rows += [[f"+ {option}", *map(option_cell, found)] for option, found in pairs.items()]
+    header = ["distance; of options: minus that above", *(condition.label for condition in shown)]
+    return table(header, rows) if rows else ""
 
 
 def against_before(study: Study, teacher: str) -> str:
@@ -302,10 +310,13 @@ def against_before(study: Study, teacher: str) -> str:
 
 
 def defaults(study: Study, teacher: str) -> str:
-    """Held-out losses of the default recipe, of the published one in as few steps, and of what tuning finds."""
+    """
+    Held-out losses of the default recipe and of what tuning finds; and distances, which can be compared with those of
+    recipes with projections, too: the default with projections, and the published recipe in as few steps.
+    """
     rows = []
     for condition in conditions_of(study, teacher):
-        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in (PUBLISHED, *TUNED)}
+        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in TUNED}
         losses = {name: study.values(HELD_OUT, method, condition) for name, method in names.items()}
         if condition.steps not in SHORT_STEPS or not losses["default"]:
             continue
@@ -322,16 +333,21 @@ def defaults(study: Study, teacher: str) -> str:
                 f"{condition.sparsity:g}",
                 condition.steps,
                 with_number(list(default.values()), 3),
-                with_number(changes[PUBLISHED], 3, signed=True),
                 f"{with_number(changes[best], 3, signed=True)} {best}" if best else "–",
+                *(
+                    with_number(list(study.values(DISTANCE, method, condition).values()), 3)
+                    for method in ("SKILL", "SKILL + projections", f"SKILL + {PUBLISHED}")
+                ),
             ]
         )
     header = [
         "sparsity",
         "steps",
-        "default (seeds)",
-        f"{PUBLISHED}, minus default",
+        "default: held-out loss (seeds)",
         "best change by hand, minus default",
+        "default: distance",
+        "with projections",
+        PUBLISHED,
     ]
     return table(header, rows) if rows else ""
 

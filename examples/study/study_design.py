@@ -152,10 +152,6 @@ class Student:
         teacher, sparsity, steps, method, seed = key.split(", ")
         return cls(method, Condition(teacher, float(sparsity), int(steps)), int(seed))
 
-    @property
-    def is_removed(self) -> bool:
-        return not set(REMOVED).isdisjoint(self.method.split(" + "))
-
 
 @dataclass(frozen=True)
 class Block:
@@ -185,22 +181,24 @@ WEIGHTED = ("", " + by size", " + by size + normalised")
 OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
 ROBUST = ("SKILL + masked", "SKILL + second speaker")
 FEW = SEEDS[:3]
-DEFAULTS = ("SKILL", *(f"SKILL + {option}" for option in (PUBLISHED, *TUNED)))
+DEFAULTS = ("SKILL", *(f"SKILL + {option}" for option in ("projections", PUBLISHED, *TUNED)))
+MAIN = ("SKILL", "one group", "DPHuBERT's layers")
 # What matters most comes first.
 BLOCKS = (
-    Block(("SKILL", "one group", "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
-    Block(("SKILL", "one group", "DPHuBERT"), (*at(0.9, teachers=("hubert",)), *at(0.75, teachers=("wavlm",))), FEW),
-    Block(("early cut", "late cut", "every layer", "DPHuBERT's layers"), at(0.9, teachers=("wavlm",)), FEW),
+    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
+    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9, teachers=("hubert",)), FEW),
+    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
+    Block(("early cut", "late cut", "every layer", "one group + projections"), at(0.9), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL + blocks", "SKILL + layers"), at(0.9, teachers=("wavlm",)), FEW),
     Block((SHAPE, *ROBUST, "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
     Block(DEFAULTS, in_short_runs(*SHORT_STEPS[:2]), (0,)),
     Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
-    Block(("SKILL", "one group", "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
-    Block(("SKILL", "one group", "DPHuBERT"), at(0.9, 960), FEW),
+    Block((*MAIN, "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
+    Block((*MAIN, "DPHuBERT"), at(0.9, 960), FEW),
     Block(DEFAULTS, in_short_runs(*SHORT_STEPS), FEW),
     Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),
-    Block(("SKILL", "one group", "DPHuBERT"), at(0.9), SEEDS, with_tasks=True),
+    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9), SEEDS, with_tasks=True),
     Block(("SKILL", *BASELINES), (*at(0.9), *at(0.75), *at(0.5), *at(0.95)), SEEDS),
     Block(("SKILL", *BASELINES), at(0.9, 960), SEEDS),
 )

@@ -74,7 +74,7 @@ def read_study(directory: Path) -> Study:
                 f"Students in {directory} have different `{name}`: {' and '.join(map(str, sorted(values)))}. They"
                 " cannot be compared; keep only those with one setting."
             )
-    students = [*plan(), *(student for student in map(Student.of_key, found) if student.is_removed)]
+    students = dict.fromkeys([*plan(), *map(Student.of_key, found)])
     paths = {teacher: directory / f"references.{teacher}.json" for teacher in TEACHERS}
     before = directory / "before"
     return Study(

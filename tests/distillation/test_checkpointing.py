@@ -34,7 +34,8 @@ SHORT = {"max_steps": 5, "save_steps": 1, "learning_rate": 1e-3}
 
 
 def make(output_dir, clips, recipe=None, **kwargs):
-    return make_trainer(output_dir, clips, recipe=RECIPE | (recipe or {}), **SHORT | kwargs)
+    recipe = RECIPE | {"use_projections": True} | (recipe or {})
+    return make_trainer(output_dir, clips, recipe=recipe, **SHORT | kwargs)
 
 
 def ready(trainer):

@@ -307,7 +307,7 @@ def test_checkpoints_hold_no_teacher(uninterrupted):
     for step, stage in ((4, 1), (6, 2), (8, 2)):
         directory = Path(trainer.args.output_dir) / f"checkpoint-{step}"
         names = {name.split(".")[0] for name in load_file(directory / "model.safetensors")}
-        assert names == {"student", "projections"} | ({"multiplier_estimate"} if stage == 1 else set())
+        assert names == {"student"} | ({"multiplier_estimate"} if stage == 1 else set())
         assert json.loads((directory / "skill_state.json").read_text())["stage"] == stage
 
 
@@ -563,6 +563,7 @@ def test_an_estimated_multiplier_follows_the_target_whatever_the_scale_of_the_lo
             max_steps=80,
             save_strategy="no",
             max_grad_norm=0.0,
+            adam_epsilon=1e-15,  # it has a scale, which gradients must exceed
             per_device_train_batch_size=1,
         )
         trainer.train()
