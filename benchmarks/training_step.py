@@ -259,7 +259,7 @@ def skill_steps(rival, settings, teacher, student, device, baton) -> None:
         trainer = SkillDistillationTrainer(
             teacher=teacher,
             model=student,
-            skill_config=SkillConfig(layer_groups=groups),
+            skill_config=SkillConfig(layer_groups=groups, use_projections=True),  # as the peers have them
             args=SkillTrainingArguments(
                 output_dir=output_dir,
                 max_steps=MAX_STEPS,

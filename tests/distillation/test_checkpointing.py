@@ -34,8 +34,7 @@ SHORT = {"max_steps": 5, "save_steps": 1, "learning_rate": 1e-3}
 
 
 def make(output_dir, clips, recipe=None, **kwargs):
-    recipe = RECIPE | {"use_projections": True} | (recipe or {})
-    return make_trainer(output_dir, clips, recipe=recipe, **SHORT | kwargs)
+    return make_trainer(output_dir, clips, recipe=RECIPE | (recipe or {}), **SHORT | kwargs)
 
 
 def ready(trainer):
@@ -207,7 +206,7 @@ IMPOSSIBLE = {
     "an empty group": (edit(STATE, "layer_groups", value=[[0], []]), "`layer_groups`"),
     "groups as text": (edit(STATE, "layer_groups", value="[[0]]"), "`layer_groups`"),
     "layers as text": (edit(STATE, "layer_groups", value=[["0"]]), "`layer_groups`"),
-    "other groups": (edit(STATE, "layer_groups", value=[[0, 1, 2]]), "projections.1"),
+    "other groups": (edit(STATE, "layer_groups", value=[[0, 1, 2]]), "has other groups than the recipe: [[0, 1, 2]]"),
     "similarity that is not square": (edit(STATE, "layer_similarity", value=[[1, 0]]), "`layer_similarity`"),
     "a record as a list": (edit(STATE, "record", value=[1]), "`record` in skill_state.json is not valid (it must be"),
     "no record": (

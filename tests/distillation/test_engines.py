@@ -180,7 +180,11 @@ def without_dropout(layout: str):
 
 # Setting of a run, and of accelerate's file -> how far losses may be from those of data parallelism.
 VARIANTS = {
-    "bf16": ({"bf16": True}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1e-3),
+    "bf16": (
+        {"bf16": True, "recipe": RECIPE | {"use_projections": True}},
+        {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        1e-3,
+    ),
     "fp16": ({"recipe": RECIPE | SHRINKING}, {}, 1e-3),
     "best": ({"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_steps": 8}, {}, 1e-4),
     "defaults": ({"recipe": {"normalize_states": True} | SHRINKING}, {}, 1e-4),

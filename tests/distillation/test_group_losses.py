@@ -128,13 +128,16 @@ def test_a_run_with_all_of_it_resumes_to_the_same_student(tmp_path, clips):
     assert isinstance(AutoModel.from_pretrained(tmp_path / "student"), WavLMForSkillStudent)
 
 
-@pytest.mark.parametrize("targets", ["average", "separate"])
-def test_with_two_teachers(targets, tmp_path, clips):
-    recipe = EVERYTHING | {"teacher_targets": targets, "final_steps": 3}
+@pytest.mark.parametrize(
+    "targets, projections, number",
+    [("average", None, 2), ("average", False, 0), ("separate", None, 2), ("separate", True, 4)],
+)
+def test_with_two_teachers(targets, projections, number, tmp_path, clips):
+    recipe = EVERYTHING | {"teacher_targets": targets, "use_projections": projections, "final_steps": 3}
     trainer = make_trainer(tmp_path, clips, [tiny_teacher(), family_teacher("hubert-base")], recipe)
     trainer.train()
     assert len(trainer.distiller.state_norms) == 2
-    assert len(trainer.distiller.projections) == 2  # of the averages, or of the second teacher's groups
+    assert len(trainer.distiller.projections) == number
     assert sum(trainer.distiller.weights_of_groups()) == pytest.approx(1)
 
 

@@ -461,7 +461,8 @@ def test_variants_of_the_recipe_train(layout, tmp_path, clips, recipe):
     if "layer_groups" in recipe:
         assert trainer.layer_similarity is None
         assert trainer.layer_groups == recipe["layer_groups"]
-        assert len(trainer.distiller.projections) == 2
+    number = 2 if recipe.keys() & {"projection_groups", "student_layers"} else 0
+    assert len(trainer.distiller.projections) == number
     if not recipe.get("include_embeddings", True):
         assert min(layer for group in trainer.layer_groups for layer in group) == 1
     assert np.isfinite(trainer.evaluate()["eval_distillation_loss"])
@@ -563,7 +564,7 @@ def test_an_estimated_multiplier_follows_the_target_whatever_the_scale_of_the_lo
             max_steps=80,
             save_strategy="no",
             max_grad_norm=0.0,
-            adam_epsilon=1e-15,  # it has a scale, which gradients must exceed
+            adam_epsilon=1e-15,  # the default does not scale with the loss, and gradients of a near copy are small
             per_device_train_batch_size=1,
         )
         trainer.train()

@@ -38,7 +38,7 @@ STATED = {
 # A valid value of each field of the above that no paper has.
 OTHER = {
     **{"l1_weight": 0.5, "l2_weight": 0.5, "cosine_weight": 0.5, "normalize_states": True, "group_weights": "size"},
-    **{"use_projections": False},
+    **{"use_projections": None},
     **{"target_sparsity": 0.1, "budget": "macs", "sparsity_warmup_steps": 7},
     **{"pruning_units": ["layers"], "width_multiple": 8, "gate_learning_rate": 0.5},
     **{"shared_gate_noise": True, "shrink_steps": 7, "final_steps": 7, "final_learning_rate": 0.5},

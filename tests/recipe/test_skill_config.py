@@ -223,10 +223,39 @@ def test_save_and_load(tmp_path):
     assert SkillConfig.from_pretrained(tmp_path) == recipe
 
 
-def test_what_cannot_do_without_projections_has_them():
-    assert not SkillConfig().use_projections
-    assert SkillConfig(layer_groups=[[0], [4, 5]], projection_groups=[[0, 1]]).use_projections
-    assert SkillConfig(student_layers="last").use_projections
+SHARED = {"layer_groups": [[0], [4, 5]], "projection_groups": [[0, 1]]}
+
+
+@pytest.mark.parametrize(
+    "fields, with_one, with_two",
+    [
+        ({}, False, True),
+        ({"teacher_targets": "separate"}, False, False),
+        ({"use_projections": False}, False, False),
+        ({"use_projections": True, "teacher_targets": "separate"}, True, True),
+        ({"student_layers": "last", "teacher_targets": "separate"}, True, True),
+        (SHARED, True, True),
+    ],
+)
+def test_projections_are_where_they_are_needed(fields, with_one, with_two):
+    recipe = SkillConfig(**fields)
+    assert (recipe.has_projections(), recipe.has_projections(2)) == (with_one, with_two)
+
+
+@pytest.mark.parametrize("fields", [{"student_layers": "last"}, SHARED])
+def test_projections_that_are_needed_cannot_be_left_out(fields):
+    with pytest.raises(ValueError, match="`use_projections` is False, but"):
+        SkillConfig(**fields, use_projections=False)
+
+
+def test_recipes_of_before_projections_could_be_left_out_have_them(tmp_path):
+    SkillConfig().save_pretrained(tmp_path)
+    assert SkillConfig.from_pretrained(tmp_path) == SkillConfig()
+    path = tmp_path / "skill_config.json"
+    fields = json.loads(path.read_text())
+    del fields["use_projections"]
+    path.write_text(json.dumps(fields))
+    assert SkillConfig.from_pretrained(tmp_path) == SkillConfig(use_projections=True)
 
 
 def test_recipes_of_before_there_were_budgets(tmp_path):

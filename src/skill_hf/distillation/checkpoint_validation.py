@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, TrainerState
 from ..files import MAX_OWN_BYTES, parse_json
 from ..models.configuration_skill_student import PRUNED_FIELDS
 from ..publishing.run_record import RunRecord
-from ..recipe.skill_config import SKILL_CONFIG_NAME, SkillConfig
+from ..recipe.skill_config import EARLIER_VALUES, SKILL_CONFIG_NAME, SkillConfig
 from ..version import __version__
 from .distiller import SkillDistiller
 
@@ -92,6 +92,9 @@ def check_checkpoint(directory: Path, trainer) -> None:
                 raise CheckpointError(
                     f"{SKILL_STATE_NAME} groups layer {largest}, but the teacher has only {layers} layers"
                 )
+            config = trainer.skill_config
+            if config.layer_groups not in (None, groups) or config.num_clusters not in (None, len(groups)):
+                raise CheckpointError(f"{SKILL_STATE_NAME} has other groups than the recipe: {_short(groups)}")
         try:
             distiller = blank_distiller(trainer, directory, state)
         except RuntimeError as error:  # shapes beyond all bounds
@@ -196,8 +199,9 @@ def check_same_run(directory: Path, state: dict, trainer) -> None:
     Raises a `ValueError` that names each setting in which the run of `directory`, a checkpoint or a finished student
     with the content `state` of [`SkillDistillationTrainer._skill_state`], differs from this one.
     """
-    # The default of a field that was added later is what was done before.
-    stored = json.loads(json.dumps(SkillConfig().to_dict())) | read_json(directory / SKILL_CONFIG_NAME)
+    # Of fields that were added later, what was done before.
+    before = json.loads(json.dumps(SkillConfig().to_dict())) | EARLIER_VALUES
+    stored = before | read_json(directory / SKILL_CONFIG_NAME)
     present = json.loads(json.dumps(trainer._skill_state(), default=str))
     present_recipe = json.loads(json.dumps(trainer.skill_config.to_dict(), default=str))
     pairs = [(name, stored.get(name), value) for name, value in present_recipe.items()]

@@ -189,7 +189,7 @@ class DistillationTrainer(EngineTrainer):
         return {
             "teacher_cost": self.teacher_cost,
             "loss_weights": term_weights(config),
-            "use_projections": config.use_projections or self.ensemble.averages_several,
+            "use_projections": config.has_projections(len(self.teachers)),
             "projection_groups": config.projection_groups,
             "student_layers": config.student_layers,
             "group_weights": config.group_weights,

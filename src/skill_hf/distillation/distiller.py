@@ -27,8 +27,8 @@ class SkillDistiller(nn.Module):
         costs ([`~skill_hf.compression.budgets.UnitCosts`]): costs of the student's units, in the unit of the budget.
         teacher_cost (`int`): the teacher's cost in the same unit, of which sparsity is a share.
         loss_weights (`dict[str, float]`): weight of each of [`~skill_hf.losses.LOSS_TERMS`].
-        use_projections (`bool`, *optional*, defaults to `False`): whether groups of the first set have projections;
-            those of other sets always have.
+        use_projections (`bool`, *optional*, defaults to `False`): whether groups of the first target set have
+            projections; groups of other sets always have them.
         projection_groups (`list[list[int]]`, *optional*): indices of groups that share a projection.
         student_layers (`str`, *optional*, defaults to `"group"`): `group` or `last`, the student's states that predict
             a group.
@@ -115,8 +115,8 @@ class SkillDistiller(nn.Module):
 
     def group_features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """
-        What the projections of the groups read, `(groups, batch, frames, hidden_size)`, float32, from the student's
-        hidden states.
+        The student's mean of each group, before its projection if it has one, from the student's hidden states:
+        `(groups, batch, frames, hidden_size)`, float32.
         """
         if not self.state_norms:
             return group_means(hidden_states, self.student_groups)
@@ -197,11 +197,10 @@ class SkillDistiller(nn.Module):
                 )
         outputs = self.student(input_values, attention_mask=attended(attention_mask), output_hidden_states=True)
         means = self.group_features(outputs.hidden_states)
-        predictions = [self._project(group, mean) for group, mean in enumerate(means)]
         frame_mask = frame_mask_of(self.student, means.shape[2], attention_mask)
         frames = means.shape[1] * means.shape[2] if frame_mask is None else frame_mask.sum()
         weights = self.weights_of_groups()
-        sums = self._distillation_sums(predictions, targets, frame_mask, weights)
+        sums = self._distillation_sums(means, targets, frame_mask, weights)
         divisor = _divisor(frames, num_frames)
         terms = {name: value / divisor for name, value in sums.items()}
         loss = distillation_loss = sum(self.loss_weights[name] * term for name, term in terms.items())
@@ -225,10 +224,6 @@ class SkillDistiller(nn.Module):
         counts = {name: _scalar(count, loss.device) for name, count in counts.items()}
         return {"loss": loss, **outputs, **counts}
 
-    def _project(self, group: int, mean: torch.Tensor) -> torch.Tensor:
-        index = self.projection_of_group.get(group)
-        return mean if index is None else self.projections[index](mean)
-
     def multipliers(self) -> tuple[float, float]:
         """`lambda_1` and `lambda_2` of the Lagrangian, 0 where there is none."""
         if not self.has_gates:
@@ -238,14 +233,21 @@ class SkillDistiller(nn.Module):
         value = self.multiplier_estimate.value
         return 0.0 if value is None else value.item(), 0.0
 
-    def _distillation_sums(self, predictions, targets, frame_mask, weights) -> dict[str, torch.Tensor]:
-        """Sums over valid frames and weighted groups; `predictions` and `weights` have an entry for each group."""
+    def _predictions(self, means: torch.Tensor, groups: slice) -> torch.Tensor:
+        """Of the groups of one target set, all of which have projections or none."""
+        if groups.start not in self.projection_of_group:
+            return means[groups]
+        projections = [self.projections[self.projection_of_group[group]] for group in range(groups.start, groups.stop)]
+        return torch.stack([project(mean) for project, mean in zip(projections, means[groups], strict=True)])
+
+    def _distillation_sums(self, means, targets, frame_mask, weights) -> dict[str, torch.Tensor]:
+        """Sums over valid frames and weighted groups; `means` and `weights` have an entry for each group."""
         totals, first = {}, 0
         for target in targets:
             groups = slice(first, first + len(target))
             first += len(target)
-            prediction, of_set = torch.stack(predictions[groups]), weights and weights[groups]
-            share = len(target) / len(predictions) if weights is None else 1.0
+            prediction, of_set = self._predictions(means, groups), weights and weights[groups]
+            share = len(target) / len(means) if weights is None else 1.0
             for name, value in distillation_sums(prediction, target, frame_mask, of_set).items():
                 totals[name] = totals.get(name, 0.0) + share * value
         return totals

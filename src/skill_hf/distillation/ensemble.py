@@ -82,10 +82,6 @@ class TeacherEnsemble:
         self._check(config)
 
     @property
-    def averages_several(self) -> bool:
-        return self.is_averaged and len(self.teachers) > 1
-
-    @property
     def others(self) -> dict[str, Teacher]:
         """All teachers but the first, by what messages call them."""
         return {f"teacher[{index}]": other for index, other in enumerate(self.teachers[1:], start=1)}
@@ -112,7 +108,7 @@ class TeacherEnsemble:
         if not self.is_averaged and config.projection_groups is not None:
             raise ValueError(
                 f"`projection_groups` is {config.projection_groups}, but with several teachers and `teacher_targets`"
-                " separate each group of each teacher has its own projection; leave it out."
+                " separate no groups share a projection; leave it out."
             )
         if self.is_audio_raw:
             _check_class(self.feature_extractors[0])
@@ -258,7 +254,7 @@ class TeacherEnsemble:
                 targets[0].add_(means)
             else:
                 targets.append(means)
-        if self.averages_several:
+        if self.is_averaged and len(self.teachers) > 1:
             targets[0].div_(len(self.teachers))
         return targets, logits
 

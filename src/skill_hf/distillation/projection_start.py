@@ -49,7 +49,8 @@ class LeastSquares:
         xx, xy = xx - torch.outer(x_mean, x_mean), xy - torch.outer(x_mean, y_mean)
         start = torch.eye(*xy.shape, dtype=xy.dtype)
         ridge = RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype)
-        # Of the drivers for any rank, "gelsy" rounds differently from call to call, so that equal runs would differ.
+        # "gelsy", the default driver, reads memory that torch does not initialise (pytorch/pytorch#187411): from equal
+        # frames, fits would differ.
         weight = start + torch.linalg.lstsq(xx + ridge, xy - xx @ start, driver="gelsd").solution
         bias = y_mean - x_mean @ weight
         return LinearFit(weight.T.float().numpy(), bias.float().numpy())

@@ -143,7 +143,7 @@ class TrainingContent:
     measured_on: str
     measured: list[tuple[str, float, float]]  # moment, loss, cosine similarity
     student_layers: str
-    use_projections: bool
+    has_projections: bool
     datasets: list[DatasetContent]
     calibration: tuple[int, float]  # clips at most, seconds each
     recipe: dict[str, str]
@@ -341,7 +341,7 @@ def _training_content(
         measured_on=record.measured_on,
         measured=record.loss_rows(),
         student_layers=config.student_layers,
-        use_projections=config.use_projections,
+        has_projections=config.has_projections(1 + len(report.other_teachers)),
         datasets=datasets,
         calibration=(config.calibration_samples, config.calibration_seconds),
         recipe={

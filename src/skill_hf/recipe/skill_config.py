@@ -69,14 +69,15 @@ class SkillConfig:
             Groups of hidden-state indices set by hand (as JSON on a command line), which disables clustering.
             `[[0],[4],[8],[12]]` are DPHuBERT's layers of a Base model, except that DPHuBERT uses layer 0 before the
             positional convolution.
-        use_projections (`bool`, *optional*, defaults to `False`):
-            Whether the student's mean of a group goes through a projection, a linear map that is learned, before it
-            is compared with the teacher's, as in SKILL and DPHuBERT. Without, hidden states stay in the teacher's
-            space. What is predicted of several teachers or by the student's last layer always goes through
-            projections, but for the first teacher's groups if the targets are separate.
+        use_projections (`bool`, *optional*):
+            Whether the student's mean of a group goes through a projection, a learned linear map, before it is
+            compared with the teacher's, as in SKILL and DPHuBERT. Without it the student's hidden states stay in the
+            teacher's space. By default there are projections only with `projection_groups`, with
+            `student_layers="last"` and for averages over several teachers; groups of other teachers always have them.
+            Losses with and without projections cannot be compared.
         projection_groups (`list[list[int]]`, *optional*):
-            Indices of groups that share a projection, as DPHuBERT's `[[0],[1,2,3]]` (see [`SkillConfig.dphubert`]);
-            they set `use_projections`. By default each group that has a projection has its own.
+            Indices of groups that share a projection, as DPHuBERT's `[[0],[1,2,3]]` (see [`SkillConfig.dphubert`]). By
+            default each group that has a projection has its own.
         student_layers (`str`, *optional*, defaults to `"group"`):
             What predicts a group: `group`, the mean of the same layers of the student, or `last`, its last layer.
         group_weights (`str`, *optional*, defaults to `"equal"`):
@@ -86,8 +87,8 @@ class SkillConfig:
             averaged, by constants from the calibration clips.
         teacher_targets (`str`, *optional*, defaults to `"average"`):
             What a student of several teachers predicts: `average`, the mean over teachers of each group, or
-            `separate`, each group of each teacher through a projection of its own. Only `separate` allows teachers of
-            different widths. No effect with one teacher.
+            `separate`, each group of each teacher. Only `separate` allows teachers of different widths. No effect with
+            one teacher.
         calibration_samples (`int`, *optional*, defaults to 256):
             Number of training clips to compute the similarity on.
         calibration_seconds (`float`, *optional*, defaults to 10.0):
@@ -182,7 +183,7 @@ class SkillConfig:
     contiguous: bool = False
     include_embeddings: bool = True
     layer_groups: list[list[int]] | str | None = None
-    use_projections: bool = False
+    use_projections: bool | None = None
     projection_groups: list[list[int]] | str | None = None
     student_layers: str = "group"
     group_weights: str = "equal"
@@ -240,9 +241,23 @@ class SkillConfig:
                 " the tree; set one of them or neither."
             )
         check_weights(term_weights(self))
-        self.use_projections |= self.projection_groups is not None or self.student_layers == "last"
+        if self.use_projections is False and self._needs_projections:
+            raise ValueError(
+                "`use_projections` is False, but `projection_groups` and `student_layers` last need projections; leave"
+                " it out, or leave them out."
+            )
         if self.projection_groups is not None and self.layer_groups is not None:
             self.validate_projection_groups(len(self.layer_groups))
+
+    @property
+    def _needs_projections(self) -> bool:
+        return self.projection_groups is not None or self.student_layers == "last"
+
+    def has_projections(self, num_teachers: int = 1) -> bool:
+        """Whether groups of the first teacher, or averages over all, are predicted through projections."""
+        if self.use_projections is not None:
+            return self.use_projections
+        return self._needs_projections or (num_teachers > 1 and self.teacher_targets == "average")
 
     def validate_projection_groups(self, num_groups: int) -> None:
         """Raises a `ValueError` unless `projection_groups` contains each of `num_groups` groups exactly once."""
@@ -376,7 +391,8 @@ class SkillConfig:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "SkillConfig":
         """
-        Reads `skill_config.json` from `directory`; fields unknown to this version are ignored.
+        Reads `skill_config.json` from `directory`; fields unknown to this version are ignored. A recipe that an
+        earlier version saved has projections, as recipes had then.
 
         Raises:
             `ValueError`: if the file is missing or invalid, or a field has an invalid value.
@@ -391,6 +407,7 @@ class SkillConfig:
                 raise ValueError(f"it contains a {type(values).__name__}, not names and values")
             if isinstance(values.get("latency_costs"), str):  # somebody else's file may name any of this machine
                 raise ValueError("`latency_costs` must be the measured costs, but is the name of a file")
+            values = EARLIER_VALUES | values
             return cls(**{name: value for name, value in values.items() if name in FIELD_KINDS})
         except ValueError as error:
             raise ValueError(f"{path} is not a recipe of skill-hf: {' '.join(str(error).split())}") from error
@@ -430,6 +447,9 @@ def _fit_warmup(name: str, steps: int | None, stage: int, share: float) -> int:
     return steps
 
 
+# What was done before a field was added, where it is not the default of today.
+EARLIER_VALUES = {"use_projections": True}
+
 # The one type and range of each field of `SkillConfig`.
 FIELD_KINDS = {
     "similarity": fields.one_of(SIMILARITIES),
@@ -439,7 +459,7 @@ FIELD_KINDS = {
     "contiguous": fields.true_or_false,
     "include_embeddings": fields.true_or_false,
     "layer_groups": fields.optional(fields.index_groups),
-    "use_projections": fields.true_or_false,
+    "use_projections": fields.optional(fields.true_or_false),
     "projection_groups": fields.optional(fields.index_groups),
     "student_layers": fields.one_of(STUDENT_LAYERS),
     "group_weights": fields.one_of(GROUP_WEIGHTS),
