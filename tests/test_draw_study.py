@@ -120,9 +120,14 @@ def test_holm_by_hand():
     np.testing.assert_allclose(holm([0.4, 0.6]), [0.8, 0.8])
 
 
-def test_row_of_no_planned_student_is_passed_over(results):
-    write_rows(results, [row_of("SKILL", 0), row_of("SKILL", 99)])
-    assert [student.seed for student in read_study(results).rows] == [0]
+def test_rows_that_are_not_planned_come_last(results):
+    write_rows(results, [row_of("SKILL", 99), row_of("SKILL + half root", 0), row_of("SKILL", 0)])
+    rows = read_study(results).rows
+    assert [(student.method, student.seed) for student in rows] == [
+        ("SKILL", 0),
+        ("SKILL", 99),
+        ("SKILL + half root", 0),
+    ]
 
 
 def test_rows_of_different_settings_are_an_error(results):
@@ -138,18 +143,26 @@ def test_missing_directory_is_an_error(tmp_path):
 
 def test_tables_by_hand(results):
     rows = [row_of("SKILL", seed, distance) for seed, distance in ((0, 0.03), (1, 0.05))]
-    rows += [row_of("SKILL + by size", 0, 0.02), row_of("DPHuBERT", 0, 0.07)]
+    rows += [row_of("SKILL + by size", 0, 0.02), row_of("DPHuBERT", 0, 0.07), row_of("SKILL + projections", 0, 0.06)]
+    rows += [row_of("SKILL + projections + half root", 0, 0.08)]
     rows += [row_of("first apart", 0, 0.04), row_of("first apart + by size", 0, 0.035)]
     rows += [row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.625] * 13}}]
     short = Condition("wavlm", 0.9, 60)
     for name, loss in (("", -0.5), (" + rates halved", -0.4), (" + gates halved", -0.6), (" + as published", -0.1)):
-        rows += [row_of(f"SKILL{name}", 0, condition=short) | {"held_out": {"end": loss}}]
+        rows += [row_of(f"SKILL{name}", 0, abs(loss), condition=short) | {"held_out": {"end": loss}}]
     write_rows(results, rows)
     blocks = make_blocks(read_study(results), ".")
     assert blocks["second speaker"].splitlines()[2:] == ["| SKILL + masked | 1 | 0.500 | 0.625 |"]
     assert "| SKILL | 0.040 ± 0.014 (2) |" in blocks["distances"]
     assert "| 0.75 | mean distance (1 − CKA) ↓ | DPHuBERT | 1 | +0.040 | 0 of 1 | – | – |" in blocks["against SKILL"]
-    assert "| by size | −0.010 (1 of 1 better, p –) |" in blocks["options"]
+    assert blocks["options"].splitlines()[4:] == [
+        "| *SKILL* | 0.040 ± 0.014 |",
+        "| + projections | +0.030 (0 of 1 better, p –) |",
+        "| + by size | −0.010 (1 of 1 better, p –) |",
+        "| + masked | +0.470 (0 of 1 better, p –) |",
+        "| *SKILL + projections* | 0.060 |",
+        "| + half root | +0.020 (0 of 1 better, p –) |",
+    ]
     assert "| first apart | {0}, {1–6}, {7–12} | 0.040 | 0.035 | – |" in blocks["unequal"]
     assert (
         "| 0.75 | SKILL | 2 | −0.25 ± 0.00 | −0.600 ± 0.000 | −0.400 ± 0.000 | −0.700 ± 0.000 | 2, 3 |"
@@ -160,7 +173,7 @@ def test_tables_by_hand(results):
     write_rows(results / "before", [row_of("SKILL", seed, distance) for seed, distance in ((0, 0.13), (1, 0.17))])
     before = make_blocks(read_study(results), ".")["against before"]
     assert "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 2 | 0.150 ± 0.028 | −0.110 ± 0.014 | 0.058 |" in before
-    assert "| 0.9 | 60 | −0.500 (1) | +0.400 (1) | −0.100 (1) gates halved |" in blocks["defaults"]
+    assert "| 0.9 | 60 | −0.500 (1) | −0.100 (1) gates halved | 0.500 (1) | – | 0.100 (1) |" in blocks["defaults"]
 
 
 @pytest.mark.parametrize(
