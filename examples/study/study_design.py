@@ -52,6 +52,7 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     "normalised": lambda joint: {"normalize_states": True},
     # DPHuBERT's, in proportion to its 50 000 steps, and its multipliers.
     "short ramp": lambda joint: {"sparsity_warmup_steps": joint // 10},
+    "longer second stage": lambda joint: {"final_steps": round(0.75 * joint)},  # as long as the first is then
     "learned multipliers": lambda joint: {"lagrange_multiplier": "learned"},
     "value dimensions": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_value_dims"]},
     "blocks": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_blocks", "ffn_blocks"]},
