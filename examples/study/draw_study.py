@@ -122,6 +122,11 @@ def conditions_of(study: Study, teacher: str) -> list[Condition]:
     return sorted(found, key=lambda condition: (condition.sparsity, condition.steps))
 
 
+def compared_conditions(study: Study, teacher: str) -> list[Condition]:
+    """Those in which methods are compared; short runs show the defaults."""
+    return [condition for condition in conditions_of(study, teacher) if condition.steps not in SHORT_STEPS]
+
+
 def per_teacher(make: Callable[[Study, str], str]) -> Callable[[Study], str]:
     """A block with a part for each teacher that has results."""
 
@@ -160,7 +165,7 @@ def outcome_by_condition(study: Study, teacher: str, outcome: Outcome) -> str:
     """Methods in rows, conditions in columns."""
     shown = [
         condition
-        for condition in conditions_of(study, teacher)
+        for condition in compared_conditions(study, teacher)
         if any(study.values(outcome, name, condition) for name in COMPARED[1:])
     ]
     rows = []
@@ -186,7 +191,7 @@ def tasks(study: Study, teacher: str) -> str:
         ]
         parts.append(table(["", *(SCORES[metric].label for metric in METRICS)], rows))
     parts.append(outcome_by_condition(study, teacher, share_kept(study, teacher)))
-    for condition in conditions_of(study, teacher):
+    for condition in compared_conditions(study, teacher):
         rows = []
         for name in COMPARED:
             scored = {seed: row for seed, row in study.rows_of(name, condition).items() if "scores" in row}
@@ -201,7 +206,7 @@ def tasks(study: Study, teacher: str) -> str:
 
 def layers(study: Study, teacher: str) -> str:
     """What the figure does not say: SKILL's groups."""
-    shown = [condition for condition in conditions_of(study, teacher) if condition in LAYERS_SHOWN]
+    shown = [condition for condition in compared_conditions(study, teacher) if condition in LAYERS_SHOWN]
     if not any(study.rows_of(name, condition) for name in COMPARED for condition in shown):
         return ""
     groups = [groups_of(study, condition) for condition in shown]
@@ -211,7 +216,7 @@ def layers(study: Study, teacher: str) -> str:
 def against_skill(study: Study, teacher: str) -> str:
     """Each baseline minus SKILL, paired by seed; corrected over the baselines of a condition."""
     rows = []
-    for condition in conditions_of(study, teacher):
+    for condition in compared_conditions(study, teacher):
         for outcome in (DISTANCE, share_kept(study, teacher)):
             pairs = {name: compare(study, outcome, name, "SKILL", condition) for name in COMPARED[1:]}
             pairs = {name: pair for name, pair in pairs.items() if pair is not None}
@@ -267,9 +272,8 @@ def options(study: Study, teacher: str) -> str:
     bases, tried = ("SKILL", "SKILL + projections"), (*OPTIONS, *REMOVED)
     shown = [
         condition
-        for condition in conditions_of(study, teacher)
-        if condition.steps not in SHORT_STEPS
-        and any(study.rows_of(f"{base} + {option}", condition) for base in bases for option in tried)
+        for condition in compared_conditions(study, teacher)
+        if any(study.rows_of(f"{base} + {option}", condition) for base in bases for option in tried)
     ]
     rows = []
     for base in bases:
@@ -289,7 +293,7 @@ def options(study: Study, teacher: str) -> str:
 def against_before(study: Study, teacher: str) -> str:
     """What the change of the default recipe gave, paired by seed."""
     rows = []
-    for condition in conditions_of(study, teacher) if study.before else ():
+    for condition in compared_conditions(study, teacher) if study.before else ():
         for outcome in (DISTANCE, share_kept(study, teacher)):
             for name in COMPARED:
                 before, now = (of.values(outcome, name, condition) for of in (study.before, study))
@@ -375,9 +379,7 @@ def option_cell(pair) -> str:
 def cuts(study: Study, teacher: str) -> str:
     """The shift of the gates at the cut, and the loss before it, after it and at the end."""
     rows = []
-    for condition in conditions_of(study, teacher):
-        if condition.steps in SHORT_STEPS:
-            continue
+    for condition in compared_conditions(study, teacher):
         for name in dict.fromkeys(student.method for student in study.rows):
             if found := [row for row in study.rows_of(name, condition).values() if row["cut"]]:
                 losses = [around_the_cut(row) for row in found]
@@ -407,7 +409,7 @@ def panels_of(study: Study, width: float, height: float, shown: Callable[[Condit
     rows = {
         teacher: [
             condition
-            for condition in conditions_of(study, teacher)
+            for condition in compared_conditions(study, teacher)
             if shown(condition) and any(study.rows_of(name, condition) for name in COMPARED[1:])
         ]
         for teacher in TEACHERS
