@@ -357,7 +357,7 @@ def test_teachers_that_cannot_teach_together(tmp_path):
         (
             [wavlm, hubert],
             {"projection_groups": [[0, 1]], "teacher_targets": "separate"},
-            "each group of each teacher has its own projection",
+            "`teacher_targets` separate no groups share a projection; leave it out",
         ),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
