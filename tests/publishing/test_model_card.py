@@ -414,7 +414,7 @@ def test_only_fields_of_the_recipe_that_differ_are_listed(tmp_path, report):
         ),
         ({"distance_threshold": 0.3}, "the tree cut at a distance of 0.3."),
         ({"layer_groups": [[0, 1], [2, 3]]}, "The groups were set by hand."),
-        ({}, "For each group, the student was trained to match the teacher's mean over the group's hidden states. The"),
+        ({}, "For each group, the student was trained to match the teacher's mean over the group's hidden states."),
         ({"use_projections": True}, "through a linear map, learned to predict the teacher's. These maps were removed"),
         ({"student_layers": "last"}, "The student's last hidden state, through one linear map for each group,"),
         (
