@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from skill_hf.cli.settings import Count, Positive, Share, parse, require, run_script
 from skill_hf.data import AudioError, load_speech_dataset, read_audio
 from skill_hf.distillation.checkpointing import last_complete_checkpoint
-from skill_hf.files import keep_sources, read_json, try_directory
+from skill_hf.files import keep_sources, read_json, try_directory, try_file, write_json
 from skill_hf.models import loading
 from skill_hf.models.properties import receptive_field
 
@@ -24,6 +24,16 @@ logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO_STUDENT = REPOSITORY / "outputs" / "demo"
 DEMO_DATA = REPOSITORY / "examples" / "demo"
+
+
+def print_table(measure: Callable[..., dict], markdown: Callable[[dict], str], args) -> None:
+    """Prints a table of what is measured with `args`, and writes the results to `args.output` unless it is `None`."""
+    if args.output is not None:
+        try_file(args.output)
+    results = measure(args)
+    print(markdown(results))
+    if args.output is not None:
+        write_json(args.output, results)
 
 
 @dataclass

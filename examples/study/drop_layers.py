@@ -20,7 +20,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from draw_study import number, table  # noqa: E402
-from example_utils import DEMO_DATA  # noqa: E402
+from example_utils import DEMO_DATA, print_table  # noqa: E402
 from run_study import machine  # noqa: E402
 
 from skill_hf import layer_similarity  # noqa: E402
@@ -30,7 +30,6 @@ from skill_hf.compression.layer_dropping import block_influence, drop_layers, la
 from skill_hf.data import calibration_waveforms  # noqa: E402
 from skill_hf.data.speech_datasets import load_audio_dir  # noqa: E402
 from skill_hf.encoders import feature_extractor_for  # noqa: E402
-from skill_hf.files import try_file, write_json  # noqa: E402
 from skill_hf.models.families import load_student  # noqa: E402
 
 
@@ -108,18 +107,9 @@ def markdown(results: dict) -> str:
     return table(header, [*([order, *cells] for order, cells in rows.items()), ["*parameters left*", *sizes.values()]])
 
 
-def run(args: DropArguments) -> None:
-    if args.output is not None:
-        try_file(args.output)
-    results = measure(args)
-    print(markdown(results))
-    if args.output is not None:
-        write_json(args.output, results)
-
-
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
-    return run_script(lambda: run(*parse(arguments, (DropArguments,))))
+    return run_script(lambda: print_table(measure, markdown, *parse(arguments, (DropArguments,))))
 
 
 if __name__ == "__main__":

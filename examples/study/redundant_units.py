@@ -24,14 +24,13 @@ from transformers import TrainerCallback, WavLMModel, set_seed
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from draw_study import spread, table  # noqa: E402
-from example_utils import DEMO_DATA  # noqa: E402
+from example_utils import DEMO_DATA, print_table  # noqa: E402
 from run_study import machine  # noqa: E402
 
 from skill_hf import SkillConfig, SkillDistillationTrainer, SkillTrainingArguments  # noqa: E402
 from skill_hf.cli.settings import Count, Seconds, parse, run_script  # noqa: E402
 from skill_hf.data.speech_datasets import load_audio_dir  # noqa: E402
 from skill_hf.encoders import feature_extractor_for  # noqa: E402
-from skill_hf.files import try_file, write_json  # noqa: E402
 
 
 # How far, at most, a gate starts from the start of all; by default an open gate has a `log_alpha` of 4.6.
@@ -220,18 +219,9 @@ def markdown(results: dict) -> str:
     return table([*header, "by chance", "loss at the end ↓"], lines, texts=2)
 
 
-def run(args: RedundancyArguments) -> None:
-    if args.output is not None:
-        try_file(args.output)
-    results = measure(args)
-    print(markdown(results))
-    if args.output is not None:
-        write_json(args.output, results)
-
-
 def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
-    return run_script(lambda: run(*parse(arguments, (RedundancyArguments,))))
+    return run_script(lambda: print_table(measure, markdown, *parse(arguments, (RedundancyArguments,))))
 
 
 if __name__ == "__main__":
