@@ -5,7 +5,7 @@ Compresses both with the default recipe, and once more with gates that start by 
 
     python examples/study/redundant_units.py
 
-Offline, in about 10 minutes on 2 CPU cores. `--output` saves the results as JSON.
+Offline, in about 20 minutes on 2 CPU cores. `--output` saves the results as JSON.
 """
 
 import logging
