@@ -45,9 +45,10 @@ class SkillConfig:
     r"""
     Recipe of one compression: grouping of layers, units to prune, target sparsity, and weights of the losses.
 
-    The defaults are DPHuBERT's (arXiv 2305.17651) for pruning and distillation, and this project's own for similarity
-    and clustering, which the SKILL paper (arXiv 2402.16830) does not state. It can be used with
-    [`~transformers.HfArgumentParser`] and is saved as `skill_config.json` with every student.
+    The defaults are DPHuBERT's (arXiv 2305.17651) for pruning and distillation where short runs have not shown others
+    to be better, and this project's own for similarity and clustering, which the SKILL paper (arXiv 2402.16830) does
+    not state. It can be used with [`~transformers.HfArgumentParser`] and is saved as `skill_config.json` with every
+    student.
 
     > Parameters that group the layers
 
