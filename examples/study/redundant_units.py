@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, WavLMModel, set_seed
+from transformers import TrainerCallback, WavLMConfig, WavLMModel, set_seed
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -126,7 +126,7 @@ STARTS = {"all alike": None, "by importance": StartByImportance}
 # ---- What is left ----
 
 
-def compress(args: RedundancyArguments, change, start, seed: int) -> dict:
+def compress(args: RedundancyArguments, train, change, start, seed: int) -> dict:
     """Heads and number of feed-forward units that are left of each layer, and the distillation loss at the end."""
     teacher = WavLMModel.from_pretrained(args.teacher)
     change(teacher)
@@ -150,7 +150,7 @@ def compress(args: RedundancyArguments, change, start, seed: int) -> dict:
                 dataloader_pin_memory=False,
                 seed=seed,
             ),
-            train_dataset=load_audio_dir(args.audio_dir),
+            train_dataset=train,
             processing_class=feature_extractor_for(args.teacher, teacher.config),
             callbacks=callbacks,
         )
@@ -158,9 +158,8 @@ def compress(args: RedundancyArguments, change, start, seed: int) -> dict:
         for callback in callbacks:
             callback.trainer = trainer
         trainer.train()
-    config, losses = trainer.model.config, [row.get("distillation_loss") for row in trainer.state.log_history]
-    losses = [loss for loss in losses if loss is not None]
-    return {"heads": config.remaining_heads, "ffn_dims": list(config.intermediate_sizes), "loss": losses[-1]}
+    config, loss = trainer.model.config, trainer.record.losses["end"]["distillation_loss"]
+    return {"heads": config.remaining_heads, "ffn_dims": list(config.intermediate_sizes), "loss": loss}
 
 
 def useless_share(row: dict, width: int, num_heads: int) -> float:
@@ -188,9 +187,9 @@ def twins_kept(row: dict, num_heads: int) -> tuple[float, float]:
 
 
 def measure(args: RedundancyArguments) -> dict:
-    config = WavLMModel.from_pretrained(args.teacher).config
+    config, train = WavLMConfig.from_pretrained(args.teacher), load_audio_dir(args.audio_dir)
     rows = [
-        {"teacher": teacher, "start": start, "seed": seed, **compress(args, change, callback, seed)}
+        {"teacher": teacher, "start": start, "seed": seed, **compress(args, train, change, callback, seed)}
         for seed in args.seeds
         for teacher, change in TEACHERS.items()
         for start, callback in STARTS.items()
