@@ -83,6 +83,7 @@ def run(seed: int, shrink_steps: int, args: argparse.Namespace, output_dir: str)
     settings = demo_settings() | {
         "output_dir": output_dir,
         "max_steps": args.max_steps,
+        "final_steps": args.max_steps // 3,  # as in the full recipe
         "per_device_train_batch_size": args.batch_size,
         "max_seconds": args.seconds,
         "min_seconds": args.seconds,

@@ -21,6 +21,8 @@ import study_results  # noqa: E402
 from pretrain_teacher import HELDOUT_LIBRISPEECH_SPEAKERS  # noqa: E402
 from study_design import BASELINES, METHODS, OPTIONS, SEEDS, SHAPE, Block, Condition, Student, at, plan, recipe  # noqa: E402
 
+from skill_hf import SkillConfig  # noqa: E402
+
 
 def test_plan_compares_all_methods_at_all_sparsities_on_both_teachers():
     planned = plan()
@@ -84,6 +86,17 @@ def test_tuning_changes_learning_rates_alone():
     published, rate = recipe("SKILL + as published", 0.9, 60, 12, 256)
     assert (rate, published.final_learning_rate, published.gate_learning_rate) == (2e-4, 1e-4, 0.02)
     assert published.lagrange_multiplier == "learned" and published.resolve_steps(60).sparsity_warmup == 4
+    assert recipe("SKILL + as published", 0.9, 240, 12, 256)[0].resolve_steps(240).joint == 160
+
+
+def test_stages_of_another_length():
+    for name, final in (("equal stages", 120), ("longer first stage", 80)):
+        fields = fields_of(f"one group + gates doubled + {name}")
+        assert fields == fields_of("one group") | {
+            "final_steps": final,
+            "final_learning_rate": fields["final_learning_rate"],
+            "gate_learning_rate": 2 * SkillConfig().resolve_gate_learning_rate(240 - final),
+        }
 
 
 def test_two_layers_learn_as_distilhubert_does_in_one_stage():
@@ -99,7 +112,6 @@ CHANGES = [
     for method in METHODS
     if (option != "shared projection" or method == "SKILL")
     and (option != "projections" or method not in HAVE_PROJECTIONS)
-    and (option != "longer second stage" or method != SHAPE)  # which has no other stage
 ]
 
 

@@ -32,6 +32,7 @@ from study_design import (  # noqa: E402
     ROBUST,
     SHAPE,
     SHORT_STEPS,
+    STAGES,
     TEACHERS,
     TUNED,
     UNEQUAL,
@@ -268,23 +269,27 @@ def groups_of(study: Study, condition: Condition) -> str:
 
 
 def options(study: Study, teacher: str) -> str:
-    """SKILL with an option minus SKILL, paired by seed; then the same for SKILL with projections."""
-    bases, tried = ("SKILL", "SKILL + projections"), (*OPTIONS, *REMOVED)
+    """SKILL with an option minus SKILL, paired by seed; then the same for the defaults of before."""
+    longer = " + longer first stage"
+    bases = (("SKILL", ""), ("SKILL", longer), ("SKILL + projections", longer))
+    tried = (*OPTIONS, *STAGES, *REMOVED)
     shown = [
         condition
         for condition in compared_conditions(study, teacher)
-        if any(study.rows_of(f"{base} + {option}", condition) for base in bases for option in tried)
+        if any(study.rows_of(f"{base} + {option}{stages}", condition) for base, stages in bases for option in tried)
     ]
     rows = []
-    for base in bases:
+    for base, stages in bases:
         pairs = {
-            option: [compare(study, DISTANCE, f"{base} + {option}", base, condition) for condition in shown]
+            option: [
+                compare(study, DISTANCE, f"{base} + {option}{stages}", base + stages, condition) for condition in shown
+            ]
             for option in tried
         }
         pairs = {option: found for option, found in pairs.items() if any(found)}
         if pairs:
-            plain = [list(study.values(DISTANCE, base, condition).values()) for condition in shown]
-            rows.append([f"*{base}*", *(spread(values, 3) for values in plain)])
+            plain = [list(study.values(DISTANCE, base + stages, condition).values()) for condition in shown]
+            rows.append([f"*{base}{stages}*", *(spread(values, 3) for values in plain)])
             rows += [[f"+ {option}", *map(option_cell, found)] for option, found in pairs.items()]
     header = ["distance; of options: minus that above", *(condition.label for condition in shown)]
     return table(header, rows) if rows else ""

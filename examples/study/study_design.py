@@ -52,7 +52,6 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     "normalised": lambda joint: {"normalize_states": True},
     # DPHuBERT's, in proportion to its 50 000 steps, and its multipliers.
     "short ramp": lambda joint: {"sparsity_warmup_steps": joint // 10},
-    "longer second stage": lambda joint: {"final_steps": round(0.75 * joint)},  # as long as the first is then
     "learned multipliers": lambda joint: {"lagrange_multiplier": "learned"},
     "value dimensions": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_value_dims"]},
     "blocks": lambda joint: {"pruning_units": [*DEFAULT_KINDS, "attention_blocks", "ffn_blocks"]},
@@ -69,6 +68,12 @@ SECOND_SPEAKER = {"mixing_prob": 0.5}
 # the loss or with a share that rises with the sparsity; predictions from a learned mixture of the student's layers; a
 # sparsity that rises fast at first.
 REMOVED = ("half root", "rising root", "mixture", "cubic ramp")
+
+# Name -> steps -> those after the cut. The published recipe has a third of all.
+STAGES: dict[str, Callable[[int], int]] = {
+    "equal stages": lambda steps: steps // 2,
+    "longer first stage": lambda steps: steps // 3,
+}
 
 # Tuning by hand: learning rates of the student and of the gates, times those of the default recipe.
 TUNED = {
@@ -93,8 +98,8 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
     The recipe of a student, and the learning rate of its first stage.
 
     Args:
-        name (`str`): one of [`METHODS`], perhaps with some of [`OPTIONS`], one of [`TUNED`] or [`PUBLISHED`]:
-            `SKILL + by size + normalised`.
+        name (`str`): one of [`METHODS`], perhaps with some of [`OPTIONS`], one of [`STAGES`], and one of [`TUNED`] or
+            [`PUBLISHED`]: `SKILL + by size + normalised`.
         sparsity (`float`): share of the parameters to remove.
         steps (`int`): optimizer steps of both stages.
         num_layers, hidden_size (`int`): of the teacher.
@@ -103,11 +108,14 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
         `KeyError`: if there is no such method or option.
     """
     method, *options = name.split(" + ")
-    joint = SkillConfig().resolve_steps(steps).joint
     fields = {"target_sparsity": sparsity, **COMMON, **METHODS[method](num_layers)}
     if PUBLISHED in options:
-        fields |= {"sparsity_warmup_steps": joint // 10, "final_steps": None, "final_warmup_steps": None}
-        return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
+        final = STAGES["longer first stage"](steps)
+        warmups = {"sparsity_warmup_steps": (steps - final) // 10, "final_warmup_steps": None}
+        return SkillConfig.skill(**fields | warmups, final_steps=final), FULL_LEARNING_RATES[0]
+    for option in STAGES.keys() & options:
+        fields["final_steps"] = STAGES[option](steps)
+    joint = SkillConfig(**fields).resolve_steps(steps).joint
     first, final = SkillConfig(target_sparsity=sparsity).resolve_learning_rates(None, steps, hidden_size)
     for option in options:
         if option in TUNED:
@@ -115,7 +123,7 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
             first *= of_student
             fields["final_learning_rate"] = of_student * final
             fields["gate_learning_rate"] = of_gates * SkillConfig().resolve_gate_learning_rate(joint)
-        else:
+        elif option not in STAGES:
             fields |= OPTIONS[option](joint)
     if method == SHAPE:
         fields["final_steps"] = steps

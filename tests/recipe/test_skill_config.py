@@ -164,10 +164,10 @@ def test_what_is_no_directory(directory):
 
 
 def test_a_warmup_of_the_full_recipe_set_by_hand_is_kept():
-    with pytest.raises(ValueError, match="sparsity_warmup_steps.*5000.*500"):
+    with pytest.raises(ValueError, match="sparsity_warmup_steps.*5000.*250"):
         SkillConfig(sparsity_warmup_steps=5_000).resolve_steps(750)
     assert SkillConfig(sparsity_warmup_steps=5_000).resolve_steps(30_000).sparsity_warmup == 5_000
-    assert SkillConfig().resolve_steps(3_000).sparsity_warmup == 1_000
+    assert SkillConfig().resolve_steps(3_000).sparsity_warmup == 500
     assert SkillConfig().resolve_steps(30_000).sparsity_warmup == 5_000
     assert SkillConfig(final_warmup_steps=5_000).resolve_steps(30_000).final_warmup == 5_000
 
@@ -195,13 +195,28 @@ def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_that_is_left(
     )
 
 
-def test_steps_shrink_in_proportion_unless_set_by_hand():
-    steps = SkillConfig().resolve_steps(75_000)
-    assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (50_000, 25_000, 5_000, 5_000)
-    steps = SkillConfig().resolve_steps(750)
-    assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (500, 250, 250, 50)
-    steps = SkillConfig(final_steps=100, sparsity_warmup_steps=40, final_warmup_steps=7).resolve_steps(150)
-    assert (steps.joint, steps.final, steps.sparsity_warmup, steps.final_warmup) == (50, 100, 40, 7)
+@pytest.mark.parametrize(
+    "max_steps, expected",
+    [
+        (75_000, (50_000, 25_000, 5_000, 5_000)),
+        (7_500, (5_000, 2_500, 2_500, 500)),
+        # Runs with less steps are cut after a third of them, but not before step 50, if a third of them is left then.
+        (7_497, (2_499, 4_998, 1_250, 1_000)),
+        (750, (250, 500, 125, 100)),
+        (150, (50, 100, 25, 20)),
+        (100, (50, 50, 25, 10)),
+        (75, (50, 25, 25, 5)),
+        (60, (40, 20, 20, 4)),
+        (1, (1, 0, 0, 0)),
+    ],
+)
+def test_steps_fit_the_run(max_steps, expected):
+    assert dataclasses.astuple(SkillConfig().resolve_steps(max_steps)) == expected
+
+
+def test_steps_that_are_set_by_hand_are_kept():
+    config = SkillConfig(final_steps=100, sparsity_warmup_steps=40, final_warmup_steps=7)
+    assert dataclasses.astuple(config.resolve_steps(150)) == (50, 100, 40, 7)
     assert SkillConfig(final_steps=0).resolve_steps(10).final == 0
     assert SkillConfig(final_steps=10).resolve_steps(10).joint == 0
 

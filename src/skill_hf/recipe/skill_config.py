@@ -37,6 +37,10 @@ GATE_TRAVEL = 24.0
 SHORT_STEPS = FULL_STEPS // 10
 SHORT_LEARNING_RATE = 1 / 16
 LEAST_SHARE_LEFT = 1 / 20
+# In such a run the student gains more from steps after the cut than from steps under gates, once these have had the
+# steps that they need to tell units apart.
+SHORT_FINAL_SHARE = 2 / 3
+LEAST_JOINT_STEPS = 50
 
 
 @fields.help_from_docstring
@@ -158,7 +162,8 @@ class SkillConfig:
             smaller student, which saves time and memory; 0 for never. Needs an optimizer whose state has the shapes of
             the parameters, such as AdamW.
         final_steps (`int`, *optional*):
-            Optimizer steps of the second stage, after the cut; a third of all steps by default.
+            Optimizer steps of the second stage, after the cut. By default a third of all steps; in runs of less than
+            7500 steps two thirds, but at most what leaves 50 for the first stage.
         final_learning_rate (`float`, *optional*):
             Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500 steps at least
             1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most 0.95.
@@ -327,8 +332,8 @@ class SkillConfig:
 
     def resolve_steps(self, max_steps: int) -> "StageSteps":
         """
-        The steps of both stages for a run of `max_steps` optimizer steps in total. Defaults are scaled to it; values
-        set by hand are kept.
+        The steps of both stages for a run of `max_steps` optimizer steps in total. Defaults fit it; values set by hand
+        are kept.
 
         Raises:
             `ValueError`: if a stage or its warm-up does not fit.
@@ -337,6 +342,8 @@ class SkillConfig:
         final = self.final_steps
         if final is None:
             final = round(max_steps * FULL_FINAL_STEPS / FULL_STEPS)
+            if max_steps < SHORT_STEPS:
+                final = max(final, min(round(max_steps * SHORT_FINAL_SHARE), max_steps - LEAST_JOINT_STEPS))
         if final > max_steps:
             raise ValueError(
                 f"`final_steps` ({final}) must not exceed the steps of the run, `max_steps` ({max_steps})."
