@@ -73,7 +73,9 @@ NOTHING = "No results yet."
 STYLES = dict(
     zip(
         COMPARED,
-        zip((*COLOURS, DARK, "#999999", "#882255", "#117733", "#AA4499"), (*MARKERS, *"X*pd<"), strict=True),
+        zip(
+            (*COLOURS, DARK, "#999999", "#882255", "#117733", "#AA4499", "#AA7700"), (*MARKERS, *"X*pd<>"), strict=True
+        ),
         strict=True,
     )
 )
@@ -325,7 +327,8 @@ def defaults(study: Study, teacher: str) -> str:
     """
     rows = []
     for condition in conditions_of(study, teacher):
-        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in TUNED}
+        by_hand = (*TUNED, *STAGES)
+        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in by_hand}
         losses = {name: study.values(HELD_OUT, method, condition) for name, method in names.items()}
         if condition.steps not in SHORT_STEPS or not losses["default"]:
             continue
@@ -334,8 +337,8 @@ def defaults(study: Study, teacher: str) -> str:
             name: [loss - default[seed] for seed, loss in found.items() if seed in default]
             for name, found in losses.items()
         }
-        most = max((len(changes[name]) for name in TUNED), default=0)
-        tuned = {name: np.mean(changes[name]) for name in TUNED if most and len(changes[name]) == most}
+        most = max(len(changes[name]) for name in by_hand)
+        tuned = {name: np.mean(changes[name]) for name in by_hand if most and len(changes[name]) == most}
         best = min(tuned, key=tuned.get, default=None)
         rows.append(
             [
@@ -467,7 +470,7 @@ def draw_layers(study: Study):
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color=LIGHT, lw=0.8)
         label_axes(axes, f"{condition.teacher}, {condition.label}", "hidden state", "distance (1 − CKA)")
-    style = {"loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9}
+    style = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 9}
     figure.legend(list(handles.values()), list(handles), **style)
     return figure
 

@@ -38,8 +38,8 @@ METHODS: dict[str, Callable[[int], dict]] = {
 SHAPE = "two layers"
 METHODS[SHAPE] = METHODS["DistilHuBERT"]
 BASELINES = (
-    *("SKILL + projections", "DPHuBERT", "DPHuBERT's layers", "DistilHuBERT", "last layer", "every layer"),
-    *("one group", "early cut", "late cut"),
+    *("SKILL + 6 clusters", "SKILL + projections", "DPHuBERT", "DPHuBERT's layers", "DistilHuBERT", "last layer"),
+    *("every layer", "one group", "early cut", "late cut"),
 )
 UNEQUAL = ("first two apart", "first apart")
 
@@ -48,6 +48,9 @@ OPTIONS: dict[str, Callable[[int], dict]] = {
     # As in SKILL, one for each group; or one for both groups that SKILL finds in these teachers.
     "projections": lambda joint: {"use_projections": True},
     "shared projection": lambda joint: {"projection_groups": [[0, 1]]},
+    # Silhouette finds two.
+    "4 clusters": lambda joint: {"num_clusters": 4},
+    "6 clusters": lambda joint: {"num_clusters": 6},
     "by size": lambda joint: {"group_weights": "size"},
     "normalised": lambda joint: {"normalize_states": True},
     # DPHuBERT's, in proportion to its 50 000 steps, and its multipliers.
@@ -197,7 +200,7 @@ BLOCKS = (
     Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
     Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9, teachers=("hubert",)), FEW),
     Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
-    Block(("early cut", "late cut", "every layer", "one group + projections"), at(0.9), FEW),
+    Block(("SKILL + 4 clusters", "SKILL + 6 clusters", "every layer", "early cut", "late cut"), at(0.9), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL + blocks", "SKILL + layers"), at(0.9, teachers=("wavlm",)), FEW),
     Block((SHAPE, *ROBUST, "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
