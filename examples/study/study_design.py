@@ -112,13 +112,13 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
     """
     method, *options = name.split(" + ")
     fields = {"target_sparsity": sparsity, **COMMON, **METHODS[method](num_layers)}
-    if PUBLISHED in options:
-        final = STAGES["longer first stage"](steps)
-        warmups = {"sparsity_warmup_steps": (steps - final) // 10, "final_warmup_steps": None}
-        return SkillConfig.skill(**fields | warmups, final_steps=final), FULL_LEARNING_RATES[0]
-    for option in STAGES.keys() & options:
+    stages = ["longer first stage"] if PUBLISHED in options else [option for option in options if option in STAGES]
+    for option in stages:
         fields["final_steps"] = STAGES[option](steps)
     joint = SkillConfig(**fields).resolve_steps(steps).joint
+    if PUBLISHED in options:
+        fields |= {"sparsity_warmup_steps": joint // 10, "final_warmup_steps": None}
+        return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
     first, final = SkillConfig(target_sparsity=sparsity).resolve_learning_rates(None, steps, hidden_size)
     for option in options:
         if option in TUNED:

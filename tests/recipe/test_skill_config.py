@@ -200,7 +200,7 @@ def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_that_is_left(
     [
         (75_000, (50_000, 25_000, 5_000, 5_000)),
         (7_500, (5_000, 2_500, 2_500, 500)),
-        # Runs with less steps are cut after a third of them, but not before step 50, if a third of them is left then.
+        # Runs with fewer steps are cut after a third of them, but not before step 50, if a third of them is left then.
         (7_497, (2_499, 4_998, 1_250, 1_000)),
         (750, (250, 500, 125, 100)),
         (150, (50, 100, 25, 20)),
