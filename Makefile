@@ -26,7 +26,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@echo "==> Distilling and pruning the small WavLM of examples/demo (4 to 10 minutes on 2 CPU cores)"
+	@echo "==> Distilling and pruning the small WavLM of examples/demo (a few minutes on 2 CPU cores)"
 	@$(VENV)/bin/python examples/run_skill.py
 
 test: $(INSTALLED)
