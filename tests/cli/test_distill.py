@@ -489,7 +489,8 @@ def test_accelerate_launches_the_module(shared, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_agree_and_save_one_student(shared, tmp_path):
-    settings = on_folder(shared, tmp_path / "out", eval_audio_dir=str(shared / "heldout"))
+    # Without `use_cpu`: there is no GPU to choose.
+    settings = on_folder(shared, tmp_path / "out", eval_audio_dir=str(shared / "heldout"), use_cpu=None)
     # `accelerate launch --cpu` starts several processes only by way of MPI.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = program(*launch, str(EXAMPLES / "run_skill.py"), *command_line(settings))
