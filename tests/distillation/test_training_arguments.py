@@ -805,6 +805,14 @@ def test_what_the_launcher_asks_for_is_checked(monkeypatch, variable, value):
     assert_one_line(error.value)
 
 
+def test_processes_that_would_not_know_each_other(monkeypatch):
+    args = TrainingArguments(output_dir="x", report_to="none")
+    assert args.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="`use_cpu` is False, but there is no GPU for the 2 processes"):
+        SkillDistillationTrainer("/nowhere", args=args)
+
+
 def test_the_card_names_the_precision_of_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = make_trainer(tmp_path, save_strategy="no")

@@ -241,8 +241,12 @@ def check_trainer_arguments(arguments: dict[str, Any]) -> None:
 def check_devices(args: TrainingArguments) -> None:
     """
     Raises:
-        `ValueError`: if one process would train on several devices, or another SIGTERM handler is requested.
+        `ValueError`: if one process would train on several devices, several processes would not know each other, or
+            another SIGTERM handler is requested.
     """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world_size == 1 < processes:
+        refuse("use_cpu", args.use_cpu, f"there is no GPU for the {processes} processes; set it to True")
     if args.n_gpu > 1:
         raise ValueError(
             f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or select one"
