@@ -4,10 +4,12 @@ the teacher itself). Each part compares settings that differ in one thing, for a
 
     python benchmarks/short_runs.py cut --steps 70 --output short_runs.json
     python benchmarks/short_runs.py gates --steps 60 150 --rates 0.02 0.15 none --output short_runs.json
-    python benchmarks/short_runs.py noise --steps 100 --output short_runs.json
+    python benchmarks/short_runs.py noise --steps 60 --output short_runs.json
+    python benchmarks/short_runs.py chain --steps 300 --sparsity 0.9 --output short_runs.json
 
 `cut`: what the units that the cut keeps are scaled by, after the same first stage. `gates`: the learning rate of
-the gates. `noise`: one draw for all micro-batches of a step, or one each.
+the gates. `noise`: one draw for all micro-batches of a step, or one each. `chain`: the sparsity in one run, or in runs
+to 0.5, 0.75 and itself, each from the student of the one before, of a third of the steps each.
 """
 
 import argparse
@@ -35,6 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "examples" / "demo"
 DETERMINISTIC = HardConcreteGate.deterministic
 CLIP_SECONDS = 1.0  # so that a step takes a quarter of a second
+CHAIN = (0.5, 0.75)  # before the sparsity itself
 CALIBRATION = {"calibration_samples": 48, "calibration_seconds": 5.0, "num_clusters": 4}
 
 
@@ -67,7 +70,7 @@ class StopBeforeCut(TrainerCallback):
             raise self.Reached
 
 
-def make_trainer(output_dir: str, steps: int, seed: int, recipe: dict, callbacks=None, **settings):
+def make_trainer(output_dir: str, steps: int, seed: int, recipe: dict, callbacks=None, model=None, **settings):
     set_seed(seed)
     defaults = {
         "per_device_train_batch_size": 8,
@@ -85,6 +88,7 @@ def make_trainer(output_dir: str, steps: int, seed: int, recipe: dict, callbacks
         args=SkillTrainingArguments(output_dir=output_dir, max_steps=steps, seed=seed, **defaults | settings),
         train_dataset=load_audio_dir(DEMO / "audio" / "train"),
         eval_dataset=load_audio_dir(DEMO / "audio" / "heldout"),
+        model=model,
         callbacks=callbacks,
     )
     for collator in (trainer.data_collator, trainer.eval_data_collator):
@@ -139,7 +143,20 @@ def compare_noise(args, sparsity: float, steps: int, seed: int):
             yield name, finish(make_trainer(folder, steps, seed, recipe, **settings))
 
 
-PARTS = {"cut": compare_values, "gates": compare_rates, "noise": compare_noise}
+def compare_chains(args, sparsity: float, steps: int, seed: int):
+    for sparsities in ((sparsity,), (*CHAIN, sparsity)):
+        student = None
+        for target in sparsities:
+            with tempfile.TemporaryDirectory() as folder:
+                recipe = {"target_sparsity": target, "gate_learning_rate": args.rates[0], "final_learning_rate": None}
+                own = {"model": student, "learning_rate": None}
+                trainer = make_trainer(folder, steps // len(sparsities), seed, recipe, **own)
+                row = finish(trainer)
+                student = trainer.model
+        yield " -> ".join(f"{target:g}" for target in sparsities), row
+
+
+PARTS = {"cut": compare_values, "gates": compare_rates, "noise": compare_noise, "chain": compare_chains}
 
 
 def main(arguments: list[str] | None = None) -> None:
