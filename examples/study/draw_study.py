@@ -142,13 +142,14 @@ def per_teacher(make: Callable[[Study, str], str]) -> Callable[[Study], str]:
 
 def setting(study: Study) -> str:
     rows, planned = study.rows, plan()
+    run = len(rows.keys() & planned.keys())
     if not rows:
         return ""
     machines = defaultdict(list)
     for row in rows.values():
         machines[row["settings"]["processor"]].append(row["seconds"]["training"])
     lines = [
-        ["students", f"{len(rows)}, {len(rows.keys() & planned.keys())} of {len(planned)} planned"],
+        ["students", f"{len(rows)} ({run} of the {len(planned)} planned, {len(rows) - run} others)"],
         *([f"of {name}", sum(s.condition.teacher == name for s in rows)] for name in TEACHERS),
         ["tested on tasks, too", sum("scores" in row for row in rows.values())],
         *(
@@ -282,17 +283,18 @@ def options(study: Study, teacher: str) -> str:
     ]
     rows = []
     for base, stages in bases:
+        methods = {f"+ {option}": f"{base} + {option}{stages}" for option in tried}
+        if (base, stages) == bases[0]:
+            methods[f"{SHAPE} instead"] = SHAPE
         pairs = {
-            option: [
-                compare(study, DISTANCE, f"{base} + {option}{stages}", base + stages, condition) for condition in shown
-            ]
-            for option in tried
+            label: [compare(study, DISTANCE, method, base + stages, condition) for condition in shown]
+            for label, method in methods.items()
         }
-        pairs = {option: found for option, found in pairs.items() if any(found)}
+        pairs = {label: found for label, found in pairs.items() if any(found)}
         if pairs:
             plain = [list(study.values(DISTANCE, base + stages, condition).values()) for condition in shown]
             rows.append([f"*{base}{stages}*", *(spread(values, 3) for values in plain)])
-            rows += [[f"+ {option}", *map(option_cell, found)] for option, found in pairs.items()]
+            rows += [[label, *map(option_cell, found)] for label, found in pairs.items()]
     header = ["distance; of options: minus that above", *(condition.label for condition in shown)]
     return table(header, rows) if rows else ""
 
@@ -337,8 +339,7 @@ def defaults(study: Study, teacher: str) -> str:
             name: [loss - default[seed] for seed, loss in found.items() if seed in default]
             for name, found in losses.items()
         }
-        most = max(len(changes[name]) for name in by_hand)
-        tuned = {name: np.mean(changes[name]) for name in by_hand if most and len(changes[name]) == most}
+        tuned = {name: np.mean(differences) for name, differences in changes.items() if differences}
         best = min(tuned, key=tuned.get, default=None)
         rows.append(
             [
@@ -396,7 +397,7 @@ def cuts(study: Study, teacher: str) -> str:
                         condition.label,
                         name,
                         len(found),
-                        spread([row["cut"]["shift"] for row in found], 2, signed=True),
+                        ", ".join(spread([row["cut"]["shift"]], 1, signed=True) for row in found),
                         *(spread(values, 3) for values in zip(*losses, strict=True)),
                         ", ".join(str(sum(row["architecture"]["num_heads"])) for row in found),
                     ]
@@ -482,7 +483,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "against SKILL": per_teacher(against_skill),
     "tasks": per_teacher(tasks),
     "unequal": unequal,
-    "second speaker": robust,
+    "second speaker": lambda study: robust(study) or (robust(study.before) if study.before else ""),
     "options": per_teacher(options),
     "defaults": per_teacher(defaults),
     "options before": lambda study: per_teacher(options)(study.before) if study.before else "",

@@ -194,19 +194,20 @@ OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
 ROBUST = ("SKILL + masked", "SKILL + second speaker")
 FEW = SEEDS[:3]
 DEFAULTS = ("SKILL", *(f"SKILL + {option}" for option in ("projections", PUBLISHED, *TUNED)))
-MAIN = ("SKILL", "one group", "DPHuBERT's layers")
+MAIN = ("SKILL", "SKILL + 6 clusters", "every layer", "one group", "DPHuBERT's layers")
 # What matters most comes first.
 BLOCKS = (
-    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
-    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.9, teachers=("hubert",)), FEW),
-    Block((*MAIN, "SKILL + projections", "DPHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
-    Block(("SKILL + 4 clusters", "SKILL + 6 clusters", "every layer", "early cut", "late cut"), at(0.9), FEW),
+    Block((*MAIN, "DPHuBERT"), at(0.9, teachers=("wavlm",)), SEEDS, with_tasks=True),
+    Block(MAIN, at(0.9, teachers=("hubert",)), SEEDS),
+    Block(("SKILL + projections", "DPHuBERT", "SKILL + 4 clusters", "early cut", "late cut"), at(0.9), FEW),
+    Block(("SKILL + shrinking",), at(0.9), FEW),
+    Block(DEFAULTS, in_short_runs(*SHORT_STEPS[:2]), (0,)),
+    Block(("SKILL",), in_short_runs(*SHORT_STEPS[:2]), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
     Block(("SKILL + blocks", "SKILL + layers"), at(0.9, teachers=("wavlm",)), FEW),
     Block((SHAPE, *ROBUST, "DistilHuBERT"), at(0.75, teachers=("wavlm",)), FEW),
-    Block(DEFAULTS, in_short_runs(*SHORT_STEPS[:2]), (0,)),
     Block(OF_SKILL, at(0.9, teachers=("wavlm",)), FEW),
-    Block((*MAIN, "DPHuBERT", "early cut", "late cut", "every layer"), (*at(0.75), *at(0.9)), FEW),
+    Block((*MAIN, "DPHuBERT", "early cut", "late cut"), (*at(0.75), *at(0.5), *at(0.95)), FEW),
     Block((*MAIN, "DPHuBERT"), at(0.9, 960), FEW),
     Block(DEFAULTS, in_short_runs(*SHORT_STEPS), FEW),
     Block(OF_SKILL, (*at(0.75, teachers=("wavlm",)), *at(0.9, teachers=("hubert",))), FEW),
