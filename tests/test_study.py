@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from conftest import tiny_teacher
 from example_helpers import EXAMPLES, isolate, save_feature_extractor
+from transformers import AutoModel
 
 
 sys.path.insert(0, str(EXAMPLES / "study"))
@@ -19,19 +20,43 @@ import study_design  # noqa: E402
 import study_probes  # noqa: E402
 import study_results  # noqa: E402
 from pretrain_teacher import HELDOUT_LIBRISPEECH_SPEAKERS  # noqa: E402
-from study_design import BASELINES, METHODS, OPTIONS, SEEDS, SHAPE, Block, Condition, Student, at, plan, recipe  # noqa: E402
+from study_design import (  # noqa: E402
+    BASELINES,
+    HIGHEST,
+    METHODS,
+    OPTIONS,
+    SEEDS,
+    SHAPE,
+    TEACHERS,
+    Block,
+    Condition,
+    Student,
+    at,
+    plan,
+    recipe,
+)
 
 from skill_hf import SkillConfig  # noqa: E402
+from skill_hf.distillation.recipe_validation import validate_recipe  # noqa: E402
+from skill_hf.models.families import build_student  # noqa: E402
 
 
 def test_plan_compares_all_methods_at_all_sparsities_on_both_teachers():
     planned = plan()
-    for sparsity, steps in [(0.5, 240), (0.75, 240), (0.9, 240), (0.9, 960), (0.95, 240)]:
-        for condition in at(sparsity, steps):
-            for method in ("SKILL", *BASELINES):
-                assert {Student(method, condition, seed) for seed in SEEDS} <= planned.keys()
+    conditions = [*at(0.5), *at(0.75), *at(0.9), *at(0.9, 960), *HIGHEST]
+    for condition in conditions:
+        for method in ("SKILL", *BASELINES):
+            assert {Student(method, condition, seed) for seed in SEEDS} <= planned.keys()
     assert {condition.teacher for condition in at(0.5)} == {"wavlm", "hubert"}
     assert len({student.key for student in planned}) == len(planned)
+
+
+@pytest.mark.parametrize("condition", HIGHEST)
+def test_planned_sparsities_can_be_reached(condition):
+    teacher = AutoModel.from_pretrained(TEACHERS[condition.teacher])
+    validate_recipe(SkillConfig(target_sparsity=condition.sparsity), teacher, build_student(teacher))
+    planned = {student.condition.sparsity for student in plan() if student.condition.teacher == condition.teacher}
+    assert max(planned) == condition.sparsity
 
 
 def test_students_of_two_blocks_are_planned_once_and_tested_if_one_block_says_so(monkeypatch):
