@@ -140,11 +140,16 @@ def per_teacher(make: Callable[[Study, str], str]) -> Callable[[Study], str]:
     return block
 
 
+def of_before(make: Callable[[Study], str]) -> Callable[[Study], str]:
+    """The same, of the students of the recipe before."""
+    return lambda study: make(study.before) if study.before else ""
+
+
 def setting(study: Study) -> str:
     rows, planned = study.rows, plan()
-    run = len(rows.keys() & planned.keys())
     if not rows:
         return ""
+    run = len(rows.keys() & planned.keys())
     machines = defaultdict(list)
     for row in rows.values():
         machines[row["settings"]["processor"]].append(row["seconds"]["training"])
@@ -329,8 +334,7 @@ def defaults(study: Study, teacher: str) -> str:
     """
     rows = []
     for condition in conditions_of(study, teacher):
-        by_hand = (*TUNED, *STAGES)
-        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in by_hand}
+        names = {"default": "SKILL"} | {option: f"SKILL + {option}" for option in (*TUNED, *STAGES)}
         losses = {name: study.values(HELD_OUT, method, condition) for name, method in names.items()}
         if condition.steps not in SHORT_STEPS or not losses["default"]:
             continue
@@ -368,6 +372,8 @@ def defaults(study: Study, teacher: str) -> str:
 def robust(study: Study) -> str:
     """What distortions of the student's input give, for what the student hears."""
     condition = Condition("wavlm", 0.75)
+    if not any(study.rows_of(name, condition) for name in ROBUST):
+        return ""
     rows = []
     for name in ("SKILL", *ROBUST):
         cells = [
@@ -483,10 +489,10 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "against SKILL": per_teacher(against_skill),
     "tasks": per_teacher(tasks),
     "unequal": unequal,
-    "second speaker": lambda study: robust(study) or (robust(study.before) if study.before else ""),
+    "second speaker": lambda study: robust(study) or of_before(robust)(study),
     "options": per_teacher(options),
     "defaults": per_teacher(defaults),
-    "options before": lambda study: per_teacher(options)(study.before) if study.before else "",
+    "options before": of_before(per_teacher(options)),
     "against before": per_teacher(against_before),
     "cuts": per_teacher(cuts),
 }
