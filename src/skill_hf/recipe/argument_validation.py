@@ -244,9 +244,8 @@ def check_devices(args: TrainingArguments) -> None:
         `ValueError`: if one process would train on several devices, several processes would not know each other, or
             another SIGTERM handler is requested.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.world_size == 1 < processes:
-        refuse("use_cpu", args.use_cpu, f"there is no GPU for the {processes} processes; set it to True")
+    if args.world_size == 1 < launched_processes():
+        refuse("use_cpu", args.use_cpu, f"there is no GPU for the {launched_processes()} processes; set it to True")
     if args.n_gpu > 1:
         raise ValueError(
             f"One process cannot train on {args.n_gpu} devices; start it with `accelerate launch`, or select one"
@@ -254,6 +253,11 @@ def check_devices(args: TrainingArguments) -> None:
         )
     if args.enable_jit_checkpoint:
         raise ValueError("`enable_jit_checkpoint` must be False: SIGTERM writes a checkpoint without it.")
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started, whether or not they know each other."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def refuse(name: str, value, why: str):
@@ -419,7 +423,7 @@ def _check_accelerator_config(args) -> None:
             settings,
             "the number of steps is set with `gradient_accumulation_steps`",
         )
-    if config.get("dispatch_batches") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if config.get("dispatch_batches") and launched_processes() > 1:
         refuse(
             "accelerator_config.dispatch_batches",
             True,

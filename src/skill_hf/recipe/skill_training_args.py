@@ -1,14 +1,13 @@
 """`SkillTrainingArguments`: transformers' training arguments with the published recipe as defaults."""
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 
-from .argument_validation import check_arguments, one_line, refuse
+from .argument_validation import check_arguments, launched_processes, one_line, refuse
 from .fields import help_from_docstring
 from .skill_config import FULL_STEPS
 
@@ -103,8 +102,7 @@ class SkillTrainingArguments(TrainingArguments):
                 self.per_device_train_batch_size,
                 "`seconds_per_batch` is set, too; choose one",
             )
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if several and not (torch.accelerator.is_available() or is_torch_xla_available()):
+        if launched_processes() > 1 and not (torch.accelerator.is_available() or is_torch_xla_available()):
             # Else each process that torchrun starts would make a student of its own.
             self.use_cpu = True
         check_arguments(self)
