@@ -48,6 +48,7 @@ def row_of(method: str, seed: int, distance: float = 0.5, condition=WAVLM, setti
         "settings": {
             "batch_size": 4,
             "max_seconds": 2.0,
+            "precision": "bfloat16",
             "processor": "some processor",
             "python": "3.11",
             "torch": "2.13",

@@ -152,7 +152,8 @@ def setting(study: Study) -> str:
     run = len(rows.keys() & planned.keys())
     machines = defaultdict(list)
     for row in rows.values():
-        machines[row["settings"]["processor"]].append(row["seconds"]["training"])
+        kind = f"{row['settings']['processor']}, {row['settings']['precision']}"
+        machines[kind].append(row["seconds"]["training"])
     lines = [
         ["students", f"{len(rows)} ({run} of the {len(planned)} planned, {len(rows) - run} others)"],
         *([f"of {name}", sum(s.condition.teacher == name for s in rows)] for name in TEACHERS),
