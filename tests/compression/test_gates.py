@@ -71,6 +71,13 @@ def test_open_units_are_a_multiple(size, multiple_of, min_open, probability, exp
     assert int((gate.deterministic() > 0).sum()) == expected
 
 
+def test_of_gates_that_are_equal_the_first_stay_open():
+    gate = gate_with([4.6] * 200 + [9.0] + [-9.0] * 3)
+    gate.shift = -4.6 + 2 / 3 * math.log(0.1 / 1.1)  # those that are equal are then even odds
+    assert gate.num_open() == 101
+    assert gate.deterministic().nonzero().flatten().tolist() == [*range(100), 200]
+
+
 def test_sample_has_gradients_and_obeys_its_generator():
     gate = gate_with([0.0] * 50)
     one = sample(gate.log_alpha, torch.Generator().manual_seed(3))

@@ -14,7 +14,7 @@ class Distiller(nn.Module):
         self.lambda_1, self.lambda_2 = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
 
 
-def optimizer_of(model, /, decayed=("linear.weight",), **kwargs):
+def optimizer_of(model, /, decayed=("linear.weight",), max_log_alpha=None, **kwargs):
     return make_optimizer(
         model,
         torch.optim.AdamW,
@@ -23,6 +23,7 @@ def optimizer_of(model, /, decayed=("linear.weight",), **kwargs):
         weight_decay=0.5,
         learning_rate=0.1,
         gate_learning_rate=0.2,
+        max_log_alpha=max_log_alpha,
     )
 
 
@@ -44,6 +45,26 @@ def test_gates_have_their_own_rate_and_no_decay():
 def test_groups_without_a_parameter_are_left_out():
     groups = optimizer_of(nn.Linear(2, 2), decayed=("weight", "bias")).param_groups
     assert [len(group["params"]) for group in groups] == [2]
+
+
+@pytest.mark.parametrize("limit", [0.3, None])
+def test_no_step_opens_a_gate_beyond_its_limit(limit):
+    model = Distiller()
+    del model.lambda_1, model.lambda_2
+    nn.init.zeros_(model.linear.bias)
+    optimizer = optimizer_of(model, max_log_alpha=limit)
+    resumed = optimizer_of(model, max_log_alpha=limit)
+    for turn in (optimizer, resumed):
+        resumed.load_state_dict(optimizer.state_dict())
+        for _ in range(4):
+            model.gate.log_alpha.grad = torch.tensor([-1.0, 1.0, 0.0])
+            model.linear.bias.grad = torch.full((2,), -1.0)
+            model.linear.weight.grad = torch.zeros(2, 2)
+            turn.step()
+        opened, closed, still = model.gate.log_alpha.tolist()
+        assert opened == pytest.approx(0.3) if limit else opened > 0.6
+        assert closed < -0.6 and still == 0
+    assert (model.linear.bias > 0.31).all()  # of other parameters there is no limit
 
 
 @pytest.mark.parametrize("name", sorted(OWN_GROUPS))

@@ -549,6 +549,27 @@ def test_learned_multipliers_drive_the_sparsity_past_the_target(tmp_path, clips)
     assert abs(left / trainer.teachers[0].num_parameters - 0.5) < 0.01
 
 
+@pytest.mark.parametrize("multiplier", ["estimated", "learned"])
+def test_gates_have_a_limit_unless_the_recipe_is_the_published_one(tmp_path, clips, multiplier):
+    largest = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if trainer.stage == 1:
+                gates = trainer.student.gating.gates
+                largest.append(max(gate.log_alpha.max().item() for gate in gates))
+
+    recipe = {"lagrange_multiplier": multiplier, "layer_groups": [[0, 1], [2, 3]]}
+    trainer = make_trainer(tmp_path, clips, recipe=recipe, callbacks=[Watch()], save_strategy="no")
+    trainer.train()
+    assert largest
+    # They start at 4.6, on average, and at first some open further.
+    if multiplier == "estimated":
+        assert max(largest) == pytest.approx(4.6)
+    else:
+        assert max(largest) > 4.65
+
+
 def test_an_estimated_multiplier_follows_the_target_whatever_the_scale_of_the_loss(tmp_path, clips):
     def sparsities(scale: float) -> np.ndarray:
         trainer = make_trainer(

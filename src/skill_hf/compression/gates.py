@@ -15,6 +15,9 @@ EPSILON = 1e-6
 OPEN_SHIFT = BETA * math.log(-LOW / HIGH)
 # In eval mode a gate that stays open has the value sigmoid(MAGIC * log_alpha / BETA), as in CoFi (arXiv 2204.00408).
 MAGIC = 0.8
+# Gates are kept from opening further than most of them start. Beyond, neither the loss nor the sparsity has a gradient
+# that could close them, however large the multiplier. The authors of the hard concrete distribution stop at log 100.
+MAX_LOG_ALPHA = 4.6
 
 
 class HardConcreteGate(nn.Module):
@@ -76,7 +79,9 @@ class HardConcreteGate(nn.Module):
 
     def deterministic(self) -> torch.Tensor:
         """The value in eval mode, `(size,)`."""
-        kept = torch.zeros_like(self.log_alpha).index_fill(0, self.log_alpha.topk(self.num_open()).indices, 1.0)
+        # Many gates are equal, at their limit; unlike `topk`, a stable sort takes the same of them on every device.
+        order = self.log_alpha.argsort(descending=True, stable=True)
+        kept = torch.zeros_like(self.log_alpha).index_fill(0, order[: self.num_open()], 1.0)
         if self.is_binary:
             return kept
         # The larger of the values before and after the shift: training knew the kept units by the first.

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..compression.budgets import make_budget
-from ..compression.gates import noise_seed
+from ..compression.gates import MAX_LOG_ALPHA, noise_seed
 from ..compression.pruning import num_parameters
 from ..data.audio import AudioError
 from ..data.collator import SpeechCollator
@@ -334,6 +334,7 @@ class DistillationTrainer(EngineTrainer):
             weight_decay=self.args.weight_decay,
             learning_rate=self.args.learning_rate,
             gate_learning_rate=self.skill_config.resolve_gate_learning_rate(self.steps.joint),
+            max_log_alpha=MAX_LOG_ALPHA if self.skill_config.lagrange_multiplier == "estimated" else None,
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

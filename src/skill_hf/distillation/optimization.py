@@ -1,5 +1,7 @@
 """The optimizer of a stage, with separate groups for weights, norms and gates."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -60,6 +62,7 @@ def make_optimizer(
     weight_decay: float,
     learning_rate: float,
     gate_learning_rate: float,
+    max_log_alpha: float | None = None,
 ) -> torch.optim.Optimizer:
     """
     An optimizer over all trainable parameters of `model`.
@@ -70,6 +73,8 @@ def make_optimizer(
         decayed (`set[str]`): names of parameters that weight decay applies to; gates are not among them.
         weight_decay, learning_rate (`float`): of this stage; they override `kwargs`.
         gate_learning_rate (`float`): of gates and Lagrange multipliers.
+        max_log_alpha (`float`, *optional*): what each step keeps gates from exceeding, for models without learned
+            multipliers.
 
     Raises:
         `ValueError`: if the optimizer makes its own parameter groups.
@@ -87,4 +92,14 @@ def make_optimizer(
             is_gate = name.endswith(GATE_PARAMETERS)
             group = "gates" if is_gate else "decayed" if name in decayed else "not_decayed"
             groups[group]["params"].append(parameter)
-    return cls([group for group in groups.values() if group["params"]], **kwargs | {"lr": learning_rate})
+    optimizer = cls([group for group in groups.values() if group["params"]], **kwargs | {"lr": learning_rate})
+    if max_log_alpha is not None and groups["gates"]["params"]:
+        optimizer.register_step_post_hook(partial(limit_gates, max_log_alpha=max_log_alpha))
+    return optimizer
+
+
+@torch.no_grad()
+def limit_gates(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict, max_log_alpha: float) -> None:
+    """Clips the gates, which are the last group of `optimizer`, after a step of it."""
+    for log_alpha in optimizer.param_groups[-1]["params"]:
+        log_alpha.clamp_(max=max_log_alpha)
