@@ -174,8 +174,15 @@ def test_tables_by_hand(results):
     assert "SKILL's groups: {0–2}, {3–12}." in blocks["layers"]
     (results / "before").mkdir()
     write_rows(results / "before", [row_of("SKILL", seed, distance) for seed, distance in ((0, 0.13), (1, 0.17))])
-    before = make_blocks(read_study(results), ".")["against before"]
-    assert "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 2 | 0.150 ± 0.028 | −0.110 ± 0.014 | 0.058 |" in before
+    far = [row_of(name, 0, distance) for name, distance in (("SKILL", 0.2), ("SKILL + masked", 0.6))]
+    (results / "before" / "before").mkdir()
+    write_rows(results / "before" / "before", far)
+    earlier = make_blocks(read_study(results), ".")
+    change = "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 2 | 0.150 ± 0.028 | −0.110 ± 0.014 | 0.058 |"
+    assert change in earlier["against before"]
+    assert "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 1 | 0.200 | −0.070 | – |" in earlier["against the first"]
+    assert "| + masked | +0.400 (0 of 1 better, p –) |" in earlier["options of the first"]
+    assert earlier["options before"] == NOTHING
     assert "| 0.9 | 60 | −0.500 (1) | −0.100 (1) gates halved | 0.500 (1) | – | 0.100 (1) |" in blocks["defaults"]
 
 
@@ -237,8 +244,8 @@ def test_study_of_several_stages_is_drawn(results, tmp_path, capsys):
     masked = row_of("SKILL + masked", 0) | {"distances_second_speaker": {"cka": [0.5] * 13}}
     short = row_of("SKILL", 0, condition=Condition("wavlm", 0.5, 60)) | {"held_out": {"end": -0.5}}
     rows += [row_of("SKILL + blocks", 0), row_of("first apart", 0), masked, short]
-    (results / "before").mkdir()
-    for directory in (results, results / "before"):
+    (results / "before" / "before").mkdir(parents=True)
+    for directory in (results, results / "before", results / "before" / "before"):
         write_rows(directory, rows)
     page = all_blocks(tmp_path / "study.md")
     args = DrawArguments(results, page, tmp_path / "pictures" / "of")
@@ -266,7 +273,8 @@ def test_study_that_has_only_begun_is_drawn(have, tmp_path):
         write_rows(results, [row_of("SKILL", 0), row_of("DPHuBERT", 0)])
     page = all_blocks(tmp_path / "study.md")
     draw_study.run(DrawArguments(results, page, tmp_path))
-    rest = {"unequal", "second speaker", "options", "defaults", "options before", "against before"}
+    rest = {"unequal", "second speaker", "options", "defaults", "against before", "distances before", "options before"}
+    rest |= {"against SKILL before", "against the first", "options of the first"}
     empty = {
         "nothing": set(TABLES),
         "references alone": set(TABLES),

@@ -337,6 +337,6 @@ def test_study_goes_on_where_it_was_and_can_be_drawn(speech, tmp_path, monkeypat
     page.write_text("".join(f"<!-- study: {name} -->\n<!-- end -->\n" for name in draw_study.TABLES), encoding="utf-8")
     draw_study.run(draw_study.DrawArguments(args.results, page, tmp_path / "figures"))
     assert (
-        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 6
-    )  # unequal groups, second speaker, layers at 240 steps, short runs, and both tables of the recipe before
+        page.read_text(encoding="utf-8").count(draw_study.NOTHING) == 10
+    )  # unequal groups, second speaker, layers at 240 steps, short runs, and the six tables of recipes before
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {draw_study.PICTURES["distances"].file}

@@ -145,6 +145,11 @@ def of_before(make: Callable[[Study], str]) -> Callable[[Study], str]:
     return lambda study: make(study.before) if study.before else ""
 
 
+def latest(make: Callable[[Study], str]) -> Callable[[Study], str]:
+    """The same, of the latest recipe that has such students."""
+    return lambda study: next(filter(None, map(make, study.generations())), "")
+
+
 def setting(study: Study) -> str:
     rows, planned = study.rows, plan()
     if not rows:
@@ -490,11 +495,15 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "against SKILL": per_teacher(against_skill),
     "tasks": per_teacher(tasks),
     "unequal": unequal,
-    "second speaker": lambda study: robust(study) or of_before(robust)(study),
+    "second speaker": latest(robust),
     "options": per_teacher(options),
     "defaults": per_teacher(defaults),
-    "options before": of_before(per_teacher(options)),
     "against before": per_teacher(against_before),
+    "distances before": of_before(per_teacher(distances)),
+    "against SKILL before": of_before(per_teacher(against_skill)),
+    "options before": of_before(per_teacher(options)),
+    "against the first": of_before(per_teacher(against_before)),
+    "options of the first": of_before(of_before(per_teacher(options))),
     "cuts": per_teacher(cuts),
 }
 

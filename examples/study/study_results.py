@@ -32,12 +32,16 @@ class Study:
     Args:
         rows: student -> what was measured.
         references: teacher -> encoder -> `scores` (metric -> a value for each seed) and `learning_rates`.
-        before: students of the recipe that was the default before.
+        before: students of the recipe that was the default before, and so on.
     """
 
     rows: dict[Student, dict]
     references: dict[str, dict[str, dict]]
     before: "Study | None" = None
+
+    def generations(self) -> list["Study"]:
+        """This study, that of the recipe before, that of the one before it."""
+        return [self, *(self.before.generations() if self.before else ())]
 
     def rows_of(self, method: str, condition: Condition) -> dict[int, dict]:
         """Seed -> row, of the seeds that a method has been run with."""
@@ -57,9 +61,14 @@ class Study:
         return np.array(self.references.get(teacher, {}).get(encoder, {}).get("scores", {}).get(metric, []))
 
 
-def read_study(directory: Path) -> Study:
+def read_study(directory: Path, references: dict[str, dict[str, dict]] | None = None) -> Study:
     """
-    Reads `students.*.jsonl` and `references.*.json`, whichever there are, and the same of the directory `before`.
+    Reads `students.*.jsonl` and `references.*.json`, whichever there are, and the same of the directory `before`. One
+    without references has those of the directory above it.
+
+    Args:
+        directory: with results, and perhaps with a directory `before`.
+        references: of the directory above it.
 
     Raises:
         `ValueError`: if the directory is missing, or if students were trained with different settings.
@@ -76,11 +85,12 @@ def read_study(directory: Path) -> Study:
             )
     students = dict.fromkeys([*plan(), *map(Student.of_key, found)])
     paths = {teacher: directory / f"references.{teacher}.json" for teacher in TEACHERS}
+    references = (references or {}) | {teacher: read_json(path) for teacher, path in paths.items() if path.is_file()}
     before = directory / "before"
     return Study(
         rows={student: found[student.key] for student in students if student.key in found},
-        references={teacher: read_json(path) for teacher, path in paths.items() if path.is_file()},
-        before=read_study(before) if before.is_dir() else None,
+        references=references,
+        before=read_study(before, references) if before.is_dir() else None,
     )
 
 

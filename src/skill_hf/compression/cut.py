@@ -31,11 +31,10 @@ def fit_to_cost(student: PreTrainedModel, target_cost: int, costs: UnitCosts, te
         shift = pruning.fit_gates(student, target_cost, costs)
         logger.warning(
             "At the end of stage 1 the gates leave %s %s, but the target is %s; all log_alpha are shifted by %.3f to"
-            " choose the units to cut. More steps or a %s `gate_learning_rate` brings stage 1 closer to the target.",
+            " choose the units to cut.",
             f"{cost:,}",
             costs.quantity,
             f"{target_cost:,}",
             shift,
-            "larger" if cost > target_cost else "smaller",
         )
     return {"left": cost, "wanted": target_cost, "shift": shift}

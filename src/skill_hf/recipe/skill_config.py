@@ -150,7 +150,7 @@ class SkillConfig:
         lagrange_multiplier (`str`, *optional*, defaults to `"estimated"`):
             How the pressure on the size is found: `estimated` at each step from the gradients (see
             [`~skill_hf.compression.multiplier.MultiplierEstimate`]), or `learned` by gradient ascent, as in DPHuBERT.
-            In short runs learned multipliers miss the target by far.
+            In short runs learned multipliers miss the target by far. With `estimated`, no `log_alpha` exceeds 4.6.
         gate_learning_rate (`float`, *optional*):
             Peak learning rate of the gates and of learned multipliers. By default DPHuBERT's 0.02, and more in
             short runs, where it would be too small to close a gate (see [`gate_travel`]).
