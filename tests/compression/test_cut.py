@@ -27,6 +27,7 @@ def test_gates_are_shifted_where_the_cut_would_miss_its_target(caplog, target_of
     cut = fit_to_cost(student, target, costs, teacher_cost)
     assert (cut["left"], cut["wanted"]) == (cost, target)
     assert np.sign(cut["shift"]) == shifted
+    assert bool(caplog.text) == bool(shifted)
     left = cost_after_pruning(student, costs)
     assert abs(left - target) <= 0.01 * teacher_cost
     assert (f"leave {cost:,} parameters, but the target is {target:,}" in caplog.text) == bool(shifted)

@@ -37,7 +37,7 @@ def test_the_summary_has_a_line_for_each_moment():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"after": -0.8 + MAX_LOSS_RISE + 0.01}, ["0.21", "target_sparsity", "gate_learning_rate", "More steps"]),
+        ({"after": -0.8 + MAX_LOSS_RISE + 0.01}, ["0.21", "max_steps", "gate_learning_rate", "target_sparsity"]),
         ({"cosine": MIN_COSINE_SIMILARITY - 0.1}, ["0.70", "target_sparsity"]),
     ],
 )

@@ -107,8 +107,8 @@ class RunRecord:
             return []
         return [
             f"The loss rose by {rise:.2f} over the cut (up to {MAX_LOSS_RISE} is usual): stage 1 ended before its"
-            " gates had closed. Lower `target_sparsity`; leave out `gate_learning_rate`, if it is set. More steps mend"
-            " what the cut breaks, but near the highest sparsity they do not close more gates."
+            " gates had closed. Lower `target_sparsity`; leave out `gate_learning_rate`, if it is set. More steps"
+            " (`max_steps`) mend what the cut breaks, but near the highest sparsity they do not close more gates."
         ]
 
     def advice_on_student(self) -> list[str]:
