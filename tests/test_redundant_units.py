@@ -53,6 +53,7 @@ def test_counts_by_hand():
     assert twins_kept({"heads": [[0, 1]]}, 4)[0] == 50
 
 
+@pytest.mark.nightly
 def test_a_row_for_each_teacher_and_start(tmp_path):
     tiny_teacher(num_attention_heads=4).save_pretrained(tmp_path / "teacher")
     save_feature_extractor(tmp_path / "teacher")

@@ -134,7 +134,7 @@ def by_fsdp(output, number):
     return trainer, results
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_fsdp_equals_data_parallelism(tmp_path):
     ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
     fsdp, others = run_in_processes(by_fsdp, tmp_path / "by_fsdp", number=2)
@@ -221,8 +221,10 @@ def by_variant(output, number):
     return trainer, result | {"scale": scale}
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow if name == "defaults" else pytest.mark.nightly) for name in VARIANTS],
+)
 def test_fsdp_with(tmp_path, variant):
     (tmp_path / variant).mkdir()
     ddp, fsdp = [run_in_processes(by_variant, tmp_path / variant / engine, number=2)[0] for engine in ("ddp", "fsdp")]

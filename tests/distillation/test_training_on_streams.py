@@ -91,7 +91,7 @@ def numbers_in(batch: torch.Tensor) -> list[int]:
                 "seconds_per_batch": 3.0,
                 "per_device_train_batch_size": None,
             },
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=["clips", "seconds", "workers", "seconds, workers and accumulation"],

@@ -6,6 +6,7 @@ the Python files of a repository.
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,14 +108,20 @@ def publish(root: Path) -> None:
     (root / "broken" / "config.json").write_text(json.dumps(config | {"intermediate_sizes": [5, 0, 47]}))
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    publish(root)
+    return root
+
+
 @pytest.fixture(
     scope="module",
     params=["installed", "4.57.6", pytest.param("5.18.0", marks=pytest.mark.nightly)],
 )
-def visit(request, tmp_path_factory) -> tuple[str, Path, dict]:
+def visit(request, published, tmp_path_factory) -> tuple[str, Path, dict]:
     """A version of transformers, the published directories, and what a process with that version saw there."""
-    root = tmp_path_factory.mktemp("published")
-    publish(root)
+    root = shutil.copytree(published, tmp_path_factory.mktemp("visited") / request.param)
     environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     if VERSIONS[request.param]:
         environment["PYTHONPATH"] = str(install(f"transformers-{request.param}", *VERSIONS[request.param]))
