@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from conftest import tiny_teacher
 from example_helpers import EXAMPLES, isolate, save_feature_extractor
-from transformers import AutoModel
+from transformers import AutoModel, HubertConfig
 
 
 sys.path.insert(0, str(EXAMPLES / "study"))
@@ -92,26 +92,32 @@ def test_students_of_two_blocks_are_planned_once_and_tested_if_one_block_says_so
 )
 def test_methods_have_the_groups_of_their_names(name, twelve, eight):
     for layers, groups in ((12, twelve), (8, eight)):
-        config, _ = recipe(name, 0.9, 240, layers, 256)
+        config, _ = recipe(name, 0.9, 240, HubertConfig(num_hidden_layers=layers))
         assert config.layer_groups == groups and config.target_sparsity == 0.9
         assert config.projection_groups == ([[0], [1, 2, 3]] if name == "DPHuBERT" else None)
         assert config.student_layers == ("last" if name == "DistilHuBERT" else "group")
 
 
+WIDTH_256 = HubertConfig(hidden_size=256)
+
+
 def fields_of(name: str) -> dict:
-    return recipe(name, 0.75, 240, 12, 256)[0].to_dict()
+    return recipe(name, 0.75, 240, WIDTH_256)[0].to_dict()
 
 
 def test_tuning_changes_learning_rates_alone():
-    (plain, first), (halved, half) = (recipe(name, 0.9, 60, 12, 256) for name in ("SKILL", "SKILL + rates halved"))
+    (plain, first), (halved, half) = (recipe(name, 0.9, 60, WIDTH_256) for name in ("SKILL", "SKILL + rates halved"))
     rates = {"final_learning_rate": half, "gate_learning_rate": plain.resolve_gate_learning_rate(40)}
     assert half == first / 2 and halved.to_dict() == plain.to_dict() | rates
-    gates = recipe("SKILL + gates doubled", 0.9, 60, 12, 256)[0]
+    gates = recipe("SKILL + gates doubled", 0.9, 60, WIDTH_256)[0]
     assert gates.gate_learning_rate == 2 * halved.gate_learning_rate and gates.final_learning_rate == first
-    published, rate = recipe("SKILL + as published", 0.9, 60, 12, 256)
+    published, rate = recipe("SKILL + as published", 0.9, 60, WIDTH_256)
     assert (rate, published.final_learning_rate, published.gate_learning_rate) == (2e-4, 1e-4, 0.02)
     assert published.lagrange_multiplier == "learned" and published.resolve_steps(60).sparsity_warmup == 4
-    assert recipe("SKILL + as published", 0.9, 240, 12, 256)[0].resolve_steps(240).joint == 160
+    assert recipe("SKILL + as published", 0.9, 240, WIDTH_256)[0].resolve_steps(240).joint == 160
+    pre_norm = HubertConfig(hidden_size=256, do_stable_layer_norm=True)
+    final = recipe("SKILL + rates halved", 0.9, 60, pre_norm)[0].final_learning_rate
+    assert final == pytest.approx(5**0.5 * half)
 
 
 def test_stages_of_another_length():

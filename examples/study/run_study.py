@@ -149,7 +149,7 @@ class Workbench:
     def distil(self, student: Student) -> SkillDistillationTrainer:
         condition, shape = student.condition, self.teacher.config
         layers = shape.num_hidden_layers
-        config, learning_rate = recipe(student.method, condition.sparsity, condition.steps, layers, shape.hidden_size)
+        config, learning_rate = recipe(student.method, condition.sparsity, condition.steps, shape)
         two_teachers = [str(TEACHERS[name]) for name in sorted(TEACHERS, key=lambda name: name != self.name)]
         set_seed(student.seed)
         with tempfile.TemporaryDirectory() as directory:

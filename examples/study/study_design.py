@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from skill_hf import SkillConfig
 from skill_hf.compression.units import DEFAULT_KINDS
 from skill_hf.recipe.published_recipes import dphubert_layers
@@ -96,7 +98,7 @@ def consecutive(layers: int, *starts: int) -> list[list[int]]:
     return [list(range(low, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size: int) -> tuple[SkillConfig, float]:
+def recipe(name: str, sparsity: float, steps: int, shape: PreTrainedConfig) -> tuple[SkillConfig, float]:
     """
     The recipe of a student, and the learning rate of its first stage.
 
@@ -105,13 +107,13 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
             [`PUBLISHED`]: `SKILL + by size + normalised`.
         sparsity (`float`): share of the parameters to remove.
         steps (`int`): optimizer steps of both stages.
-        num_layers, hidden_size (`int`): of the teacher.
+        shape ([`~transformers.PreTrainedConfig`]): of the teacher.
 
     Raises:
         `KeyError`: if there is no such method or option.
     """
     method, *options = name.split(" + ")
-    fields = {"target_sparsity": sparsity, **COMMON, **METHODS[method](num_layers)}
+    fields = {"target_sparsity": sparsity, **COMMON, **METHODS[method](shape.num_hidden_layers)}
     stages = ["longer first stage"] if PUBLISHED in options else [option for option in options if option in STAGES]
     for option in stages:
         fields["final_steps"] = STAGES[option](steps)
@@ -119,7 +121,8 @@ def recipe(name: str, sparsity: float, steps: int, num_layers: int, hidden_size:
     if PUBLISHED in options:
         fields |= {"sparsity_warmup_steps": joint // 10, "final_warmup_steps": None}
         return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
-    first, final = SkillConfig(target_sparsity=sparsity).resolve_learning_rates(None, steps, hidden_size)
+    default = SkillConfig(target_sparsity=sparsity)
+    first, final = default.resolve_learning_rates(None, steps, shape.hidden_size, shape.do_stable_layer_norm)
     for option in options:
         if option in TUNED:
             of_student, of_gates = TUNED[option]

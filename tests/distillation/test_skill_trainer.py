@@ -458,6 +458,8 @@ def test_variants_of_the_recipe_train(layout, tmp_path, clips, recipe):
     trainer.train()
     left = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert abs(left / trainer.teachers[0].num_parameters - 0.25) < 0.01
+    least = 1 / (16 * 0.25 * trainer.teacher.config.hidden_size)
+    assert trainer.learning_rates[1] == pytest.approx(least * 2**0.5 if layout == "large" else least)
     if "layer_groups" in recipe:
         assert trainer.layer_similarity is None
         assert trainer.layer_groups == recipe["layer_groups"]

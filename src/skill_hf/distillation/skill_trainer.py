@@ -204,8 +204,9 @@ class SkillDistillationTrainer(PublishingTrainer):
     def resolve_recipe(self) -> None:
         """Sets steps and learning rates of the stages, as far as they are not set by hand."""
         self.steps = self.skill_config.resolve_steps(self._total_steps())
+        shape = self.teacher.config
         self.learning_rates = self.skill_config.resolve_learning_rates(
-            self.args.learning_rate, self.steps.total, self.teacher.config.hidden_size
+            self.args.learning_rate, self.steps.total, shape.hidden_size, shape.do_stable_layer_norm
         )
 
     def _setup(self) -> None:

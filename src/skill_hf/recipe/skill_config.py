@@ -33,7 +33,8 @@ SPARSITY_WARMUP_SHARE = 1 / 2
 GATE_TRAVEL = 24.0
 # A run with fewer steps has time for larger updates: its learning rates are this over the width that is to be left,
 # about the teacher's times 1 - `target_sparsity`, since the updates of adaptive optimizers add up over the inputs of a
-# layer (arXiv 2203.03466). Smaller shares, for which no rates have been tried, count as `LEAST_SHARE_LEFT`.
+# layer (arXiv 2203.03466). Pre-norm layers stand more (arXiv 2002.04745) and need it at high sparsity, where the cut
+# costs them more. Smaller shares, for which no rates have been tried, count as `LEAST_SHARE_LEFT`.
 SHORT_STEPS = FULL_STEPS // 10
 SHORT_LEARNING_RATE = 1 / 16
 LEAST_SHARE_LEFT = 1 / 20
@@ -166,7 +167,8 @@ class SkillConfig:
             7500 steps two thirds, but at most what leaves 50 for the first stage.
         final_learning_rate (`float`, *optional*):
             Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500 steps at least
-            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most 0.95.
+            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most 0.95;
+            with pre-norm layers (`do_stable_layer_norm`) (2 (1 - target_sparsity))^-1/2 times that.
         final_warmup_steps (`int`, *optional*):
             Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
             stage starts at a learning rate of 0, like the schedules of transformers.
@@ -370,20 +372,21 @@ class SkillConfig:
         return max(FULL_GATE_LEARNING_RATE, GATE_TRAVEL / gate_travel(1.0, max(joint_steps, 1)))
 
     def resolve_learning_rates(
-        self, learning_rate: float | None, max_steps: int, hidden_size: int
+        self, learning_rate: float | None, max_steps: int, hidden_size: int, pre_norm: bool = False
     ) -> tuple[float, float]:
         """
-        Peak learning rates of both stages in a run of `max_steps`. Those not set by hand are the published 2e-4 and
-        1e-4, in runs of less than 7500 steps at least `1 / (16 hidden_size (1 - target_sparsity))`, in which a
-        sparsity above 0.95 counts as 0.95: 3.3e-4 for a Base model at 0.75.
+        Peak learning rates of both stages in a run of `max_steps`; those not set by hand are the default ones (see
+        `final_learning_rate`): for a Base model at 0.75 in a short run 3.3e-4, for a Large one 3.5e-4.
 
         Args:
             learning_rate (`float`, *optional*): that of the first stage, if it was set by hand.
             max_steps (`int`): optimizer steps of both stages.
             hidden_size (`int`): width of the teacher.
+            pre_norm (`bool`): whether its layers normalise their inputs, not their outputs.
         """
-        remaining_width = hidden_size * max(1 - self.target_sparsity, LEAST_SHARE_LEFT)
-        least = SHORT_LEARNING_RATE / remaining_width if max_steps < SHORT_STEPS else 0.0
+        left = max(1 - self.target_sparsity, LEAST_SHARE_LEFT)
+        least = SHORT_LEARNING_RATE / (hidden_size * left) if max_steps < SHORT_STEPS else 0.0
+        least /= (2 * left) ** 0.5 if pre_norm else 1
         defaults = [max(rate, least) for rate in FULL_LEARNING_RATES]
         given = (learning_rate, self.final_learning_rate)
         return tuple(default if rate is None else rate for rate, default in zip(given, defaults, strict=True))
