@@ -118,6 +118,7 @@ def test_tuning_changes_learning_rates_alone():
     pre_norm = HubertConfig(hidden_size=256, do_stable_layer_norm=True)
     final = recipe("SKILL + rates halved", 0.9, 60, pre_norm)[0].final_learning_rate
     assert final == pytest.approx(5**0.5 * half)
+    assert recipe("SKILL + post-norm rates", 0.9, 60, pre_norm)[1] == first
 
 
 def test_stages_of_another_length():

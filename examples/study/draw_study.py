@@ -27,6 +27,7 @@ from study_design import (  # noqa: E402
     BASELINES,
     METHODS,
     OPTIONS,
+    POST_NORM,
     PUBLISHED,
     REMOVED,
     ROBUST,
@@ -286,7 +287,7 @@ def options(study: Study, teacher: str) -> str:
     """SKILL with an option minus SKILL, paired by seed; then the same for the defaults of before."""
     longer = " + longer first stage"
     bases = (("SKILL", ""), ("SKILL", longer), ("SKILL + projections", longer))
-    tried = (*OPTIONS, *STAGES, *REMOVED)
+    tried = (*OPTIONS, *STAGES, POST_NORM, *REMOVED)
     shown = [
         condition
         for condition in compared_conditions(study, teacher)

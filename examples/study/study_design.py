@@ -80,8 +80,11 @@ STAGES: dict[str, Callable[[int], int]] = {
     "longer first stage": lambda steps: steps // 3,
 }
 
-# Tuning by hand: learning rates of the student and of the gates, times those of the default recipe.
+# Tuning by hand: learning rates of the student and of the gates, times those of the default recipe; or the default
+# rates of post-norm teachers for others.
+POST_NORM = "post-norm rates"
 TUNED = {
+    POST_NORM: (1.0, 1.0),
     "rates halved": (0.5, 1.0),
     "rates doubled": (2.0, 1.0),
     "gates halved": (1.0, 0.5),
@@ -122,7 +125,8 @@ def recipe(name: str, sparsity: float, steps: int, shape: PreTrainedConfig) -> t
         fields |= {"sparsity_warmup_steps": joint // 10, "final_warmup_steps": None}
         return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
     default = SkillConfig(target_sparsity=sparsity)
-    first, final = default.resolve_learning_rates(None, steps, shape.hidden_size, shape.do_stable_layer_norm)
+    pre_norm = shape.do_stable_layer_norm and POST_NORM not in options
+    first, final = default.resolve_learning_rates(None, steps, shape.hidden_size, pre_norm)
     for option in options:
         if option in TUNED:
             of_student, of_gates = TUNED[option]
@@ -198,7 +202,8 @@ WEIGHTED = ("", " + by size", " + by size + normalised")
 OF_SKILL = tuple(f"SKILL + {option}" for option in OPTIONS)
 ROBUST = ("SKILL + masked", "SKILL + second speaker")
 FEW = SEEDS[:3]
-DEFAULTS = ("SKILL", *(f"SKILL + {option}" for option in ("projections", PUBLISHED, *TUNED)))
+CHANGED = ("projections", PUBLISHED, *(name for name in TUNED if name != POST_NORM))
+DEFAULTS = ("SKILL", *(f"SKILL + {option}" for option in CHANGED))
 MAIN = ("SKILL", "SKILL + 6 clusters", "every layer", "one group", "DPHuBERT's layers")
 # What matters most comes first.
 BLOCKS = (
@@ -206,6 +211,7 @@ BLOCKS = (
     Block(MAIN, at(0.9, teachers=("hubert",)), SEEDS),
     Block(("SKILL + projections", "DPHuBERT", "SKILL + 4 clusters", "early cut", "late cut"), at(0.9), FEW),
     Block(("SKILL + shrinking",), at(0.9), FEW),
+    Block((f"SKILL + {POST_NORM}",), at(0.9, teachers=("hubert",)), SEEDS),
     Block(DEFAULTS, in_short_runs(*SHORT_STEPS[:2]), (0,)),
     Block(("SKILL",), in_short_runs(*SHORT_STEPS[:2]), FEW),
     Block((*(group + way for group in UNEQUAL for way in WEIGHTED),), at(0.75, teachers=("wavlm",)), FEW),
