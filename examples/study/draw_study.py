@@ -495,7 +495,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "layers": per_teacher(layers),
     "against SKILL": per_teacher(against_skill),
     "tasks": per_teacher(tasks),
-    "unequal": unequal,
+    "unequal": latest(unequal),
     "second speaker": latest(robust),
     "options": per_teacher(options),
     "defaults": per_teacher(defaults),
