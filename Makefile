@@ -10,7 +10,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-re
 help:
 	@echo "make demo       distil and prune the small WavLM of examples/demo"
 	@echo "make test       the tests"
-	@echo "make test-all   the same and those marked nightly: other toolkits, benchmarks, compilers"
+	@echo "make test-all   the same and those marked nightly: other toolkits, benchmarks, compilers, most of FSDP"
 	@echo "make test-fast  the tests without those marked slow or nightly"
 	@echo "make quality    check lint and format"
 	@echo "make style      fix lint and format"

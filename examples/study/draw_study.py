@@ -225,8 +225,7 @@ def layers(study: Study, teacher: str) -> str:
     shown = [condition for condition in compared_conditions(study, teacher) if condition in LAYERS_SHOWN]
     if not any(study.rows_of(name, condition) for name in COMPARED for condition in shown):
         return ""
-    groups = [groups_of(study, condition) for condition in shown]
-    return f"SKILL's groups: {next(filter(None, groups), 'no run yet')}."
+    return f"SKILL's groups: {groups_of(study, *shown) or 'no run yet'}."
 
 
 def against_skill(study: Study, teacher: str) -> str:
@@ -273,10 +272,10 @@ def partition(groups: Sequence[Sequence[int]]) -> str:
     return ", ".join(f"{{{name}}}" for name in names)
 
 
-def groups_of(study: Study, condition: Condition) -> str:
-    """SKILL's groups, with the number of seeds if these differ."""
-    rows = study.rows_of("SKILL", condition).values()
-    found = [partition(row["layer_groups"]) for row in rows]
+def groups_of(study: Study, *conditions: Condition) -> str:
+    """SKILL's groups, which depend on the teacher and the seed alone, with the number of seeds if these differ."""
+    rows = {seed: row for condition in conditions for seed, row in study.rows_of("SKILL", condition).items()}
+    found = [partition(row["layer_groups"]) for _, row in sorted(rows.items())]
     return "; ".join(
         name if len(set(found)) == 1 else f"{name} ({found.count(name)} of {len(found)} seeds)"
         for name in dict.fromkeys(found)

@@ -126,7 +126,7 @@ def recipe(name: str, sparsity: float, steps: int, shape: PreTrainedConfig) -> t
         return SkillConfig.skill(**fields), FULL_LEARNING_RATES[0]
     default = SkillConfig(target_sparsity=sparsity)
     pre_norm = shape.do_stable_layer_norm and POST_NORM not in options
-    first, final = default.resolve_learning_rates(None, steps, shape.hidden_size, pre_norm)
+    first, final = default.resolve_learning_rates(None, steps, shape.hidden_size, pre_norm=pre_norm)
     for option in options:
         if option in TUNED:
             of_student, of_gates = TUNED[option]

@@ -134,6 +134,23 @@ def by_fsdp(output, number):
     return trainer, results
 
 
+def killed_under_fsdp(output, number):
+    """In stage 1, between both shrinkings."""
+    use_fsdp()
+    settings = {"recipe": RECIPE | SHRINKING, "gradient_checkpointing": True}
+    with pytest.raises(Kill):
+        make(f"{output}/killed", "large", KillAt(7), **settings).train()
+    return train(f"{output}/killed", "large", resume=True, **settings)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_under_fsdp_equals_data_parallelism(tmp_path):
+    ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
+    fsdp, other = run_in_processes(killed_under_fsdp, tmp_path / "killed_under_fsdp", number=2)
+    torch.testing.assert_close(fsdp["weights"], ddp["weights"], atol=1e-4, rtol=0)
+    assert same(fsdp["weights"], other["weights"])
+
+
 @pytest.mark.nightly
 def test_fsdp_equals_data_parallelism(tmp_path):
     ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
@@ -221,10 +238,8 @@ def by_variant(output, number):
     return trainer, result | {"scale": scale}
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(name, marks=pytest.mark.slow if name == "defaults" else pytest.mark.nightly) for name in VARIANTS],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_fsdp_with(tmp_path, variant):
     (tmp_path / variant).mkdir()
     ddp, fsdp = [run_in_processes(by_variant, tmp_path / variant / engine, number=2)[0] for engine in ("ddp", "fsdp")]

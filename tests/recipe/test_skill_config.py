@@ -189,9 +189,11 @@ def test_learning_rates_rise_in_short_runs_and_fall_with_the_width_that_is_left(
     assert np.divide(tenth, half) == pytest.approx([5.0, 5.0])
     few, fewer = (SkillConfig(target_sparsity=s).resolve_learning_rates(None, 150, 256) for s in (0.95, 0.99))
     assert few == pytest.approx(fewer) and few[0] > tenth[0]
-    for sparsity, factor in ((0.5, 1.0), (0.75, 2**0.5), (0.9, 5**0.5)):
+    for sparsity, factor in ((0.25, 1.0), (0.5, 1.0), (0.75, 2**0.5), (0.9, 5**0.5)):
         config = SkillConfig(target_sparsity=sparsity)
-        post_norm, pre_norm = (config.resolve_learning_rates(None, 150, 256, pre_norm) for pre_norm in (False, True))
+        post_norm, pre_norm = (
+            config.resolve_learning_rates(None, 150, 256, pre_norm=is_pre) for is_pre in (False, True)
+        )
         assert np.divide(pre_norm, post_norm) == pytest.approx([factor, factor])
     assert SkillConfig().resolve_learning_rates(None, 7_500, 1024, pre_norm=True) == (2e-4, 1e-4)
     by_hand = SkillConfig(final_learning_rate=0.0)

@@ -206,7 +206,7 @@ class SkillDistillationTrainer(PublishingTrainer):
         self.steps = self.skill_config.resolve_steps(self._total_steps())
         shape = self.teacher.config
         self.learning_rates = self.skill_config.resolve_learning_rates(
-            self.args.learning_rate, self.steps.total, shape.hidden_size, shape.do_stable_layer_norm
+            self.args.learning_rate, self.steps.total, shape.hidden_size, pre_norm=shape.do_stable_layer_norm
         )
 
     def _setup(self) -> None:

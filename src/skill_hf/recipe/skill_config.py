@@ -33,8 +33,8 @@ SPARSITY_WARMUP_SHARE = 1 / 2
 GATE_TRAVEL = 24.0
 # A run with fewer steps has time for larger updates: its learning rates are this over the width that is to be left,
 # about the teacher's times 1 - `target_sparsity`, since the updates of adaptive optimizers add up over the inputs of a
-# layer (arXiv 2203.03466). Pre-norm layers stand more (arXiv 2002.04745) and need it at high sparsity, where the cut
-# costs them more. Smaller shares, for which no rates have been tried, count as `LEAST_SHARE_LEFT`.
+# layer (arXiv 2203.03466). Smaller shares, for which no rates have been tried, count as `LEAST_SHARE_LEFT`. Pre-norm
+# layers stand larger updates (arXiv 2002.04745), and with less their gates stay open where little is to be left.
 SHORT_STEPS = FULL_STEPS // 10
 SHORT_LEARNING_RATE = 1 / 16
 LEAST_SHARE_LEFT = 1 / 20
@@ -167,8 +167,8 @@ class SkillConfig:
             7500 steps two thirds, but at most what leaves 50 for the first stage.
         final_learning_rate (`float`, *optional*):
             Peak learning rate of the second stage; by default 1e-4, in runs of less than 7500 steps at least
-            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most 0.95;
-            with pre-norm layers (`do_stable_layer_norm`) (2 (1 - target_sparsity))^-1/2 times that.
+            1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most 0.95.
+            If its layers are pre-norm, this is (2 (1 - target_sparsity))^-1/2 times as much above a sparsity of 0.5.
         final_warmup_steps (`int`, *optional*):
             Warm-up steps of the learning rate in the second stage; a fifth of the stage by default, at most 5000. Each
             stage starts at a learning rate of 0, like the schedules of transformers.
@@ -372,7 +372,7 @@ class SkillConfig:
         return max(FULL_GATE_LEARNING_RATE, GATE_TRAVEL / gate_travel(1.0, max(joint_steps, 1)))
 
     def resolve_learning_rates(
-        self, learning_rate: float | None, max_steps: int, hidden_size: int, pre_norm: bool = False
+        self, learning_rate: float | None, max_steps: int, hidden_size: int, *, pre_norm: bool = False
     ) -> tuple[float, float]:
         """
         Peak learning rates of both stages in a run of `max_steps`; those not set by hand are the default ones (see
@@ -386,7 +386,7 @@ class SkillConfig:
         """
         left = max(1 - self.target_sparsity, LEAST_SHARE_LEFT)
         least = SHORT_LEARNING_RATE / (hidden_size * left) if max_steps < SHORT_STEPS else 0.0
-        least /= (2 * left) ** 0.5 if pre_norm else 1
+        least /= min(2 * left, 1.0) ** 0.5 if pre_norm else 1
         defaults = [max(rate, least) for rate in FULL_LEARNING_RATES]
         given = (learning_rate, self.final_learning_rate)
         return tuple(default if rate is None else rate for rate, default in zip(given, defaults, strict=True))

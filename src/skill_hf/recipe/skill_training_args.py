@@ -36,8 +36,8 @@ class SkillTrainingArguments(TrainingArguments):
         learning_rate (`float`, *optional*):
             Peak learning rate of the first stage; by default 2e-4, in runs of less than 7500 steps at least
             1 / (16 width (1 - target_sparsity)), with the width of the (first) teacher and a sparsity of at most
-            0.95: 3.3e-4 for a Base model at 0.75; with pre-norm layers (`do_stable_layer_norm`)
-            (2 (1 - target_sparsity))^-1/2 times that.
+            0.95: 3.3e-4 for a Base model at 0.75. If its layers are pre-norm (`do_stable_layer_norm`), this is
+            (2 (1 - target_sparsity))^-1/2 times as much above a sparsity of 0.5.
         warmup_steps (`float`, *optional*, defaults to 0.3):
             Share of the first stage's steps (below 1) or a number of steps.
         max_grad_norm (`float`, *optional*, defaults to 10.0):
