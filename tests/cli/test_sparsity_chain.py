@@ -114,7 +114,11 @@ def killed_in(monkeypatch, step: int) -> list[str]:
     return trained
 
 
-@pytest.mark.parametrize("step", [1, 3, 6], ids=["before a checkpoint", "stage 1", "stage 2"])
+@pytest.mark.parametrize(
+    "step",
+    [1, pytest.param(3, marks=pytest.mark.nightly), 6],
+    ids=["before a checkpoint", "stage 1", "stage 2"],
+)
 def test_killed_in_the_second_student_and_resumed(shared, chained, by_hand, tmp_path, monkeypatch, step):
     output_dir = copy_of(chained, tmp_path)
     shutil.rmtree(output_dir / "sparsity-0.4")

@@ -58,9 +58,10 @@ HONOURED = {
     "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
     "load_best_model_at_end": {"load_best_model_at_end": True, "learning_rate": 0.05, **EVALUATED},
 }
-# Of these, those that reach the Trainer as others do, and one that has a shorter test of its own.
+# Of these, those that reach the Trainer as others do, and two that have tests of their own.
 LIKE_OTHERS = ("max_steps", "lr_scheduler_kwargs", "optim_args", "weight_decay", "adam_beta1", "adam_beta2")
 LIKE_OTHERS += ("adam_epsilon", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
+LIKE_OTHERS += ("load_best_model_at_end",)
 # Others by the same test: kinds of the above, and options that must change nothing.
 MORE_KINDS = [
     {"train_sampling_strategy": "batch_rebalance"},
