@@ -69,6 +69,7 @@ class Watch(TrainerCallback):
 # Gates and learned multipliers: all kinds of parameters that FSDP leaves whole.
 RECIPE = {"num_clusters": 2, "final_steps": 6, "lagrange_multiplier": "learned", "final_learning_rate": 1e-4}
 SHRINKING = {"shrink_steps": 4}  # in steps 4 and 8
+WITH_LESS_MEMORY = {"recipe": RECIPE | SHRINKING, "gradient_checkpointing": True}
 # Two micro-batches a step, of clips of unequal length: processes and micro-batches have different numbers of frames.
 RUN = {
     "max_steps": 20,
@@ -109,38 +110,37 @@ def use_fsdp(**changes: str) -> None:
 
 
 def by_data_parallelism(output, number):
-    return train(f"{output}/whole", "large", recipe=RECIPE | SHRINKING, gradient_checkpointing=True)
+    return train(f"{output}/whole", "large", **WITH_LESS_MEMORY)
+
+
+def kill_and_resume(output) -> tuple:
+    """In stage 1, between both shrinkings."""
+    with pytest.raises(Kill):
+        make(f"{output}/killed", "large", KillAt(7), **WITH_LESS_MEMORY).train()
+    return train(f"{output}/killed", "large", resume=True, **WITH_LESS_MEMORY)
 
 
 def by_fsdp(output, number):
     use_fsdp()
-    settings = {"recipe": RECIPE | SHRINKING, "gradient_checkpointing": True}
     watch = Watch()
-    _, whole = train(f"{output}/whole", "large", watch, **settings)
-    # Killed in stage 1 between both shrinkings, and from what processes with another engine have saved: in each stage,
-    # and at the cut.
-    with pytest.raises(Kill):
-        make(f"{output}/killed", "large", KillAt(7), **settings).train()
-    _, killed = train(f"{output}/killed", "large", resume=True, **settings)
+    _, whole = train(f"{output}/whole", "large", watch, **WITH_LESS_MEMORY)
+    _, killed = kill_and_resume(output)
     results = {"whole": whole | {"held": watch.held}, "killed": killed}
     # Where the student shrinks.
-    stopped = make(f"{output}/stopped", "large", StopAt(4), save_strategy="no", **settings)
+    stopped = make(f"{output}/stopped", "large", StopAt(4), save_strategy="no", **WITH_LESS_MEMORY)
     stopped.train()
     results["stopped"] = stopped.state.global_step, [path.name for path in Path(output).glob("stopped/checkpoint-*")]
+    # From what processes with another engine have saved: in each stage, and at the cut.
     for step in (12, 14, 18):
         saved = Path(output).parent / "by_data_parallelism" / "whole" / f"checkpoint-{step}"
         other = f"from-{step}"
-        trainer, results[other] = train(f"{output}/{other}", "large", resume=str(saved), **settings)
+        trainer, results[other] = train(f"{output}/{other}", "large", resume=str(saved), **WITH_LESS_MEMORY)
     return trainer, results
 
 
 def killed_under_fsdp(output, number):
-    """In stage 1, between both shrinkings."""
     use_fsdp()
-    settings = {"recipe": RECIPE | SHRINKING, "gradient_checkpointing": True}
-    with pytest.raises(Kill):
-        make(f"{output}/killed", "large", KillAt(7), **settings).train()
-    return train(f"{output}/killed", "large", resume=True, **settings)
+    return kill_and_resume(output)
 
 
 @pytest.mark.slow
