@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_clips, tiny_teacher
-from test_skill_trainer import run_in_processes
+from processes import run_in_processes
 from test_training_arguments import assert_one_line, differing, weights_of
 from transformers import Wav2Vec2FeatureExtractor
 

@@ -15,9 +15,10 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import TorchDynamoPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from conftest import noise_clips, tiny_teacher
+from processes import WITHOUT_GPU, run_by_torchrun, run_in_processes
 from test_kills import same
 from test_shrinking import CloseGates
-from test_skill_trainer import WITHOUT_GPU, Kill, KillAt, StopAt, make_trainer, run_in_processes, use_float16_on_cpus
+from test_skill_trainer import Kill, KillAt, StopAt, make_trainer, use_float16_on_cpus
 from test_task_heads import fine_tuned
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
@@ -281,7 +282,7 @@ def peak_memory(output, number):
 @pytest.mark.nightly
 def test_processes_of_fsdp_need_less_memory(tmp_path, monkeypatch):
     monkeypatch.setitem(WITHOUT_GPU, "MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed is given back
-    ddp, fsdp = [max(run_in_processes(peak_memory, tmp_path / engine, number=2)) for engine in ("ddp", "fsdp")]
+    ddp, fsdp = [max(run_by_torchrun(peak_memory, tmp_path / engine, number=2)) for engine in ("ddp", "fsdp")]
     print(f"DistributedDataParallel {ddp:.0f} MiB, FSDP2 {fsdp:.0f} MiB")
     assert fsdp < 0.75 * ddp
 

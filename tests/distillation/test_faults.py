@@ -18,9 +18,10 @@ import soundfile
 import torch
 from conftest import noise_clips, tiny_teacher
 from example_helpers import save_feature_extractor
+from processes import run_in_processes
 from safetensors.torch import load_file
 from test_shrinking import CloseGates
-from test_skill_trainer import Kill, KillAt, StopAt, make_trainer, run_in_processes, use_float16_on_cpus
+from test_skill_trainer import Kill, KillAt, StopAt, make_trainer, use_float16_on_cpus
 from transformers import TrainerCallback
 
 from skill_hf import storage

@@ -16,15 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_clips, tiny_teacher
-from test_skill_trainer import (
-    WITHOUT_GPU,
-    Kill,
-    KillAt,
-    make_trainer,
-    read_results,
-    run_in_processes,
-    write_program,
-)
+from processes import TORCHRUN, WITHOUT_GPU, read_results, run_in_processes, write_program
+from test_skill_trainer import Kill, KillAt, make_trainer
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import TrainerCallback
 
 from skill_hf import storage
@@ -219,7 +213,7 @@ def weights_of_two_processes(tmp_path_factory):
     ],
 )
 def test_a_process_that_dies_ends_the_others(tmp_path, weights_of_two_processes, dying, step, capfd):
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(ChildFailedError):
         run_in_processes(dying, tmp_path / "first", number=2)
     assert time.time() - float((tmp_path / "died_at").read_text()) < 60
     newest = tmp_path / "killed" / f"checkpoint-{step - 1}"
@@ -252,7 +246,7 @@ def all_die_of_two(output, number):
 
 @pytest.mark.nightly
 def test_resumed_with_another_number_of_processes(tmp_path, caplog):
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(ChildFailedError):
         run_in_processes(all_die_of_two, tmp_path / "first", number=2)
     whole = make_equal(tmp_path / "whole", 1)
     whole.train()
@@ -279,8 +273,7 @@ def long(output, number):
 def test_a_launcher_that_is_preempted(tmp_path):
     """All processes write one checkpoint; torchrun's own exit code is always 1."""
     directory = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with subprocess.Popen([*launch, write_program(long, directory, number=2)], env=WITHOUT_GPU) as process:
+    with subprocess.Popen([*TORCHRUN, "2", write_program(long, directory, number=2)], env=WITHOUT_GPU) as process:
         try:
             deadline = time.monotonic() + 300
             while not (directory / "begun").exists() and time.monotonic() < deadline and process.poll() is None:

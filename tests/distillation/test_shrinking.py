@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_clips, padded_batch, tiny_teacher
+from processes import run_in_processes
 from safetensors.torch import load_file
 from test_modeling_wavlm_skill_student import assert_same_hidden_states
 from test_pruning import ALL_UNITS, BUDGETS, cost_of, gated_student
-from test_skill_trainer import Kill, KillAt, make_trainer, run_in_processes
+from test_skill_trainer import Kill, KillAt, make_trainer
 from transformers import TrainerCallback
 
 from skill_hf import SkillConfig, WavLMForSkillStudent

@@ -1,8 +1,5 @@
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -13,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs
 from conftest import STUDENT_CODE, noise_clips, padded_batch, tiny_config, tiny_teacher
+from processes import run_in_processes
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -737,52 +735,6 @@ def test_defaults_are_the_published_recipe(tmp_path):
 def test_a_short_run_has_lines_to_show(tmp_path, steps, logging_steps):
     assert SkillTrainingArguments(output_dir=str(tmp_path), max_steps=steps).logging_steps == logging_steps
     assert SkillTrainingArguments(output_dir=str(tmp_path), max_steps=steps, logging_steps=7).logging_steps == 7
-
-
-# Python that ends makes Gloo's threads abort the process while they hold its tensors; those of a device mesh outlive
-# `end_training`, for torch keeps meshes.
-PROCESS = """
-import os, sys, torch
-sys.path[:0] = {paths!r}
-from {module} import {function}
-trainer, result = {function}({output!r}, {number})
-torch.save(result, f"{output}/rank-{{trainer.accelerator.process_index}}.pt")
-trainer.accelerator.wait_for_everyone()
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-def run_in_processes(train, directory: Path, number: int) -> list:
-    """
-    What `train(directory, number)`, a function of a test module that returns a trainer and its result, results in on
-    each of `number` processes.
-    """
-    program = write_program(train, directory, number)
-    # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    subprocess.run([*launch, program], check=True, timeout=400, env=WITHOUT_GPU)
-    return read_results(directory, number)
-
-
-# NCCL takes one GPU for each process.
-WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-
-
-def write_program(train, directory: Path, number: int) -> str:
-    """A file with the program of each process; see [`run_in_processes`]."""
-    directory.mkdir()
-    path = directory / "run.py"
-    names = {"module": train.__module__, "function": train.__name__}
-    path.write_text(PROCESS.format(paths=sys.path, output=str(directory), number=number, **names))
-    return str(path)
-
-
-def read_results(directory: Path, number: int) -> list:
-    """What the processes left."""
-    saved = sorted(directory.glob("rank-*.pt"))
-    assert len(saved) == number
-    return [torch.load(path, weights_only=False) for path in saved]
 
 
 def train_on_eight_clips(output, number):

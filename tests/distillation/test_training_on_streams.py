@@ -15,8 +15,8 @@ import soundfile
 import torch
 from conftest import tiny_teacher
 from datasets.distributed import split_dataset_by_node
+from processes import run_in_processes
 from test_batches_by_duration import make_trainer
-from test_skill_trainer import run_in_processes
 from test_training_arguments import assert_one_line, differing, weights_of
 
 from skill_hf.data import load_speech_dataset
