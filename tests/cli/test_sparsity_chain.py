@@ -116,7 +116,7 @@ def killed_in(monkeypatch, step: int) -> list[str]:
 
 @pytest.mark.parametrize(
     "step",
-    [1, pytest.param(3, marks=pytest.mark.nightly), 6],
+    [*(pytest.param(step, marks=pytest.mark.nightly) for step in (1, 3)), 6],
     ids=["before a checkpoint", "stage 1", "stage 2"],
 )
 def test_killed_in_the_second_student_and_resumed(shared, chained, by_hand, tmp_path, monkeypatch, step):

@@ -184,6 +184,7 @@ class CloseLayer(TrainerCallback):
             gates["encoder.layers.1.layer_gate"].log_alpha.data.fill_(-40.0)
 
 
+@pytest.mark.nightly
 def test_a_run_that_removes_a_layer_ends_the_same_after_every_kill(tmp_path, clips):
     def make(name, *callbacks):
         callbacks = [CloseLayer(), *callbacks]

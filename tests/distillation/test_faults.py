@@ -384,7 +384,7 @@ def test_a_student_of_nan_is_not_saved(tmp_path, clips):
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_torch_fused", marks=pytest.mark.nightly)])
 def test_steps_that_the_gradient_scaler_skips_do_not_count(tmp_path, clips, monkeypatch, optim):
     """A fused optimizer skips them itself, of which accelerate knows nothing."""
 

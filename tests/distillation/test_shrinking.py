@@ -405,7 +405,7 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_run_is_not_compiled_for_each_length(fresh_compiler, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     clips = [clip for index in range(10) for clip in noise_clips(2, 9_000 + 1_000 * index)]

@@ -618,7 +618,7 @@ def test_the_gap_to_the_target_adds_up_over_the_steps(tmp_path, clips, monkeypat
     assert len(gaps) == 7 and gaps[5] == gaps[4]
 
 
-@pytest.mark.parametrize("model", ["copy", "pruned"])
+@pytest.mark.parametrize("model", [pytest.param("copy", marks=pytest.mark.nightly), "pruned"])
 def test_macs_as_the_budget(layout, tmp_path, clips, model, caplog):
     """Killed in stage 1 and resumed; from an exact copy of the teacher, or from a student that was pruned before."""
     teacher = tiny_teacher(layout)

@@ -90,6 +90,7 @@ def test_copy_without_the_package(published, tmp_path):
     assert seen["pushed"] == [["stock", "me/student", True], []]
 
 
+@pytest.mark.nightly
 def test_copy_beside_the_package(published, tmp_path):
     """Which may be of another version, and does not act on it: that is said."""
     seen = visit(published, tmp_path / "modules", after=IMPORT_LATER)

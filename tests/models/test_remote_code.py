@@ -117,7 +117,7 @@ def published(tmp_path_factory) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=["installed", "4.57.6", pytest.param("5.18.0", marks=pytest.mark.nightly)],
+    params=["4.57.6", *(pytest.param(version, marks=pytest.mark.nightly) for version in ("5.18.0", "installed"))],
 )
 def visit(request, published, tmp_path_factory) -> tuple[str, Path, dict]:
     """A version of transformers, the published directories, and what a process with that version saw there."""
