@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from skill_hf import SkillConfig
 from skill_hf.compression.units import DEFAULT_KINDS
 from skill_hf.recipe.published_recipes import dphubert_layers
-from skill_hf.recipe.skill_config import FULL_LEARNING_RATES
+from skill_hf.recipe.schedule import FULL_LEARNING_RATES
 
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from skill_hf import SkillConfig, SkillDistillationTrainer
 from skill_hf.distillation.recipe_validation import warn_of_slow_gates
-from skill_hf.recipe.skill_config import gate_travel
+from skill_hf.recipe.schedule import gate_travel
 
 
 @pytest.mark.parametrize(

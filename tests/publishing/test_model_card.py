@@ -36,7 +36,7 @@ from skill_hf.publishing.model_card import (
 from skill_hf.publishing.run_record import RunRecord
 from skill_hf.publishing.run_report import RunReport
 from skill_hf.publishing.teacher_metadata import teacher_license
-from skill_hf.recipe.skill_config import StageSteps
+from skill_hf.recipe.schedule import StageSteps
 
 
 STAGE_1 = {"stage": 1, "step": 20, "distillation_loss": -0.25, "l1_loss": 0.5, "l2_loss": 7.0, "cosine_loss": -0.75}

@@ -6,7 +6,7 @@ import pytest
 
 from skill_hf import SkillConfig
 from skill_hf.recipe.published_recipes import dphubert_layers
-from skill_hf.recipe.skill_config import StageSteps
+from skill_hf.recipe.schedule import StageSteps
 from skill_hf.recipe.skill_training_args import SkillTrainingArguments
 
 

@@ -8,7 +8,8 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from skill_hf import SkillConfig
-from skill_hf.recipe.skill_config import FIELD_KINDS, GATE_TRAVEL, gate_travel
+from skill_hf.recipe.schedule import GATE_TRAVEL, gate_travel
+from skill_hf.recipe.skill_config import FIELD_KINDS
 from skill_hf.recipe.skill_training_args import SkillTrainingArguments
 
 

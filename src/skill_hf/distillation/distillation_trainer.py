@@ -23,7 +23,8 @@ from ..grouping.calibration import Calibration
 from ..losses import DISTILLATION_LOSSES, TRAINING_LOSSES, sparsity_at, term_weights
 from ..models.model_modes import padding_ignored
 from ..models.properties import receptive_field
-from ..recipe.skill_config import SkillConfig, StageSteps
+from ..recipe.schedule import StageSteps
+from ..recipe.skill_config import SkillConfig
 from .distiller import SkillDistiller
 from .divergence import FiniteWatch
 from .duration_batches import DurationBatches, data_seed

@@ -14,7 +14,8 @@ from ..models.families import empty_student, head_of, student_class
 from ..models.loading import check_encoder
 from ..models.properties import has_gates, receptive_field
 from ..recipe.latency_costs import architecture_differences
-from ..recipe.skill_config import SkillConfig, gate_travel
+from ..recipe.schedule import gate_travel
+from ..recipe.skill_config import SkillConfig
 
 
 logger = logging.getLogger(__name__)

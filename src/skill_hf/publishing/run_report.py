@@ -9,7 +9,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..compression.budgets import Budget, make_budget
-from ..recipe.skill_config import SkillConfig, StageSteps
+from ..recipe.schedule import StageSteps
+from ..recipe.skill_config import SkillConfig
 from .run_record import RunRecord
 
 
@@ -45,7 +46,7 @@ class RunReport:
         layer_groups (`list[list[int]]`, *optional*): hidden-state indices of each group.
         layer_similarity (`numpy.ndarray` of shape `(N, N)`, *optional*): the clustered similarity.
         layer_tree (`numpy.ndarray` of shape `(N - 1, 4)`, *optional*): the clustering tree as scipy's linkage matrix.
-        steps ([`~skill_hf.recipe.skill_config.StageSteps`], *optional*): steps of both stages.
+        steps ([`~skill_hf.recipe.schedule.StageSteps`], *optional*): steps of both stages.
         num_steps_done (`int`): optimizer steps so far.
         log_history (`list[dict]`): log lines.
         learning_rates (`tuple[float, float]`, *optional*): peak learning rates of both stages.

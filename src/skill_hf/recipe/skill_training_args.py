@@ -9,7 +9,7 @@ from transformers.utils import is_torch_xla_available
 
 from .argument_validation import check_arguments, launched_processes, one_line, refuse
 from .fields import help_from_docstring
-from .skill_config import FULL_STEPS
+from .schedule import FULL_STEPS
 
 
 FULL_LOGGING_STEPS = 50
