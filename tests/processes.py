@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+# Those whose handlers a launcher within this process replaces.
+OF_LAUNCHER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 # Imported once, by a process that all those of `run_in_processes` are copies of.
 IMPORTED = ["torch", "datasets", "skill_hf.distillation.skill_trainer", "pytest"]
@@ -61,7 +65,12 @@ def run_in_processes(train, directory: Path, number: int) -> list:
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=f"{directory}-logs", tee=Std.ERR),
     )
-    elastic_launch(config, train_and_save)(train, str(directory), number)
+    handlers = {of_signal: signal.getsignal(of_signal) for of_signal in OF_LAUNCHER}
+    try:
+        elastic_launch(config, train_and_save)(train, str(directory), number)
+    finally:
+        for of_signal, handler in handlers.items():
+            signal.signal(of_signal, handler)
     return read_results(directory, number)
 
 
