@@ -336,7 +336,7 @@ def against_before(study: Study, teacher: str) -> str:
 def defaults(study: Study, teacher: str) -> str:
     """
     Held-out losses of the default recipe and of what tuning finds; and distances, which can be compared with those of
-    recipes with projections, too: the default with projections, and the published recipe in as few steps.
+    recipes with projections, too: the published recipe in as few steps.
     """
     rows = []
     for condition in conditions_of(study, teacher):
@@ -359,7 +359,7 @@ def defaults(study: Study, teacher: str) -> str:
                 f"{with_number(changes[best], 3, signed=True)} {best}" if best else "–",
                 *(
                     with_number(list(study.values(DISTANCE, method, condition).values()), 3)
-                    for method in ("SKILL", "SKILL + projections", f"SKILL + {PUBLISHED}")
+                    for method in ("SKILL", f"SKILL + {PUBLISHED}")
                 ),
             ]
         )
@@ -369,7 +369,6 @@ def defaults(study: Study, teacher: str) -> str:
         "default: held-out loss (seeds)",
         "best change by hand, minus default",
         "default: distance",
-        "with projections",
         PUBLISHED,
     ]
     return table(header, rows) if rows else ""
