@@ -18,8 +18,9 @@ WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 # torchrun: `accelerate launch --cpu` starts several processes only by way of MPI.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
-# Those whose handlers a launcher within this process replaces.
-OF_LAUNCHER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Those whose handlers a launcher within this process replaces, and the one that ends it.
+OF_LAUNCHER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
+MOST_SECONDS = 400
 
 # Imported once, by a process that all those of `run_in_processes` are copies of.
 IMPORTED = ["torch", "datasets", "skill_hf.distillation.skill_trainer", "pytest"]
@@ -50,7 +51,7 @@ def run_in_processes(train, directory: Path, number: int) -> list:
     each of `number` processes. What torchrun does, with processes that need not import everything anew.
 
     Raises:
-        `ChildFailedError`: if a process fails.
+        `ChildFailedError`: if a process fails. A `TimeoutError` if they hang.
     """
     directory.mkdir()
     multiprocessing.set_forkserver_preload(IMPORTED)
@@ -66,18 +67,25 @@ def run_in_processes(train, directory: Path, number: int) -> list:
         logs_specs=DefaultLogsSpecs(log_dir=f"{directory}-logs", tee=Std.ERR),
     )
     handlers = {of_signal: signal.getsignal(of_signal) for of_signal in OF_LAUNCHER}
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(MOST_SECONDS)
     try:
         elastic_launch(config, train_and_save)(train, str(directory), number)
     finally:
+        signal.alarm(0)
         for of_signal, handler in handlers.items():
             signal.signal(of_signal, handler)
     return read_results(directory, number)
 
 
+def too_late(*args) -> None:
+    raise TimeoutError(f"The processes did not end within {MOST_SECONDS} seconds.")
+
+
 def run_by_torchrun(train, directory: Path, number: int) -> list:
     """As [`run_in_processes`], in processes whose environment is the test's from their start."""
     program = write_program(train, directory, number)
-    subprocess.run([*TORCHRUN, str(number), program], check=True, timeout=400, env=WITHOUT_GPU)
+    subprocess.run([*TORCHRUN, str(number), program], check=True, timeout=MOST_SECONDS, env=WITHOUT_GPU)
     return read_results(directory, number)
 
 
