@@ -16,14 +16,13 @@ help:
 	@echo "make style      fix lint and format"
 	@echo "Each first makes $(VENV) if it is missing and installs the package there with the versions of constraints.txt."
 
-# Without compiling what may never be imported, for that takes a minute. torch comes first, so that pip doesn't look for
-# another build of it once the other packages ask.
+# torch comes first, so that pip doesn't look for another build of it once the other packages ask.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "==> Installing skill-hf and the pinned versions into $(VENV) (once; torch is large, this takes minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --no-compile -c constraints.txt torch
-	@$(VENV)/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev,export,plots,superb]"
+	@$(VENV)/bin/python -m pip install -c constraints.txt torch
+	@$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev,export,plots,superb]"
 	@touch $@
 
 demo: $(INSTALLED)
