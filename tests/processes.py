@@ -83,7 +83,10 @@ def too_late(*args) -> None:
 
 
 def run_by_torchrun(train, directory: Path, number: int) -> list:
-    """As [`run_in_processes`], in processes whose environment is the test's from their start."""
+    """
+    As [`run_in_processes`], in processes whose environment is the test's from their start, and whose data loaders may
+    have workers: those that read a stream end late in the others.
+    """
     program = write_program(train, directory, number)
     subprocess.run([*TORCHRUN, str(number), program], check=True, timeout=MOST_SECONDS, env=WITHOUT_GPU)
     return read_results(directory, number)

@@ -82,6 +82,7 @@ def test_a_dead_dimension_goes_last():
     torch.testing.assert_close(student(**padded_batch()).last_hidden_state, expected)
 
 
+@pytest.mark.nightly
 def test_a_run_that_shrinks_ends_the_same_after_a_kill(tmp_path, clips):
     recipe = {"pruning_units": ["ffn_dims", KIND], "target_sparsity": 0.3, "shrink_steps": 2, "final_steps": 3}
     recipe["gate_learning_rate"] = 4.0

@@ -144,7 +144,7 @@ def killed_under_fsdp(output, number):
     return kill_and_resume(output)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_was_killed_under_fsdp_equals_data_parallelism(tmp_path):
     ddp, _ = run_in_processes(by_data_parallelism, tmp_path / "by_data_parallelism", number=2)
     fsdp, other = run_in_processes(killed_under_fsdp, tmp_path / "killed_under_fsdp", number=2)

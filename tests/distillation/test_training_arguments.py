@@ -58,10 +58,10 @@ HONOURED = {
     "train_sampling_strategy": {"train_sampling_strategy": "group_by_length"},
     "load_best_model_at_end": {"load_best_model_at_end": True, "learning_rate": 0.05, **EVALUATED},
 }
-# Of these, those that reach the Trainer as others do, and two that have tests of their own.
+# Of these, those that reach the Trainer as others do, and some that have tests of their own.
 LIKE_OTHERS = ("max_steps", "lr_scheduler_kwargs", "optim_args", "weight_decay", "adam_beta1", "adam_beta2")
 LIKE_OTHERS += ("adam_epsilon", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
-LIKE_OTHERS += ("load_best_model_at_end",)
+LIKE_OTHERS += ("load_best_model_at_end", "dataloader_persistent_workers")
 # Others by the same test: kinds of the above, and options that must change nothing.
 MORE_KINDS = [
     {"train_sampling_strategy": "batch_rebalance"},
@@ -396,6 +396,7 @@ def test_workers_that_outlive_an_epoch_crop_anew(tmp_path):
     assert not torch.equal(seen[True][0], seen[True][1])
 
 
+@pytest.mark.nightly
 def test_rebalanced_and_grouped_by_a_column(tmp_path):
     rows = datasets.Dataset.from_list([row | {"input_values": row["input_values"].tolist()} for row in CLIPS])
     kwargs = {"train_sampling_strategy": "group_by_length", "length_column_name": "other"}

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from conftest import tiny_teacher
 from datasets.distributed import split_dataset_by_node
-from processes import run_in_processes
+from processes import run_by_torchrun
 from test_batches_by_duration import make_trainer
 from test_training_arguments import assert_one_line, differing, weights_of
 
@@ -149,7 +149,7 @@ def train_on_stream(output, number):
 def test_two_processes_with_two_workers_each(tmp_path):
     """Ranks and windows are even to the end, whatever the shards; resumed in the middle, all is the same."""
     write_shards(tmp_path / "shards")
-    ranks = run_in_processes(train_on_stream, tmp_path / "run", number=2)
+    ranks = run_by_torchrun(train_on_stream, tmp_path / "run", number=2)
     seen = Counter()
     for batches, again, weights, same_weights, _ in ranks:
         assert len(batches) == 36 and len(again) == 36 - 2 * 8

@@ -379,6 +379,7 @@ def test_example_publishes_once_and_no_path(hub, client, tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), name
 
 
+@pytest.mark.nightly
 def test_students_of_several_sparsities_have_repositories_of_their_own(hub, client, tmp_path):
     client(run_example, tmp_path, "0.2", "0.4")
     for name in ("example-sparsity-0.2", "example-sparsity-0.4"):
