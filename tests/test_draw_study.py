@@ -183,7 +183,7 @@ def test_tables_by_hand(results):
     assert "| 0.75 | mean distance (1 − CKA) ↓ | SKILL | 1 | 0.200 | −0.070 | – |" in earlier["against the first"]
     assert "| + masked | +0.400 (0 of 1 better, p –) |" in earlier["options of the first"]
     assert earlier["options before"] == NOTHING
-    assert "| 0.9 | 60 | −0.500 (1) | −0.100 (1) gates halved | 0.500 (1) | – | 0.100 (1) |" in blocks["defaults"]
+    assert "| 0.9 | 60 | −0.500 (1) | −0.100 (1) gates halved | 0.500 (1) | 0.100 (1) |" in blocks["defaults"]
 
 
 @pytest.mark.parametrize(
